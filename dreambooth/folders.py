@@ -1,0 +1,180 @@
+"""Folders that are whole or not there at all, and proven so by a manifest of every file's sha256."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from dreambooth.errors import DreamboothError
+
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+
+
+class TornFolderError(DreamboothError):
+    """Refuse a folder whose files are not what its manifest says."""
+
+    code = "E_TORN"
+
+
+def scratch_folder(root: Path) -> Path:
+    """Return the folder of a project's caches and checkpoints: DREAMBOOTH_SCRATCH, or <root>/.scratch; made 0700."""
+    return _private(Path(os.environ.get("DREAMBOOTH_SCRATCH") or root / ".scratch"))
+
+
+def cache_folder() -> Path:
+    """Return the folder shared by all projects of a user: DREAMBOOTH_CACHE, or the platform's cache; made 0700."""
+    return _private(Path(os.environ.get("DREAMBOOTH_CACHE") or platformdirs.user_cache_path("dreambooth")))
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of(value: Any) -> str:
+    """Return the sha256 of a JSON value: equal values, equal keys, whatever their order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@contextmanager
+def new_folder(path: Path, about: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """Fill a folder beside its place, write its manifest last, then rename it to `path`.
+
+    Whoever looks sees the old folder, or nothing, or the whole new one. Hidden files do not count as content.
+
+    Args:
+        path: where the folder will stand; an older one there is replaced.
+        about: what the manifest says beside the files, for example the inputs; no times, so that equal work gives
+            equal bytes. It may still be filled while the folder is.
+
+    Yields:
+        The temporary folder to write into.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        write_manifest(temporary, about or {})
+        _replace_folder(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write the manifest of all files in a folder, and make both reach the disk."""
+    files = {name: _describe(folder / name) for name in _content(folder)}
+    text = json.dumps({"version": MANIFEST_VERSION, **about, "files": files}, indent=1)
+    write_file(folder / MANIFEST, text.encode() + b"\n")
+
+
+def read_manifest(folder: Path, verify: bool = True) -> dict[str, Any]:
+    """Return a folder's manifest after every file was found to be what it says.
+
+    Args:
+        folder: made by `new_folder`.
+        verify: False skips the hashes, for a reader that has just checked them.
+
+    Raises:
+        TornFolderError: no manifest, a missing or an additional file, or another size or hash.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise TornFolderError(f"{folder} has no {MANIFEST}; run the stage that makes it (dvc repro)") from None
+    except json.JSONDecodeError as error:
+        raise TornFolderError(f"{folder / MANIFEST} is not JSON ({error}); run the stage that makes it again") from None
+    if manifest.get("version") != MANIFEST_VERSION:
+        raise TornFolderError(
+            f"{folder / MANIFEST} has version {manifest.get('version')}, this program reads {MANIFEST_VERSION}; "
+            "run the stage that makes it again"
+        )
+    faults = list(_differences(folder, manifest["files"])) if verify else []
+    if faults:
+        raise TornFolderError(f"{folder}: {'; '.join(faults)}; run the stage that makes it again")
+    return manifest
+
+
+def content_hash(folder: Path) -> str:
+    """Return one sha256 for all files of a folder and their names, from its verified manifest."""
+    files = read_manifest(folder)["files"]
+    return sha256_of({name: entry["sha256"] for name, entry in files.items()})
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file beside its place, make it reach the disk, then rename it."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+    Path(file.name).chmod(0o644 & ~_umask())
+    Path(file.name).replace(path)
+
+
+def _private(path: Path) -> Path:
+    path = path.expanduser().absolute()
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _content(folder: Path) -> list[str]:
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        name.as_posix()
+        for name in names
+        if name.as_posix() != MANIFEST and not any(part.startswith(".") for part in name.parts)
+    )
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
+
+
+def _differences(folder: Path, files: Mapping[str, Any]) -> Iterator[str]:
+    present = set(_content(folder))
+    for name in sorted(present - set(files)):
+        yield f"{name} is not in the manifest"
+    for name, entry in files.items():
+        if name not in present:
+            yield f"{name} is missing"
+        elif (size := (folder / name).stat().st_size) != entry["size"]:
+            yield f"{name} has {size} bytes, not {entry['size']}"
+        elif sha256_of_file(folder / name) != entry["sha256"]:
+            yield f"{name} was changed (other sha256)"
+
+
+def _replace_folder(temporary: Path, path: Path) -> None:
+    temporary.chmod(0o755 & ~_umask())
+    if path.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+        path.replace(old / path.name)
+        temporary.replace(path)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        temporary.replace(path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,331 @@
+"""Read params.yaml into strict, frozen, typed parameters; refuse it with every fault at once.
+
+Ranges are part of the types; units and sources stand under each field. Values live in params.yaml only.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from dreambooth.errors import ParamsError, SubjectError
+
+ID_PATTERN = r"^[a-z0-9][a-z0-9-]{0,40}$"
+MAX_BYTES = 1 << 20
+
+
+def _multiple_of_8(value: int) -> int:
+    if value % 8:
+        raise ValueError("should be a multiple of 8")
+    return value
+
+
+def _one_line(value: str) -> str:
+    if value != value.strip() or not value.isprintable():
+        raise ValueError("should be one line without control characters or outer blanks")
+    return value
+
+
+Id = Annotated[str, Field(pattern=ID_PATTERN)]
+Words = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_one_line)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Scheduler = Literal["dpmsolver++", "ddim", "pndm", "euler"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A part of params.yaml: frozen, strict, no unknown key."""
+
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Base(Section):
+    """The untouched model that every subject starts from."""
+
+    pretrained_model_name_or_path: Words
+    """A folder in the project (data/base/...), or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5."""
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None
+    """Commit of a hub model, 40 hexadecimal digits: a branch may move. null for a folder."""
+    resolution: Annotated[int, Field(ge=32, le=2048), AfterValidator(_multiple_of_8)]
+    """Side of the square pictures, in pixels: what the base was made for (bundled 64, SD1.5 512, SD2 768)."""
+    inference_dtype: Dtype
+    """Precision of drawing class and evaluation images; float16 or bfloat16 on a GPU."""
+
+
+class ClassParams(Section):
+    """A class: what the subjects are instances of."""
+
+    class_noun: Words
+    """The word, or the words, the base model knows the class by."""
+
+
+class SubjectParams(Section):
+    """A subject: what its photos show and what it is called."""
+
+    class_id: Id
+    """Key in `classes`."""
+    identifier: Annotated[str, Field(pattern=r"^\S{1,40}$")]
+    """The rare word that will mean this subject (Ruiz et al. 2022, section 3.2)."""
+    kind: Literal["live", "object"]
+    """Chooses the evaluation prompts, data/prompts/<kind>.csv."""
+
+
+class Photos(Section):
+    """Which photos `validate` accepts."""
+
+    min_count: Annotated[int, Field(ge=1)]
+    """Fewest usable photos of a subject (Ruiz et al. 2022 use 3 to 5)."""
+    max_count: Annotated[int, Field(ge=1, le=10_000)]
+    """Most photos of a subject."""
+    max_bytes: Annotated[int, Field(ge=1024)]
+    """Largest file, in bytes."""
+    max_pixels: Annotated[int, Field(ge=4096)]
+    """Most pixels (width x height), checked before any pixel is decoded."""
+    min_side: Annotated[int, Field(ge=8)]
+    """Shortest side that is not refused, in pixels."""
+    max_aspect: Annotated[float, Field(ge=1)]
+    """Longest side / shortest side above which the square crop loses too much: a warning."""
+    duplicate_distance: Annotated[int, Field(ge=0, le=63)]
+    """Hamming distance of 63-bit perceptual hashes at or under which two photos are one (mirrored ones too)."""
+
+
+class Prior(Section):
+    """How the class images are drawn from the base model."""
+
+    num_class_images: Annotated[int, Field(ge=1, le=100_000)]
+    """How many; 200 is the choice of the paper's authors for photo-scale models."""
+    scheduler: Scheduler
+    """Solver of the sampler."""
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)]
+    """Steps of the sampler; DPM-Solver++ needs 20-25 (Lu et al. 2022)."""
+    guidance_scale: Annotated[float, Field(ge=0, le=50)]
+    """Weight of classifier-free guidance (Ho & Salimans 2022); 1 switches it off."""
+    negative_prompt: str
+    """What the class images must not show; may be empty."""
+    batch_size: Annotated[int, Field(ge=1, le=1024)]
+    """Images drawn at once; part of the content key, because it changes the last bits of an image."""
+    seed: Seed
+    """Image i is drawn from the seed (seed, i)."""
+
+
+class Train(Section):
+    """The training of one subject. Defaults for photo-scale models: docs/recipes.md."""
+
+    seed: Seed
+    """Every random number of the training is a function of (seed, purpose, step, row)."""
+    max_train_steps: Annotated[int, Field(ge=1, le=1_000_000)] | None
+    """Optimizer steps; null: 100 a photo, at least 400, at most 1200."""
+    train_batch_size: Annotated[int, Field(ge=1, le=1024)]
+    """Instance rows in a forward pass; the model sees twice that with a prior."""
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1024)]
+    """Forward passes in an optimizer step."""
+    train_text_encoder: bool
+    """Train the text encoder with the UNet (Ruiz et al. 2022 train both)."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)]
+    """Peak rate of AdamW."""
+    lr_scheduler: Literal["constant", "linear", "cosine"]
+    """Shape of the rate after the warm-up."""
+    lr_warmup_steps: Annotated[int, Field(ge=0)]
+    """Optimizer steps of linear warm-up."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)]
+    """Decay of the first moment."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)]
+    """Decay of the second moment."""
+    adam_weight_decay: Annotated[float, Field(ge=0, le=1)]
+    """Decoupled weight decay (Loshchilov & Hutter 2019)."""
+    adam_epsilon: Annotated[float, Field(gt=0, le=1)]
+    """Added to the root of the second moment."""
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    """Gradients are clipped to this norm over all trainable weights."""
+    prior_loss_weight: Annotated[float, Field(ge=0, le=100)]
+    """Weight of the class rows (lambda of Ruiz et al. 2022, equation 2); 0 trains without a prior."""
+    snr_gamma: Annotated[float, Field(gt=0)] | None
+    """Gamma of min-SNR weights (Hang et al. 2023; 5 in the paper); null weighs all timesteps alike."""
+    mixed_precision: Literal["no", "bf16", "fp16"]
+    """Autocast precision of the forward pass; weights, noise, target and loss stay in float32."""
+    gradient_checkpointing: bool
+    """Trade a third more compute for the memory of the activations."""
+    save_dtype: Dtype
+    """Precision of the saved weights: these are evaluated, exported and served."""
+
+
+class Evaluate(Section):
+    """How the personalised model is compared with the base."""
+
+    seeds: Annotated[list[Seed], Field(min_length=1, max_length=64)]
+    """Every prompt is drawn once with each seed, by the base and by the personalised model."""
+    scheduler: Scheduler
+    """Solver of the sampler."""
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)]
+    """Steps of the sampler."""
+    guidance_scale: Annotated[float, Field(ge=0, le=50)]
+    """Weight of classifier-free guidance."""
+    batch_size: Annotated[int, Field(ge=1, le=1024)]
+    """Images drawn at once."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)]
+    """Of the t interval over prompt means."""
+
+
+class Params(Section):
+    """Everything in params.yaml."""
+
+    base: Base
+    classes: dict[Id, ClassParams]
+    subjects: dict[Id, SubjectParams]
+    photos: Photos
+    prior: Prior
+    train: Train
+    evaluate: Evaluate
+
+    def subject(self, subject_id: str) -> SubjectParams:
+        """Return one subject; raise SubjectError with the known ones."""
+        if subject_id not in self.subjects:
+            raise SubjectError(_unknown("subject", subject_id, self.subjects, "dreambooth add ID PHOTOS --class-noun"))
+        return self.subjects[subject_id]
+
+    def class_of(self, subject_id: str) -> ClassParams:
+        """Return the class of one subject."""
+        return self.classes[self.subject(subject_id).class_id]
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without tags, aliases or duplicate keys: each of them hides what a run will do."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not allowed", None)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_params(path: Path) -> Params:
+    """Read and check a params.yaml.
+
+    Raises:
+        ParamsError: with one line for every fault, each with its full field path.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ParamsError([f"{path}: larger than {MAX_BYTES} bytes; it should hold parameters only"])
+        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except FileNotFoundError:
+        raise ParamsError([f"{path} does not exist; run this in the folder of a project, beside dvc.yaml"]) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ParamsError([f"{path}: not valid YAML: {' '.join(str(error).split())}"]) from None
+    if not isinstance(loaded, dict):
+        raise ParamsError([f"{path}: should be a map of sections (got {type(loaded).__name__})"])
+    return parse_params(loaded, path.name)
+
+
+def parse_params(values: Mapping[str, Any], source: str = "params.yaml") -> Params:
+    """Check a map of sections; raise ParamsError with every fault."""
+    try:
+        params = Params.model_validate(values)
+    except ValidationError as error:
+        raise ParamsError([f"{source}: {_explain(fault)}" for fault in error.errors()]) from None
+    problems = list(_contradictions(params))
+    if problems:
+        raise ParamsError([f"{source}: {problem}" for problem in problems])
+    return params
+
+
+def check_id(value: str) -> str:
+    """Return a subject or class id, or raise SubjectError: only such an id may become a path or a command line."""
+    if not re.fullmatch(ID_PATTERN, value):
+        raise SubjectError(
+            f"{value!r} is not an id; use 1 to 41 of a-z, 0-9 and '-', not starting with '-' (for example: biscuit)"
+        )
+    return value
+
+
+def _contradictions(params: Params) -> Iterator[str]:
+    """Faults that no single field shows."""
+    for subject_id, subject in params.subjects.items():
+        where = f"subjects.{subject_id}"
+        if subject.class_id not in params.classes:
+            yield f"{where}.class_id: " + _unknown("class", subject.class_id, params.classes, "add it to classes:")
+        elif subject.identifier.lower() in params.classes[subject.class_id].class_noun.lower().split():
+            yield f"{where}.identifier: {subject.identifier!r} is the class noun itself; choose a rare word such as sks"
+    photos = params.photos
+    if photos.max_count < photos.min_count:
+        yield f"photos.max_count: should be at least photos.min_count {photos.min_count} (got {photos.max_count})"
+    if len(set(params.evaluate.seeds)) != len(params.evaluate.seeds):
+        yield f"evaluate.seeds: the same seed stands twice in {params.evaluate.seeds}"
+
+
+def _unknown(what: str, value: str, known: Mapping[str, Any], remedy: str) -> str:
+    near = difflib.get_close_matches(value, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}; or {remedy}"
+    return f"there is no {what} {value!r}; {hint}"
+
+
+def _explain(fault: Any) -> str:
+    """Turn one pydantic error into: path, what it should be, what was got, and the remedy where one is known."""
+    location, kind, got = fault["loc"], fault["type"], fault["input"]
+    where = ".".join(str(part) for part in location if part != "[key]")
+    if kind == "extra_forbidden":
+        return f"{where}: unknown key; {_nearest_key(location)}"
+    if kind == "missing":
+        return f"{where}: missing; add it (its meaning stands in dreambooth/params.py)"
+    if isinstance(got, str) and kind in ("float_type", "int_type") and _is_number(got):
+        remedy = f"YAML wants a dot before the e: write {_yaml_float(got)}" if "e" in got.lower() else "drop the quotes"
+        return f"{where}: should be a number (got the text {got!r}; {remedy})"
+    message = re.sub(r"^(Value error, |Input |String )", "", fault["msg"])
+    return f"{where}: {message} (got {_short(got)})"
+
+
+def _nearest_key(location: tuple[Any, ...]) -> str:
+    known = _keys_beside(location)
+    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+
+
+def _keys_beside(location: tuple[Any, ...]) -> list[str]:
+    """Name the keys that may stand where an unknown one was found."""
+    if len(location) == 1:
+        return list(Params.model_fields)
+    sections: dict[str, type[Section]] = {
+        "base": Base,
+        "classes": ClassParams,
+        "subjects": SubjectParams,
+        "photos": Photos,
+        "prior": Prior,
+        "train": Train,
+        "evaluate": Evaluate,
+    }
+    return list(sections[location[0]].model_fields)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _yaml_float(text: str) -> str:
+    mantissa, e, exponent = text.lower().partition("e")
+    exponent = exponent if exponent[:1] in ("+", "-") else f"+{exponent}"
+    return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{exponent}" if e else text
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,1 @@
+"""Order, retry and schedule of the stages; no tensor is touched here."""

@@ -1,0 +1,1 @@
+"""The entries of dvc.yaml: each reads folders, calls the library, and writes folders."""
