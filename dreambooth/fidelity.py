@@ -1,0 +1,141 @@
+"""Compare embeddings: how like the subject, how varied, how near a photo, and how sure a difference is.
+
+Dimension key: P prompts, S seeds of a prompt, N real photos, A and B any rows, D embedding width.
+
+Rows need no unit length. NaN, infinity and rows of zeros raise ValueError in every function: no score is made of them.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from scipy import stats
+
+
+class Interval(NamedTuple):
+    """A mean of `n` values and its two-sided confidence interval, in the unit of the values."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+class Nearest(NamedTuple):
+    """The most similar photo of each image: its cosine and its row among the photos, both (..., S)."""
+
+    cosine: torch.Tensor
+    photo: torch.Tensor
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Compare every row of `a` (..., A, D) with every row of `b` (B, D): (..., A, B) in [-1, 1]."""
+    return (_unit(a) @ _unit(b).T).clamp(-1, 1)
+
+
+def identity(generated: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Score subject fidelity: the mean cosine of each image with all real photos.
+
+    Args:
+        generated: (P, S, D), images of the prompts.
+        real: (N, D), photos of the subject; N >= 1.
+
+    Returns:
+        (P, S) in [-1, 1].
+
+    Source: Ruiz et al. 2022, section 4, there with DINO and CLIP-I; of "a {class_noun}" images this is their PRES.
+    """
+    return cosine(generated, real).mean(dim=-1)
+
+
+def ceiling(real: torch.Tensor) -> float:
+    """Score each real photo (N, D), N >= 2, against the others and average: what a perfect model could expect.
+
+    Source: Ruiz et al. 2022, table 1, real images. Two photos that are nearly the same raise it.
+    """
+    return _mean_cosine(real, "photos").item()
+
+
+def calibrated(score: float, floor: float, ceiling: float) -> float:
+    """Place a mean score between the base model and the real photos: 0 at `floor`, 1 at `ceiling`, outside is possible.
+
+    Calibrate means, never single images: the mean of ratios follows the images whose floor is nearest the ceiling.
+    """
+    if not all(map(math.isfinite, (score, floor, ceiling))):
+        raise ValueError(f"score {score}, floor {floor}, ceiling {ceiling}: expected finite numbers")
+    if ceiling <= floor:
+        raise ValueError(
+            f"ceiling {ceiling:.3f} is not above floor {floor:.3f}: no scale between them; show the raw score"
+        )
+    return (score - floor) / (ceiling - floor)
+
+
+def diversity(generated: torch.Tensor) -> torch.Tensor:
+    """Score variety: 1 - the mean cosine between the seeds of a prompt; (P, S, D), S >= 2, to (P,) in [0, 2].
+
+    It stands for DIV of Ruiz et al. 2022, section 4, which is LPIPS: compare with the base model, not the paper.
+    """
+    return 1 - _mean_cosine(generated, "seeds of a prompt")
+
+
+def nearest(generated: torch.Tensor, real: torch.Tensor) -> Nearest:
+    """Find the photo of `real` (N, D) most similar to each image of `generated` (..., S, D); the first of equals."""
+    best = cosine(generated, real).max(dim=-1)
+    return Nearest(best.values, best.indices)
+
+
+def paired_interval(differences: torch.Tensor, confidence: float = 0.95) -> Interval:
+    """Bound the mean of paired differences by a two-sided t interval.
+
+    Prompts are the unit, not images: seeds of one prompt are not independent, so an interval over images is too narrow.
+
+    Args:
+        differences: (P,), one mean over seeds for each prompt, P >= 2.
+        confidence: In (0, 1); .95 leaves .025 on each side.
+
+    Raises:
+        ValueError: Fewer than 2 prompts, a value that is not finite, or another shape.
+
+    Source: Student 1908; mean +- t[n - 1] * s / sqrt(n), s with n - 1.
+    """
+    if differences.ndim != 1:
+        raise ValueError(f"differences have shape {tuple(differences.shape)}, expected (P,): average over seeds first")
+    n = len(differences)
+    if n < 2:
+        raise ValueError(f"an interval needs at least 2 prompts, got {n}")
+    if not differences.isfinite().all():
+        raise ValueError(f"differences hold NaN or infinity at prompts {_rows(~differences.isfinite())}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence {confidence} is not between 0 and 1")
+    values = differences.double()
+    mean = values.mean().item()
+    half_width = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * values.std().item() / math.sqrt(n)
+    return Interval(mean, mean - half_width, mean + half_width, n)
+
+
+def _mean_cosine(embeddings: torch.Tensor, what: str) -> torch.Tensor:
+    """Average the cosine over the pairs of different rows: (..., A, D), A >= 2, to (...)."""
+    rows = embeddings.shape[-2]
+    if rows < 2:
+        raise ValueError(f"pairs need at least 2 {what}, got {rows}")
+    unit = _unit(embeddings)
+    upper = torch.triu_indices(rows, rows, offset=1)
+    return (unit @ unit.mT).clamp(-1, 1)[..., upper[0], upper[1]].mean(dim=-1)
+
+
+def _unit(embeddings: torch.Tensor) -> torch.Tensor:
+    """Scale rows to length 1, or refuse those that have no direction."""
+    if 0 in embeddings.shape:
+        raise ValueError(f"embeddings of shape {tuple(embeddings.shape)} are empty")
+    length = embeddings.norm(dim=-1)
+    bad = ~length.isfinite() | (length == 0)
+    if bad.any():
+        raise ValueError(f"embeddings hold NaN, infinity or only zeros in rows {_rows(bad)}")
+    return F.normalize(embeddings, dim=-1)
+
+
+def _rows(bad: torch.Tensor) -> str:
+    """Name the first places where `bad` is true."""
+    places = [tuple(place) if len(place) > 1 else place[0] for place in bad.nonzero().tolist()]
+    return ", ".join(map(str, places[:5])) + (f" and {len(places) - 5} more" if len(places) > 5 else "")
