@@ -25,7 +25,8 @@ def grid(
     """Draw a contact sheet: column labels on top, row labels at the left, a caption under each picture.
 
     Labels and captions wrap and a row grows with them, so nothing is cut off. A tile holds its picture whole: a small
-    one (64 px) grows by an integer factor with hard pixels, a large one shrinks.
+    one (64 px) grows by an integer factor with hard pixels, a large one shrinks. Pillow's own font has little beyond
+    ASCII: other letters become boxes.
 
     Args:
         rows: Pictures by row and column; None becomes a grey tile that says "missing".
