@@ -1,0 +1,36 @@
+# What people and CI call. Each target makes .venv itself when it is missing or older than pyproject.toml.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export MLFLOW_DISABLE_TELEMETRY := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export DO_NOT_TRACK := 1
+
+.PHONY: demo test check clean
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:
+	@echo "make demo    personalise the demo subject on the bundled model (minutes, no GPU, no network)"
+	@echo "make test    pass the tests"
+	@echo "make check   style and types"
+
+demo: .venv/ready          ## photos -> evaluated, exported and registered model
+	$(BIN)/dreambooth run biscuit
+
+test: .venv/ready          ## all tests, the slow ones too
+	$(BIN)/python -m pytest
+
+check: .venv/ready         ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[base,dev]'
+	touch $@
+
+clean:                     ## what a run makes; photos, caches of class images and .venv stay
+	rm -rf build models export metrics reports .scratch

@@ -1,0 +1,124 @@
+"""Rows: which picture, in which role, with which weight, stands where in which step. A pure function of the step.
+
+A row carries all that belongs to it, so that nothing is ever paired by its position in a batch. B rows, C latent
+channels, H height, W width of the latents.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dreambooth import rng
+
+Role = Literal["instance", "prior"]
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """What the autoencoder makes of a picture: a normal distribution of latents, in units of the UNet.
+
+    Attributes:
+        mean: (C, H, W) float32.
+        std: (C, H, W) float32; zeros for latents that come from the sampler itself.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture to train on."""
+
+    id: str
+    posterior: Posterior
+    prompt: str
+    role: Role
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sample in a step; `index` is its place in the whole step, whatever the micro-batches and processes."""
+
+    sample: Sample
+    weight: float
+    index: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as tensors, on the CPU, float32."""
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    weights: Tensor
+    is_instance: Tensor
+    prompts: tuple[str, ...]
+
+
+def rows_of_step(
+    step: int,
+    rows_per_step: int,
+    instance: Sequence[Sample],
+    prior: Sequence[Sample],
+    prior_loss_weight: float,
+    seed: int,
+) -> list[Row]:
+    """Choose the rows of one optimizer step.
+
+    Instance and class samples are shuffled apart, each anew when all of its kind were seen.
+
+    Args:
+        step: from 0.
+        rows_per_step: instance rows; as many prior rows follow them when there are prior samples.
+        instance: at least one sample of the subject.
+        prior: samples of the class, or none.
+        prior_loss_weight: weight of each prior row; an instance row weighs 1.
+        seed: of the order.
+    """
+    first = step * rows_per_step
+    rows = [Row(_nth(instance, first + i, seed, "instance-order"), 1.0, i) for i in range(rows_per_step)]
+    if prior:
+        rows += [
+            Row(_nth(prior, first + i, seed, "prior-order"), prior_loss_weight, rows_per_step + i)
+            for i in range(rows_per_step)
+        ]
+    return rows
+
+
+def micro_batches(rows: Sequence[Row], count: int) -> list[list[Row]]:
+    """Deal the rows of a step into `count` equal parts, each with its share of instance and of prior rows."""
+    by_role = [[row for row in rows if row.sample.role == role] for role in ("instance", "prior")]
+    parts = []
+    for part in range(count):
+        shares = [
+            role_rows[part * len(role_rows) // count : (part + 1) * len(role_rows) // count] for role_rows in by_role
+        ]
+        parts.append([row for share in shares for row in share])
+    return parts
+
+
+def collate(rows: Sequence[Row], step: int, num_train_timesteps: int, seed: int) -> Batch:
+    """Draw what is random in a step's rows and stack them; each row's draws follow from (seed, step, index) alone."""
+    indices = [row.index for row in rows]
+    shape = rows[0].sample.posterior.mean.shape
+    mean = torch.stack([row.sample.posterior.mean for row in rows])
+    std = torch.stack([row.sample.posterior.std for row in rows])
+    return Batch(
+        latents=mean + std * rng.normal(shape, seed, "posterior", step, indices),
+        noise=rng.normal(shape, seed, "noise", step, indices),
+        timesteps=rng.integers(num_train_timesteps, seed, "timestep", step, indices),
+        weights=torch.tensor([row.weight for row in rows]),
+        is_instance=torch.tensor([row.sample.role == "instance" for row in rows]),
+        prompts=tuple(row.sample.prompt for row in rows),
+    )
+
+
+def _nth(samples: Sequence[Sample], n: int, seed: int, purpose: str) -> Sample:
+    """Return the n-th sample of an endless sequence of shuffled epochs."""
+    epoch, position = divmod(n, len(samples))
+    return samples[rng.permutation(len(samples), seed, purpose, epoch)[position]]

@@ -1,0 +1,235 @@
+"""Turn photos on disk into upright sRGB pictures; refuse what is no photo, and say why for every file at once.
+
+Pictures are PIL images of mode RGB; W width, H height, in pixels.
+"""
+
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from scipy.fft import dctn
+
+from dreambooth.errors import PhotosError, SubjectError
+from dreambooth.folders import read_manifest
+from dreambooth.params import Photos
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+# Pictures that we do not read: whoever puts one there means it, so it is named and not passed over.
+FOREIGN_SUFFIXES = frozenset({".avif", ".bmp", ".cr2", ".dng", ".eps", ".gif", ".heic", ".heif", ".jp2", ".jxl"}) | {
+    ".nef", ".psd", ".raw", ".svg", ".tga", ".tif", ".tiff"
+}  # fmt: skip
+_HASH_SIDE = 32  # pixels of the grey thumbnail that is transformed; the 8 x 8 lowest frequencies count
+_GPS = 0x8825  # EXIF tag of the position
+
+
+@dataclass(frozen=True)
+class PhotoFiles:
+    """What lies in a folder: files that should be photos, and names that are passed over."""
+
+    photos: list[Path]
+    ignored: list[str]
+
+
+@dataclass(frozen=True)
+class PhotoReport:
+    """What was found out about one file."""
+
+    file: str
+    width: int = 0
+    height: int = 0
+    warnings: list[str] = field(default_factory=list)
+    error: str | None = None
+    duplicate_of: str | None = None
+
+    @property
+    def usable(self) -> bool:
+        """Whether the photo goes into the training."""
+        return self.error is None and self.duplicate_of is None
+
+
+class _UnusableError(Exception):
+    """One file that cannot be used; the message says why."""
+
+
+def find_photos(folder: Path) -> PhotoFiles:
+    """List a subject's folder: the photos by name, and what is passed over (hidden files, notes, folders, links)."""
+    if not folder.is_dir():
+        raise SubjectError(f"{folder} does not exist; put the photos there, or: dreambooth add ID PHOTOS --class-noun")
+    photos, ignored = [], []
+    for path in sorted(folder.iterdir()):
+        is_photo = path.suffix.lower() in PHOTO_SUFFIXES | FOREIGN_SUFFIXES and not path.name.startswith(".")
+        if is_photo and path.is_file() and not path.is_symlink():
+            photos.append(path)
+        else:
+            ignored.append(path.name)
+    return PhotoFiles(photos, ignored)
+
+
+def open_image(path: Path, limits: Photos) -> Image.Image:
+    """Read a photo: allowed format by content, within the limits, decoded to the last byte, upright, sRGB, on white.
+
+    Returns:
+        An RGB picture made of pixels alone: no EXIF, no comment, no profile.
+
+    Raises:
+        PhotosError: what is wrong with this file.
+    """
+    try:
+        return _open(path, limits)[0]
+    except _UnusableError as error:
+        raise PhotosError([f"{path}: {error}"]) from None
+
+
+def check_photos(folder: Path, limits: Photos) -> list[PhotoReport]:
+    """Decode every photo of a folder and report on each; one bad file does not hide the next."""
+    reports: list[PhotoReport] = []
+    seen: list[tuple[str, NDArray[np.bool_]]] = []
+    for path in find_photos(folder).photos:
+        report, hashes = _check_one(path, limits)
+        twin = next((name for name, other in seen if _distance(hashes, other) <= limits.duplicate_distance), None)
+        if report.error is None and twin is not None:
+            report = PhotoReport(report.file, report.width, report.height, report.warnings, duplicate_of=twin)
+        elif report.error is None:
+            seen.append((path.name, hashes[0]))
+        reports.append(report)
+    return reports
+
+
+def require_usable(reports: Sequence[PhotoReport], folder: Path, limits: Photos) -> list[PhotoReport]:
+    """Return the usable reports, or raise PhotosError that names every file that is not and the counts that are not."""
+    problems = [f"{folder / report.file}: {report.error}" for report in reports if report.error]
+    usable = [report for report in reports if report.usable]
+    duplicates = sum(report.duplicate_of is not None for report in reports)
+    if len(usable) < limits.min_count:
+        dropped = f" after {duplicates} duplicates were dropped" if duplicates else ""
+        problems.append(
+            f"{folder} has {len(usable)} usable photos (.jpg .jpeg .png .webp){dropped}, fewer than "
+            f"{limits.min_count}; put 3 to 10 there"
+        )
+    if len(usable) > limits.max_count:
+        problems.append(f"{folder} has {len(usable)} photos, more than photos.max_count {limits.max_count}")
+    if problems:
+        raise PhotosError(problems)
+    return usable
+
+
+def read_prepared(folder: Path) -> dict[str, Image.Image]:
+    """Read the pictures that `validate` has made, by name, in the order of its manifest."""
+    names = [entry["file"] for entry in read_manifest(folder)["photos"]]
+    return {name: Image.open(folder / name, formats=["PNG"]).convert("RGB") for name in names}
+
+
+def to_square(image: Image.Image, resolution: int) -> Image.Image:
+    """Scale the shorter side to `resolution` (Lanczos) and cut the middle square out."""
+    return ImageOps.fit(image, (resolution, resolution), method=Image.Resampling.LANCZOS)
+
+
+def perceptual_hash(image: Image.Image) -> NDArray[np.bool_]:
+    """Return 63 bits that survive scaling and recompression (Zauner 2010): signs of the lowest DCT coefficients.
+
+    Returns:
+        (63,) whether each of the 8 x 8 lowest coefficients but the mean is above their median.
+    """
+    grey = image.convert("L").resize((_HASH_SIDE, _HASH_SIDE), Image.Resampling.LANCZOS)
+    low = dctn(np.asarray(grey, dtype=np.float64), norm="ortho")[:8, :8].ravel()[1:]
+    return np.asarray(low > np.median(low))
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """Encode a picture as PNG, the same pixels to the same bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=4)
+    return buffer.getvalue()
+
+
+def _check_one(path: Path, limits: Photos) -> tuple[PhotoReport, list[NDArray[np.bool_]]]:
+    """Report on one file, with the perceptual hashes of the picture and of its mirror image."""
+    try:
+        image, has_gps = _open(path, limits)
+    except _UnusableError as error:
+        return PhotoReport(path.name, error=str(error)), []
+    remarks = ["its EXIF tells the place where it was taken (removed in training)"] if has_gps else []
+    aspect = max(image.size) / min(image.size)
+    if aspect > limits.max_aspect:
+        remarks.append(f"{image.width} x {image.height}: the middle square shows 1/{aspect:.1f} of it; crop it by hand")
+    hashes = [perceptual_hash(image), perceptual_hash(ImageOps.mirror(image))]
+    return PhotoReport(path.name, image.width, image.height, remarks), hashes
+
+
+def _distance(hashes: Sequence[NDArray[np.bool_]], other: NDArray[np.bool_]) -> float:
+    return min((float(np.count_nonzero(one != other)) for one in hashes), default=np.inf)
+
+
+def _open(path: Path, limits: Photos) -> tuple[Image.Image, bool]:
+    """Return the picture, and whether its file tells a GPS position."""
+    size = path.stat().st_size
+    if size == 0:
+        raise _UnusableError("is empty (0 bytes); copy the photo again")
+    if size > limits.max_bytes:
+        raise _UnusableError(f"has {size} bytes, more than photos.max_bytes {limits.max_bytes}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own cap follows, and is lower
+            with Image.open(path, formats=FORMATS) as image:
+                _check_size(image, limits)
+                image.load()
+                has_gps = bool(image.getexif().get_ifd(_GPS))
+                return _upright_rgb(image), has_gps
+    except UnidentifiedImageError:
+        raise _UnusableError(f"is no JPEG, PNG or WEBP {_looks_like(path)}; convert it or take it away") from None
+    except Image.DecompressionBombError:
+        raise _UnusableError(f"has more pixels than photos.max_pixels {limits.max_pixels}; scale it down") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise _UnusableError(f"cannot be decoded ({str(error) or type(error).__name__}); copy it again") from None
+
+
+def _check_size(image: Image.Image, limits: Photos) -> None:
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        raise _UnusableError(
+            f"has {width} x {height} pixels, more than photos.max_pixels {limits.max_pixels}; scale it down"
+        )
+    if min(width, height) < limits.min_side:
+        raise _UnusableError(f"is {width} x {height} pixels, its shorter side under photos.min_side {limits.min_side}")
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):  # 16 bits of grey: keep the high byte
+        upright = Image.fromarray((np.asarray(upright).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    if upright.has_transparency_data:
+        layer = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    else:
+        upright = _to_srgb(upright)
+    return Image.fromarray(np.asarray(upright))  # of pixels alone: no comment or profile survives
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    if profile and image.mode in ("RGB", "CMYK"):
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except ImageCms.PyCMSError:
+            return image.convert("RGB")  # a broken profile: the plain conversion is what viewers show
+        return converted if converted is not None else image.convert("RGB")
+    return image.convert("RGB")
+
+
+def _looks_like(path: Path) -> str:
+    with path.open("rb") as file:
+        head = file.read(16)
+    known = {b"GIF8": "GIF", b"%!PS": "EPS", b"8BPS": "PSD", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"BM": "BMP"}
+    name = next((name for magic, name in known.items() if head.startswith(magic)), None)
+    if head[4:8] == b"ftyp":
+        name = "HEIC or AVIF"
+    if name is None:
+        name = "text" if head.isascii() and b"\0" not in head else "unknown"
+    return f"(it looks like {name})"

@@ -1,0 +1,23 @@
+"""Progress bars with an ETA that also read well where there is no terminal."""
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+_LOG_INTERVAL = 5.0  # seconds between two lines in a log
+
+
+def progress_bar(total: int, description: str | None, unit: str) -> "tqdm[Any]":
+    """Return a bar on stderr: live on a terminal, a line every few seconds in a log; None as description hides it."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        desc=description,
+        unit=unit,
+        disable=description is None,
+        dynamic_ncols=terminal,
+        ncols=None if terminal else 80,
+        mininterval=0.1 if terminal else _LOG_INTERVAL,
+        ascii=None if terminal else " =",
+    )

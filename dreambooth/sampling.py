@@ -1,0 +1,168 @@
+"""Draw pictures: prompts and seeds in, images out; one generator an image, guidance in one batched forward pass.
+
+B images of a batch, C latent channels, h and w height and width of the latents, L tokens, D text width.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from dreambooth.models import Model
+from dreambooth.progress import progress_bar
+
+# All of them deterministic: the only noise of an image is its first latent, so that a seed is a picture.
+SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),  # Lu et al. 2022, 2M
+    "ddim": (DDIMScheduler, {"clip_sample": False}),  # Song et al. 2021, eta 0
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),  # Liu et al. 2022, as Stable Diffusion uses it
+    "euler": (EulerDiscreteScheduler, {}),  # Karras et al. 2022, algorithm 2 without churn
+}
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How pictures are drawn; the same settings, prompt and seed give the same picture."""
+
+    scheduler: str
+    num_inference_steps: int
+    guidance_scale: float
+    resolution: int
+    negative_prompt: str = ""
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture and the latents it was decoded from, (C, h, w) float32 in units of the UNet, on the CPU."""
+
+    image: Image.Image
+    latents: Tensor
+
+
+def draw(
+    model: Model,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: SamplerSettings,
+    description: str | None = None,
+) -> list[Image.Image]:
+    """Draw one picture for each prompt and seed.
+
+    Args:
+        model: on its device.
+        prompts: N sentences.
+        seeds: N seeds, one for each prompt.
+        settings: of the sampler.
+        description: shows a progress bar under this name; None shows none.
+    """
+    bar = progress_bar(len(prompts) * settings.num_inference_steps, description, unit="step")
+    with bar:
+        batches = [
+            draw_batch(model, prompts[start : start + settings.batch_size], seeds_of_batch, settings, bar)
+            for start in range(0, len(prompts), settings.batch_size)
+            for seeds_of_batch in [seeds[start : start + settings.batch_size]]
+        ]
+    return [drawing.image for batch in batches for drawing in batch]
+
+
+@torch.inference_mode()
+def draw_batch(
+    model: Model,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: SamplerSettings,
+    bar: "tqdm[Any] | None" = None,
+) -> list[Drawing]:
+    """Draw up to a batch of pictures at once, one for each prompt and seed.
+
+    Args:
+        model: on its device.
+        prompts: B sentences.
+        seeds: B seeds.
+        settings: of the sampler; its batch_size is not looked at.
+        bar: is moved on by B at every step.
+    """
+    scheduler = make_scheduler(settings.scheduler, model.scheduler_config)
+    scheduler.set_timesteps(settings.num_inference_steps, device=model.device)
+    guided = settings.guidance_scale != 1
+    texts = [*[settings.negative_prompt] * len(prompts), *prompts] if guided else list(prompts)
+    prompt_embeds = encode_prompts(model, texts)
+    latents = first_latents(model, seeds, settings.resolution) * scheduler.init_noise_sigma
+    done = 0
+    for i, timestep in enumerate(scheduler.timesteps):
+        rows = scheduler.scale_model_input(latents, timestep)
+        rows = torch.cat([rows, rows]) if guided else rows
+        model_pred = model.unet(rows.to(model.dtype), timestep, prompt_embeds).sample.float()
+        if guided:
+            unconditional, conditional = model_pred.chunk(2)
+            model_pred = guide(unconditional, conditional, settings.guidance_scale)
+        latents = scheduler.step(model_pred, timestep, latents).prev_sample
+        if bar is not None:  # PNDM takes one step more than it was asked for; the bar counts pictures x steps
+            new = min(settings.num_inference_steps, i + 1) * len(seeds)
+            bar.update(new - done)
+            done = new
+    images = decode(model, latents)
+    return [Drawing(image, latent) for image, latent in zip(images, latents.cpu(), strict=True)]
+
+
+def guide(unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
+    """Return u + s (c - u), classifier-free guidance (Ho & Salimans 2022; s = 1 + w there)."""
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def first_latents(model: Model, seeds: Sequence[int], resolution: int) -> Tensor:
+    """Return (B, C, h, w) standard normal float32, each row drawn on the CPU from its own seed."""
+    side = resolution // 2 ** (len(model.vae.config.block_out_channels) - 1)
+    shape = (model.unet.config.in_channels, side, side)
+    rows = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows).to(model.device)
+
+
+def encode_prompts(model: Model, prompts: Sequence[str]) -> Tensor:
+    """Return (B, L, D) prompt_embeds; a prompt that stands twice is encoded once."""
+    unique = list(dict.fromkeys(prompts))
+    embeds: Tensor = model.text_encoder(tokenize(model, unique).to(model.device))[0]
+    return embeds[[unique.index(prompt) for prompt in prompts]]
+
+
+def tokenize(model: Model, prompts: Sequence[str]) -> Tensor:
+    """Return (B, L) input_ids, padded and cut to the tokenizer's length."""
+    length = model.tokenizer.model_max_length
+    encoded = model.tokenizer(
+        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    )
+    input_ids: Tensor = encoded.input_ids
+    return input_ids
+
+
+def decode(model: Model, latents: Tensor) -> list[Image.Image]:
+    """Turn (B, C, h, w) latents in units of the UNet into B pictures.
+
+    A picture that is not finite comes back black, and is rejected where it matters.
+    """
+    scaled = (latents / model.vae.config.scaling_factor).to(model.dtype)
+    pixels = model.vae.decode(scaled).sample.float().nan_to_num(-1)
+    levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return [Image.fromarray(np.ascontiguousarray(array)) for array in levels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def make_scheduler(name: str, config: dict[str, Any]) -> Any:
+    """Build a solver by name on the noise schedule of a model."""
+    scheduler_class, options = SCHEDULERS[name]
+    known = inspect.signature(scheduler_class.__init__).parameters
+    shared = {key: value for key, value in config.items() if key in known}
+    return scheduler_class(**shared | options)
+
+
+def batches(count: int, batch_size: int) -> Iterator[range]:
+    """Yield the index ranges of whole batches that cover 0..count-1; the last may reach beyond."""
+    for start in range(0, count, batch_size):
+        yield range(start, start + batch_size)

@@ -1,0 +1,30 @@
+"""Turn the trained parts and the base model into a pipeline that diffusers loads, with its card."""
+
+import json
+from pathlib import Path
+
+from dreambooth.export import write_export
+from dreambooth.folders import new_folder, read_manifest
+from dreambooth.models import model_hash, resolve_model
+from dreambooth.params import Params
+from stages.entry import main, say
+
+INPUTS = ("models/{id}", "metrics/{id}.json", "data/base")
+OUTPUTS = ("export/{id}",)
+
+
+def run(params: Params, subject_id: str, root: Path) -> None:
+    """Write export/<id>/: a StableDiffusionPipeline in safetensors, generation.json, README.md, manifest."""
+    base = resolve_model(params.base.pretrained_model_name_or_path, params.base.revision, root)
+    trained = root / INPUTS[0].format(id=subject_id)
+    fingerprint = read_manifest(trained)["fingerprint"]
+    metrics = json.loads((root / INPUTS[1].format(id=subject_id)).read_text(encoding="utf-8"))
+    base_hash = model_hash(base)
+    about = {"base": base_hash, "model": fingerprint, "subject": subject_id}
+    with new_folder(root / OUTPUTS[0].format(id=subject_id), about) as target:
+        write_export(target, base, trained, subject_id, params, base_hash, metrics)
+    say(f"export {subject_id}: {OUTPUTS[0].format(id=subject_id)}")
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,96 @@
+"""Turn the pictures of a subject and the class images into the trained parts of its model, and their loss curve."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import safetensors.torch
+
+from dreambooth import prompts
+from dreambooth.dataset import Sample
+from dreambooth.folders import new_folder, read_manifest, scratch_folder, sha256_of
+from dreambooth.images import read_prepared, to_square
+from dreambooth.latents import encode_images
+from dreambooth.models import DTYPES, Model, load_model, model_hash, resolve_model, save_trained
+from dreambooth.params import Params
+from dreambooth.priors import as_posterior
+from dreambooth.tracking import open_run
+from dreambooth.training import StepRecord, max_train_steps, train
+from stages.entry import main, say
+
+INPUTS = ("build/{id}/instance", "build/classes/{class_id}", "data/base")
+OUTPUTS = ("models/{id}",)
+
+
+def run(params: Params, subject_id: str, root: Path) -> None:
+    """Write models/<id>/: unet/, text_encoder/ where it was trained, loss.csv, manifest with the fingerprint."""
+    base = resolve_model(params.base.pretrained_model_name_or_path, params.base.revision, root)
+    about = _inputs(params, subject_id, root, model_hash(base))
+    model = load_model(base)
+    instance = _instance_samples(params, subject_id, root, model, model_hash(base, ["vae"]))
+    prior = _prior_samples(params, subject_id, root) if params.train.prior_loss_weight > 0 else []
+    model.vae = None  # all latents are known: its memory is free for the training
+    say(
+        f"train {subject_id}: {len(instance)} photos, {len(prior)} class images, "
+        f"{max_train_steps(params.train, len(instance))} steps on {model.device}"
+    )
+    with (
+        open_run(root, key=about["fingerprint"], name=subject_id, tags={"subject": subject_id}) as tracked,
+        new_folder(root / OUTPUTS[0].format(id=subject_id), about) as target,
+    ):
+        tracked.params(_flat(params, subject_id))
+        history = train(model, instance, prior, params.train, lambda records: _track(tracked, records))
+        save_trained(model, target, DTYPES[params.train.save_dtype], params.train.train_text_encoder)
+        pd.DataFrame(map(asdict, history)).to_csv(target / "loss.csv", index=False)
+
+
+def _inputs(params: Params, subject_id: str, root: Path, base_hash: str) -> dict[str, Any]:
+    """Say what the training depends on; its hash is the fingerprint that later stages find the run by."""
+    subject = params.subject(subject_id)
+    folders = {"instance": root / INPUTS[0].format(id=subject_id)}
+    if params.train.prior_loss_weight > 0:
+        folders["prior"] = root / INPUTS[1].format(class_id=subject.class_id)
+    inputs = {
+        "base": base_hash,
+        "subject": subject_id,
+        "identifier": subject.identifier,
+        "class_noun": params.class_of(subject_id).class_noun,
+        "resolution": params.base.resolution,
+        "train": params.train.model_dump(),
+        **{name: sha256_of(read_manifest(folder)["files"]) for name, folder in folders.items()},
+    }
+    return {"fingerprint": sha256_of(inputs), "inputs": inputs}
+
+
+def _instance_samples(params: Params, subject_id: str, root: Path, model: Model, vae_hash: str) -> list[Sample]:
+    pictures = read_prepared(root / INPUTS[0].format(id=subject_id))
+    images = [to_square(picture, params.base.resolution) for picture in pictures.values()]
+    posteriors, reused = encode_images(model, images, vae_hash, scratch_folder(root) / "latents" / subject_id)
+    say(f"train {subject_id}: latents: {reused} reused, {len(images) - reused} encoded")
+    prompt = prompts.instance_prompt(params.subject(subject_id).identifier, params.class_of(subject_id).class_noun)
+    return [Sample(name, posterior, prompt, "instance") for name, posterior in zip(pictures, posteriors, strict=True)]
+
+
+def _prior_samples(params: Params, subject_id: str, root: Path) -> list[Sample]:
+    folder = root / INPUTS[1].format(class_id=params.subject(subject_id).class_id)
+    latents = safetensors.torch.load_file(folder / "latents.safetensors")["latents"]
+    prompt = prompts.class_prompt(params.class_of(subject_id).class_noun)
+    return [Sample(f"{i:05d}.png", as_posterior(latent), prompt, "prior") for i, latent in enumerate(latents)]
+
+
+def _track(tracked: Any, records: list[StepRecord]) -> None:
+    for record in records:
+        values = asdict(record)
+        tracked.metrics({name: value for name, value in values.items() if name != "step"}, step=values["step"])
+
+
+def _flat(params: Params, subject_id: str) -> dict[str, Any]:
+    sections = {"base": params.base, "prior": params.prior, "train": params.train}
+    flat = {f"{name}.{key}": value for name, part in sections.items() for key, value in part.model_dump().items()}
+    subject = params.subject(subject_id)
+    return flat | {"subject": subject_id, "identifier": subject.identifier, "class": subject.class_id}
+
+
+if __name__ == "__main__":
+    main(run)
