@@ -1,0 +1,123 @@
+"""Serve an export through MLflow: prompts in, PNG bytes out; over HTTP the bytes are base64 text.
+
+MLflow stores this file beside the export and runs it to get the model ("models from code": nothing is pickled).
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature, set_model
+from mlflow.pyfunc import PythonModel
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types.schema import AnyType
+
+from dreambooth.export import GENERATION
+from dreambooth.folders import read_manifest
+from dreambooth.images import png_bytes
+from dreambooth.models import DTYPES, load_model
+from dreambooth.sampling import SCHEDULERS, SamplerSettings, draw
+
+ARTIFACT = "pipeline"
+MAX_PICTURES = 64  # of one call
+PARAM_TYPES = {
+    "seed": DataType.long,
+    "num_inference_steps": DataType.long,
+    "guidance_scale": DataType.double,
+    "scheduler": DataType.string,
+    "resolution": DataType.long,
+    "negative_prompt": DataType.string,
+}
+
+
+def signature(folder: Path) -> ModelSignature:
+    """Return what the model of an export takes and gives: every parameter has a default, that of the export."""
+    defaults = _generation(folder) | {"seed": 0}
+    params = [ParamSpec(name, kind, kind.to_python()(defaults[name])) for name, kind in PARAM_TYPES.items()]
+    return ModelSignature(
+        inputs=Schema([ColSpec(AnyType(), "prompt"), ColSpec(AnyType(), "negative_prompt", required=False)]),
+        outputs=Schema([ColSpec(DataType.binary)]),
+        params=ParamSchema(params),
+    )
+
+
+class PictureModel(PythonModel):  # type: ignore[misc]  # mlflow has no types
+    """Draw pictures with an export; the same prompt, seed and parameters give the same bytes on one machine."""
+
+    def load_context(self, context: Any) -> None:
+        """Load the export after every file of it was found whole."""
+        folder = Path(context.artifacts[ARTIFACT])
+        read_manifest(folder)
+        self._defaults = _generation(folder)
+        self._model = load_model(folder, DTYPES[self._defaults.get("inference_dtype", "float32")])
+
+    def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[bytes]:
+        """Draw prompt i with seed + i, each picture alone, so that it does not depend on what else is asked for.
+
+        Args:
+            model_input: rows with `prompt`, a sentence or a list of them, and maybe `negative_prompt`; a dictionary
+                or a list of either does as well.
+            params: seed, and what stands in generation.json: num_inference_steps, guidance_scale, scheduler,
+                resolution, negative_prompt.
+
+        Returns:
+            A PNG for each prompt.
+        """
+        wanted = self._defaults | {"seed": 0} | {k: v for k, v in (params or {}).items() if v is not None}
+        settings = _settings(wanted)
+        prompts = list(_prompts(model_input))
+        _require(1 <= len(prompts) <= MAX_PICTURES, f"prompt: give 1 to {MAX_PICTURES} (got {len(prompts)})")
+        seeds = range(wanted["seed"], wanted["seed"] + len(prompts))
+        _require(seeds.start >= 0 and seeds.stop <= 2**63, f"seed: should be in 0..2^63-1 (got {wanted['seed']})")
+        pictures = []
+        for (prompt, negative), seed in zip(prompts, seeds, strict=True):
+            own = settings if negative is None else replace(settings, negative_prompt=negative)
+            pictures += draw(self._model, [prompt], [seed], own)
+        return [png_bytes(picture) for picture in pictures]
+
+
+def _settings(wanted: Mapping[str, Any]) -> SamplerSettings:
+    """Check what may come from anyone: a request must not occupy the server for days."""
+    steps, resolution, guidance = wanted["num_inference_steps"], wanted["resolution"], wanted["guidance_scale"]
+    _require(1 <= steps <= 1000, f"num_inference_steps: should be 1 to 1000 (got {steps})")
+    _require(
+        32 <= resolution <= 2048 and resolution % 8 == 0,
+        f"resolution: should be a multiple of 8 from 32 to 2048 (got {resolution})",
+    )
+    _require(0 <= guidance <= 50, f"guidance_scale: should be 0 to 50 (got {guidance})")
+    _require(
+        wanted["scheduler"] in SCHEDULERS,
+        f"scheduler: should be one of {', '.join(SCHEDULERS)} (got {wanted['scheduler']!r})",
+    )
+    return SamplerSettings(wanted["scheduler"], steps, guidance, resolution, wanted["negative_prompt"], batch_size=1)
+
+
+def _prompts(model_input: Any) -> Iterator[tuple[str, str | None]]:
+    """Yield each prompt with its negative prompt, None where the row has none."""
+    if isinstance(model_input, pd.DataFrame):
+        model_input = model_input.to_dict("records")
+    for row in [model_input] if isinstance(model_input, str | Mapping) else model_input:
+        cells = row if isinstance(row, Mapping) else {"prompt": row}
+        cell, negative = cells.get("prompt"), cells.get("negative_prompt")
+        for prompt in cell if isinstance(cell, Sequence | np.ndarray) and not isinstance(cell, str) else [cell]:
+            _require(isinstance(prompt, str), f"prompt: should be a sentence or a list of them (got {prompt!r})")
+            yield str(prompt), negative if isinstance(negative, str) else None
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / GENERATION).read_text(encoding="utf-8"))
+    return content
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise MlflowException.invalid_parameter_value(message)
+
+
+if __name__ != "dreambooth.serving":  # run by MLflow under a name of its own
+    set_model(PictureModel())
