@@ -399,7 +399,7 @@ def _experiment(client: "MlflowClient", root: Path, uri: str) -> str:
 def _check_server(uri: str) -> None:
     """Raise OSError when nobody answers: MLflow itself would try for minutes."""
     try:
-        with urllib.request.urlopen(uri, timeout=CONNECT_SECONDS):
+        with urllib.request.urlopen(re.sub(r"//[^/@]+@", "//", uri), timeout=CONNECT_SECONDS):
             pass
     except urllib.error.HTTPError:
         pass  # an answer
