@@ -1,0 +1,179 @@
+"""Run one stage through DVC in a child process, line by line, so that DVC alone decides what is up to date."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil  # type: ignore[import-untyped]
+
+from dreambooth.errors import PipelineError
+
+Outcome = Literal["ran", "restored", "unchanged"]
+RESUME = 75  # exit code of a stage that was told to stop and saved its state (EX_TEMPFAIL)
+_KEPT_LINES = 500
+_BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")
+_LONGEST_PAUSE = 30.0  # seconds
+_GRACE = 30.0  # seconds a stage has to save its state: a training finishes its step first
+_CHATTER = ("> ", "ERROR: failed to ", "Running stage ", "Updating lock file", "Generating lock file", "Use `dvc ")
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """What became of one stage."""
+
+    stage: str
+    outcome: Outcome
+    """ran; restored: DVC had the outputs of the same inputs; unchanged: they lay there already."""
+    seconds: float
+    note: str = ""
+    """The line in which a stage counts what it reused and made."""
+
+
+class DvcRunner:
+    """Runs stages of one project, several at once if need be, and can stop all of them.
+
+    Args:
+        root: the folder with dvc.yaml.
+        patience: seconds to wait for another process that works on the same files.
+        sleep: how to wait; a test passes its own.
+    """
+
+    def __init__(self, root: Path, patience: float = 3600.0, sleep: Callable[[float], object] = time.sleep) -> None:
+        self.root = root
+        self.patience = patience
+        self._sleep = sleep
+        self._children: set[int] = set()
+        self._stopped = threading.Event()
+
+    def run(self, stage: str, say: Callable[[str], object]) -> StageRun:
+        """Bring one stage up to date; its upstream stages must be.
+
+        Args:
+            stage: as DVC addresses it, `train@biscuit`.
+            say: receives every line as it comes.
+
+        Raises:
+            PipelineError: it failed, or the files stayed busy; with the last words of the stage.
+        """
+        started = time.monotonic()
+        for pause in _pauses(self.patience):
+            code, lines = self._once(stage, say)
+            if code == 0:
+                return StageRun(stage, _outcome(lines), time.monotonic() - started, _note(lines))
+            if self._stopped.is_set() or not _is_busy(lines):
+                break
+            say(f"{stage}: another process works on the same files; trying again in {pause:.0f} s")
+            self._sleep(pause)
+        raise PipelineError(f"{stage}: {_reason(code, lines)}")
+
+    def stop(self) -> None:
+        """Stop the stages that run, and start no more: each may save its state first."""
+        self._stopped.set()
+        for pid in list(self._children):
+            _stop_tree(pid)
+
+    def _once(self, stage: str, say: Callable[[str], object]) -> tuple[int, list[str]]:
+        if self._stopped.is_set():
+            raise PipelineError(f"{stage}: not started, the run was stopped; run it again")
+        lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        # The same session and process group on purpose: whoever stops the group stops the stage with it.
+        with subprocess.Popen(
+            [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage],
+            cwd=self.root,
+            env=child_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        ) as child:
+            self._children.add(child.pid)
+            try:
+                for line in _lines(child):
+                    lines.append(line)
+                    say(line)
+                child.wait()
+            except BaseException:
+                _stop_tree(child.pid)
+                raise
+            finally:
+                self._children.discard(child.pid)
+        return child.returncode, list(lines)
+
+
+def child_environment() -> dict[str, str]:
+    """Return the environment of DVC and its stages: `python` is this one, lines come at once, nothing is reported."""
+    here = str(Path(sys.executable).parent)
+    path = os.pathsep.join([here, os.environ.get("PATH", os.defpath)])
+    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "DVC_NO_ANALYTICS": "1"}
+
+
+def _lines(child: "subprocess.Popen[str]") -> Iterator[str]:
+    """Yield what a child prints; text mode makes lines of the carriage returns of a progress bar."""
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.strip():
+            yield line.rstrip()
+
+
+def _pauses(patience: float) -> Iterator[float]:
+    """Yield 1, 2, 4, ... seconds, at most 30 each, until their sum reaches the patience."""
+    pause, waited = 1.0, 0.0
+    while waited < patience or not waited:
+        yield pause
+        waited += pause
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _is_busy(lines: list[str]) -> bool:
+    return any(line.startswith("ERROR: ") and busy in line for line in lines for busy in _BUSY)
+
+
+def _outcome(lines: list[str]) -> Outcome:
+    if any(line.startswith(("Running stage ", "Verifying data sources")) for line in lines):
+        return "ran"
+    return "restored" if any(line.endswith("checking out outputs") for line in lines) else "unchanged"
+
+
+def _note(lines: list[str]) -> str:
+    return next((line for line in reversed(lines) if " reused" in line and line.startswith("prior ")), "")
+
+
+def _reason(code: int, lines: list[str]) -> str:
+    """Say why a stage failed: its own E_CODE lines, else its last words, else DVC's."""
+    exited = next((line.rpartition("exited with ")[2] for line in reversed(lines) if "exited with " in line), str(code))
+    if exited == str(RESUME):
+        return "stopped with its state saved; run it again to continue"
+    if _is_busy(lines):
+        return " ".join(line.strip() for line in lines if "busy" in line or "(PID" in line)
+    codes = [line for line in lines if line.startswith("E_")]
+    own = [line for line in lines if not line.startswith(_CHATTER)]
+    told = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return f"{' | '.join(codes or own[-1:] or told[-1:] or ['it said nothing'])} (exit {exited})"
+
+
+def _stop_tree(pid: int) -> None:
+    """End a child and all below it: the stage first, so that DVC sees it end and frees its locks."""
+    try:
+        parent = psutil.Process(pid)
+        below = parent.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return
+    for process in below or [parent]:
+        _signal(process.terminate)
+    _, alive = psutil.wait_procs([*below, parent], timeout=_GRACE)
+    for process in alive:
+        _signal(process.kill)
+
+
+def _signal(send: Callable[[], object]) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        send()

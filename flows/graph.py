@@ -1,0 +1,209 @@
+"""Read from DVC which stages a project has, what each one waits for, and which are out of date.
+
+dvc.yaml is the only topology and DVC's hashes are the only "up to date?": nothing of either is kept elsewhere.
+"""
+
+import heapq
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dreambooth.errors import PipelineError, SubjectError
+from dreambooth.params import load_params
+from flows.project import PARAMS
+
+PRIOR = "prior"
+DATA_SUFFIX = ".dvc"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A node of the graph: an entry of dvc.yaml, or a .dvc file of data."""
+
+    name: str
+    """As DVC addresses it: train@biscuit, data/subjects/biscuit.dvc."""
+    upstream: tuple[str, ...] = ()
+    """The stages whose outputs it reads."""
+    reasons: tuple[str, ...] = ()
+    """What changed since it last ran; empty if nothing did."""
+    stale: bool = False
+    """Whether it, or a stage above it, changed."""
+
+    @property
+    def entry(self) -> str:
+        """The entry of dvc.yaml: train of train@biscuit."""
+        return self.name.partition("@")[0]
+
+    @property
+    def key(self) -> str:
+        """The subject or the class: biscuit of train@biscuit; empty without one."""
+        return self.name.partition("@")[2]
+
+    @property
+    def is_prior(self) -> bool:
+        """Whether it makes the class images that subjects share."""
+        return self.entry == PRIOR
+
+    @property
+    def is_data(self) -> bool:
+        """Whether it is a .dvc file, which has no command."""
+        return self.name.endswith(DATA_SUFFIX)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The stages in an order in which they can run: data first, then priors, then subject after subject."""
+
+    stages: tuple[Stage, ...]
+
+    @classmethod
+    def load(cls, root: Path) -> "Graph":
+        """Read dvc.yaml and compare every stage with the disk; takes DVC's lock for that moment.
+
+        Raises:
+            ParamsError: params.yaml is at fault.
+            PipelineError: dvc.yaml or the checkout is.
+        """
+        with _one_line_errors(root):
+            from dvc.repo import Repo, lock_repo
+
+            with Repo(str(root), _wait_for_lock=True) as repo, lock_repo(repo):
+                graph = repo.index.graph
+                upstream = {_address(node): [_address(above) for above in graph.successors(node)] for node in graph}
+                reasons = {_address(node): _reasons(node, root) for node in graph}
+        return cls.of(upstream, reasons)
+
+    @classmethod
+    def of(cls, upstream: Mapping[str, Iterable[str]], reasons: Mapping[str, Iterable[str]]) -> "Graph":
+        """Order the stages, and call stale what changed and everything below it."""
+        stages: dict[str, Stage] = {}
+        for name in _in_order(upstream):
+            above = tuple(sorted(upstream[name]))
+            why = tuple(reasons.get(name, ()))
+            stages[name] = Stage(name, above, why, bool(why) or any(stages[one].stale for one in above))
+        return cls(tuple(stages.values()))
+
+    def __getitem__(self, name: str) -> Stage:
+        return next(stage for stage in self.stages if stage.name == name)
+
+    @property
+    def stale(self) -> tuple[Stage, ...]:
+        """What would run, in order."""
+        return tuple(stage for stage in self.stages if stage.stale)
+
+    def of_subject(self, subject_id: str) -> tuple[Stage, ...]:
+        """Return the stages of one subject, without those it shares."""
+        return tuple(stage for stage in self.stages if stage.key == subject_id and not stage.is_prior)
+
+    def select(self, subjects: Iterable[str]) -> "Graph":
+        """Keep the stages of these subjects and all that they are made from.
+
+        Raises:
+            SubjectError: dvc.yaml makes no stage for one of them.
+        """
+        upstream = {stage.name: stage.upstream for stage in self.stages}
+        wanted: set[str] = set()
+        for subject_id in subjects:
+            own = [stage.name for stage in self.of_subject(subject_id)]
+            if not own:
+                known = sorted({stage.key for stage in self.stages if stage.key and not stage.is_prior})
+                raise SubjectError(f"dvc.yaml has no stage for {subject_id!r}; known: {', '.join(known) or 'none'}")
+            wanted |= _with_ancestors(own, upstream)
+        return Graph(tuple(stage for stage in self.stages if stage.name in wanted))
+
+
+def _in_order(upstream: Mapping[str, Iterable[str]]) -> Iterator[str]:
+    """Yield every stage after all that it waits for; of those that could come next the least by rank."""
+    waiting = {name: len(set(above)) for name, above in upstream.items()}
+    below: dict[str, list[str]] = {name: [] for name in upstream}
+    for name, above in upstream.items():
+        for one in set(above):
+            below[one].append(name)
+    ready = [(_rank(name), name) for name, count in waiting.items() if not count]
+    heapq.heapify(ready)
+    while ready:
+        _, first = heapq.heappop(ready)
+        yield first
+        for name in below[first]:
+            waiting[name] -= 1
+            if not waiting[name]:
+                heapq.heappush(ready, (_rank(name), name))
+
+
+def _rank(name: str) -> tuple[int, str, str]:
+    """Data, then priors, then subject after subject: the first subject is done before the last one starts."""
+    stage = Stage(name)
+    return (0 if stage.is_data else 1 if stage.is_prior else 2, stage.key, stage.entry)
+
+
+def _with_ancestors(names: Iterable[str], upstream: Mapping[str, Iterable[str]]) -> set[str]:
+    found: set[str] = set()
+    open_ = list(names)
+    while open_:
+        name = open_.pop()
+        if name not in found:
+            found.add(name)
+            open_ += upstream[name]
+    return found
+
+
+def _address(node: Any) -> str:
+    """Return what `dvc repro` calls a stage in the root; DVC's own `addressing` depends on the current folder."""
+    where = Path(node.path_in_repo).as_posix()
+    if where.endswith(DATA_SUFFIX):
+        return where
+    return str(node.name) if where == "dvc.yaml" else f"{where}:{node.name}"
+
+
+def _reasons(node: Any, root: Path) -> list[str]:
+    """Say in words what DVC finds changed; a stage that another process is running counts as changed."""
+    from dvc.lock import LockError
+
+    try:
+        status = node.status(check_updates=False)
+    except LockError:
+        return ["running in another process"]
+    if status and node.deps and not any(dep.hash_info for dep in node.deps):
+        return ["never ran"]
+    return [word for entries in status.values() for entry in entries for word in _words(entry, root)]
+
+
+def _words(entry: Any, root: Path) -> Iterator[str]:
+    """Yield "train.learning_rate modified" from {"changed deps": {"params.yaml": {"train.learning_rate": ...}}}."""
+    if not isinstance(entry, dict):
+        yield str(entry)
+        return
+    for changes in entry.values():
+        for path, change in changes.items():
+            if isinstance(change, dict):
+                yield from (f"{key} {how}" for key, how in change.items())
+            else:
+                yield f"{_from_root(path, root)} {change}"
+
+
+def _from_root(path: str, root: Path) -> str:
+    absolute = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow the links of a data folder
+    return absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else path
+
+
+@contextmanager
+def _one_line_errors(root: Path) -> Iterator[None]:
+    """Turn what DVC raises into our errors; a fault of params.yaml is told by our own reader, with every field."""
+    from dvc.exceptions import DvcException, NotDvcRepoError
+
+    try:
+        yield
+    except NotDvcRepoError:
+        raise PipelineError(f"{root} has no .dvc folder; run there: dvc init (with --no-scm outside of git)") from None
+    except DvcException as error:
+        load_params(root / PARAMS)
+        raise PipelineError(f"{' '.join(str(error).split())}{_cause(error)}; mend dvc.yaml in {root}") from None
+
+
+def _cause(error: BaseException) -> str:
+    """Return what DVC keeps out of its message: the line that YAML or the schema stumbled over."""
+    cause = error.__cause__
+    return f": {' '.join(str(cause).split())}" if cause is not None and str(cause) else ""

@@ -1,0 +1,208 @@
+"""Bring subjects up to date as a Prefect flow: one task for each stale stage of DVC, then the registration.
+
+Without a server: python -m flows.personalize biscuit
+"""
+
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
+from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectNotFound
+from prefect.futures import PrefectFuture, wait
+from prefect.states import Failed
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from dreambooth.errors import DreamboothError, PipelineError
+from dreambooth.params import Params, load_params
+from flows import summary
+from flows.dvcrun import DvcRunner, StageRun
+from flows.graph import Graph
+from flows.project import PARAMS, choose_subjects, find_root
+
+if TYPE_CHECKING:
+    from dreambooth.registry import RegisteredVersion
+
+GPU = "gpu"
+GPU_ENTRIES = frozenset({"prior", "train", "evaluate"})
+Turn = Literal["server", "process", "none"]
+AT_ONCE = 8  # stages that wait or run at a time; those of GPU_ENTRIES take turns
+_local_gpu = threading.Lock()
+_registering = threading.Lock()  # the first one migrates MLflow's database, and two at once would crash
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a flow run did."""
+
+    runs: tuple[StageRun, ...] = ()
+    versions: "tuple[RegisteredVersion, ...]" = ()
+    failures: tuple[str, ...] = ()
+    """A line for each stage or registration that failed, and why; those that waited for it are not listed."""
+
+
+@task(task_run_name="{stage}", cache_policy=NO_CACHE, persist_result=False)
+def bring_up_to_date(stage: str, runner: DvcRunner, turn: Turn) -> "StageRun | State[Any]":
+    """Run one stage through DVC and log its lines; a failed stage is a failed task without a traceback."""
+    try:
+        with _gpu(turn):
+            return runner.run(stage, get_run_logger().info)
+    except DreamboothError as error:
+        return Failed(message=str(error))
+
+
+@task(task_run_name="register {subject_id}", cache_policy=NO_CACHE, persist_result=False)
+def register(subject_id: str, root: Path) -> "RegisteredVersion | State[Any]":
+    """Register the export of one subject; the same export is the same version."""
+    from dreambooth import registry
+
+    try:
+        with _registering:
+            version = registry.register(root, subject_id)
+    except DreamboothError as error:
+        return Failed(message=f"register {subject_id}: {error.code}: {error}")
+    how = "registered" if version.created else "was registered before"
+    get_run_logger().info("models:/%s version %s %s", version.name, version.version, how)
+    return version
+
+
+@flow(name="personalize", task_runner=ThreadPoolTaskRunner(max_workers=AT_ONCE), persist_result=False)  # type: ignore[arg-type]
+def personalize(subject: str | list[str] | None = None, root: str | None = None) -> Any:
+    """Run what is out of date for one, several or all subjects; one that fails does not stop the others.
+
+    Args:
+        subject: an id, or several; None for all in params.yaml.
+        root: folder of the project; None looks in DREAMBOOTH_HOME, here, and above.
+    """
+    try:
+        project = find_root(root)
+        params = load_params(project / PARAMS)
+        subjects = choose_subjects(params, [subject] if isinstance(subject, str) else subject or [])
+        graph = Graph.load(project).select(subjects)
+    except DreamboothError as error:
+        return Failed(message=f"{error.code}: {error}")
+    _announce(project, graph)
+    runner = DvcRunner(project)
+    try:
+        stages = _submit_stages(graph, runner)
+        versions = {subject_id: _submit_registration(subject_id, project, graph, stages) for subject_id in subjects}
+        futures: list[PrefectFuture[Any]] = [*stages.values(), *versions.values()]
+        wait(futures)
+    except BaseException:
+        runner.stop()
+        raise
+    _publish(project, params, stages, versions)
+    return [future.state for future in futures]
+
+
+def run(subjects: Sequence[str], root: Path) -> Outcome:
+    """Run the flow in this process and return what it did."""
+    state = cast("State[Any]", personalize(list(subjects), str(root), return_state=True))
+    result = state.result(raise_on_failure=False)
+    if isinstance(result, BaseException):
+        raise result
+    if not isinstance(result, list):
+        raise PipelineError(state.message or f"the flow ended as {state.name}")
+    done = [one.result(raise_on_failure=False) for one in result if one.is_completed()]
+    return Outcome(
+        tuple(one for one in done if isinstance(one, StageRun)),
+        tuple(one for one in done if not isinstance(one, StageRun)),
+        tuple(one.message or one.name for one in result if one.is_final() and not one.is_completed()),
+    )
+
+
+def _announce(root: Path, graph: Graph) -> None:
+    """Log what will run and why, and the class images that are there already."""
+    logger = get_run_logger()
+    for stage in graph.stages:
+        if stage.is_prior and not stage.stale:
+            logger.info(summary.prior_line(root, stage.key))
+    for stage in graph.stale:
+        logger.info("%s: %s", stage.name, ", ".join(stage.reasons) or "a stage above it is out of date")
+    if not graph.stale:
+        logger.info("all %d stages are up to date", len(graph.stages))
+
+
+def _submit_stages(graph: Graph, runner: DvcRunner) -> dict[str, PrefectFuture[Any]]:
+    gpu_turn: Turn = "server" if graph.stale and _has_limit(GPU) else "process"
+    futures: dict[str, PrefectFuture[Any]] = {}
+    for stage in graph.stale:
+        turn: Turn = gpu_turn if stage.entry in GPU_ENTRIES else "none"
+        above = [futures[name] for name in stage.upstream if name in futures]
+        futures[stage.name] = bring_up_to_date.submit(stage.name, runner, turn, wait_for=above, return_state=False)
+    return futures
+
+
+def _submit_registration(
+    subject_id: str, root: Path, graph: Graph, stages: dict[str, PrefectFuture[Any]]
+) -> PrefectFuture[Any]:
+    before = [stages[stage.name] for stage in graph.select([subject_id]).stale]
+    return register.submit(subject_id, root, wait_for=before, return_state=False)
+
+
+def _gpu(turn: Turn) -> AbstractContextManager[Any]:
+    """Return what waits for the GPU: the server's limit if it has one, else one stage at a time in this process."""
+    if turn == "server":
+        return concurrency(GPU, occupy=1)
+    return _local_gpu if turn == "process" else nullcontext()
+
+
+def _has_limit(name: str) -> bool:
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_global_concurrency_limit_by_name(name)
+        except ObjectNotFound:
+            return False
+    return True
+
+
+def _publish(
+    root: Path, params: Params, stages: dict[str, PrefectFuture[Any]], versions: dict[str, PrefectFuture[Any]]
+) -> None:
+    """Leave a table of all subjects and a page with the pictures of each as artifacts of the flow run."""
+    table = []
+    for subject_id, version in versions.items():
+        one = summary.read_summary(root, params, subject_id)
+        more = [
+            ("registered", _registered(version)),
+            ("failed", ", ".join(name for name, future in stages.items() if _failed(name, subject_id, future))),
+        ]
+        create_markdown_artifact(summary.markdown(one, more), key=f"subject-{subject_id}")
+        table.append(dict(summary.rows(one) + more))
+    create_table_artifact(table, key="personalize", description="Subjects of this run")
+
+
+def _failed(name: str, subject_id: str, future: PrefectFuture[Any]) -> bool:
+    return name.endswith(f"@{subject_id}") and future.state.is_failed()
+
+
+def _registered(future: PrefectFuture[Any]) -> str:
+    if not future.state.is_completed():
+        return "no"
+    version = future.result()
+    return f"{version.name} version {version.version}"
+
+
+def main() -> int:
+    """Run the subjects named on the command line, or all."""
+    try:
+        outcome = run(sys.argv[1:], find_root())
+        failures = [f"{PipelineError.code}: {failure}" for failure in outcome.failures]
+    except DreamboothError as error:
+        failures = [f"{error.code}: {line}" for line in str(error).splitlines()]
+    for failure in failures:
+        sys.stderr.write(f"{failure}\n")
+    return PipelineError.exit_code if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

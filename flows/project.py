@@ -1,0 +1,52 @@
+"""Find the folder of the project: it holds dvc.yaml and params.yaml, and every path is relative to it."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from dreambooth.errors import PipelineError
+from dreambooth.params import Params
+
+PARAMS = "params.yaml"
+MARKS = ("dvc.yaml", PARAMS)
+
+
+def find_root(given: str | Path | None = None) -> Path:
+    """Return the project: the given folder, else DREAMBOOTH_HOME, else the nearest one at or above this folder.
+
+    Raises:
+        PipelineError: no such folder.
+    """
+    named = given or os.environ.get("DREAMBOOTH_HOME")
+    if named:
+        folder = Path(named).expanduser().absolute()
+        if not _is_project(folder):
+            raise PipelineError(f"{folder} is no project: it lacks {_lacks(folder)}; name the folder that holds both")
+        return folder
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if _is_project(folder):
+            return folder
+    raise PipelineError(
+        f"no {' and '.join(MARKS)} in {here} or above; go to the folder of the project, "
+        "or name it: --root FOLDER or DREAMBOOTH_HOME"
+    )
+
+
+def choose_subjects(params: Params, wanted: Sequence[str]) -> list[str]:
+    """Return the wanted subjects, each once, or all of them when none is named.
+
+    Raises:
+        SubjectError: one of them is not in params.yaml.
+    """
+    for subject_id in wanted:
+        params.subject(subject_id)
+    return list(dict.fromkeys(wanted)) or list(params.subjects)
+
+
+def _is_project(folder: Path) -> bool:
+    return not _lacks(folder)
+
+
+def _lacks(folder: Path) -> str:
+    return " and ".join(mark for mark in MARKS if not (folder / mark).is_file())

@@ -1,0 +1,133 @@
+"""Turn what lies on disk about a subject into the rows, the markdown and the picture that people read."""
+
+import base64
+import html
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dreambooth.errors import DreamboothError
+from dreambooth.folders import read_manifest, sha256_of
+from dreambooth.params import Params
+
+LARGEST_PICTURE = 500_000  # bytes of PNG in an artifact of Prefect, which keeps it in its database
+
+
+@dataclass(frozen=True)
+class Identity:
+    """How alike the pictures and the photos are: cosine similarities, see dreambooth/fidelity.py."""
+
+    base: float
+    personalised: float
+    gain: float
+    low: float
+    high: float
+    floor: float
+    ceiling: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What there is of one subject."""
+
+    subject_id: str
+    class_id: str
+    identifier: str
+    class_noun: str
+    photos: int
+    identity: Identity | None
+    grid: Path | None
+
+
+def read_summary(root: Path, params: Params, subject_id: str) -> Summary:
+    """Read what the stages have left; what is missing is None."""
+    subject = params.subject(subject_id)
+    grid = root / "build" / subject_id / "evaluation" / "grid.png"
+    return Summary(
+        subject_id,
+        subject.class_id,
+        subject.identifier,
+        params.class_of(subject_id).class_noun,
+        count_photos(root, subject_id),
+        read_identity(root / "metrics" / f"{subject_id}.json"),
+        grid if grid.is_file() else None,
+    )
+
+
+def read_identity(path: Path) -> Identity | None:
+    """Read the identity scores of metrics/<subject>.json; None before the first evaluation."""
+    try:
+        scores: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["identity"]
+        return Identity(**{name: float(scores[name]) for name in Identity.__dataclass_fields__})
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        return None
+
+
+def count_photos(root: Path, subject_id: str) -> int:
+    """Count what look like photos in data/subjects/<subject>."""
+    from dreambooth.images import find_photos
+
+    folder = root / "data" / "subjects" / subject_id
+    return len(find_photos(folder).photos) if folder.is_dir() else 0
+
+
+def prior_line(root: Path, class_id: str) -> str:
+    """Say how many class images lie ready, in the words of the prior stage."""
+    files = _manifest_files(root / "build" / "classes" / class_id)
+    return f"prior {class_id}: {sum(name.endswith('.png') for name in files)} reused, 0 generated"
+
+
+def export_hash(root: Path, subject_id: str) -> str | None:
+    """Return the content hash of export/<subject> by its manifest alone: DVC has just compared the files."""
+    files = _manifest_files(root / "export" / subject_id)
+    return sha256_of({name: entry["sha256"] for name, entry in files.items()}) if files else None
+
+
+def rows(summary: Summary) -> list[tuple[str, str]]:
+    """Return label and value of all that is known, for a table."""
+    found = [
+        ("subject", f"{summary.subject_id}: {summary.identifier} {summary.class_noun}"),
+        ("photos", str(summary.photos)),
+    ]
+    if identity := summary.identity:
+        found += [
+            ("identity, base -> personalised", f"{identity.base:.3f} -> {identity.personalised:.3f}"),
+            ("gain, interval", f"{identity.gain:+.3f}, {identity.low:+.3f} to {identity.high:+.3f}"),
+            ("floor / ceiling", f"{identity.floor:.3f} / {identity.ceiling:.3f}"),
+        ]
+    return found
+
+
+def markdown(summary: Summary, more: list[tuple[str, str]]) -> str:
+    """Return a table, with the grid of pictures inside it as data: Prefect keeps no files."""
+    lines = [f"| {_cell(label)} | {_cell(value)} |" for label, value in [*rows(summary), *more]]
+    picture = f"\n\n![pictures of {summary.subject_id}]({picture_uri(summary.grid)})" if summary.grid else ""
+    return "\n".join(["| | |", "|---|---|", *lines]) + picture
+
+
+def picture_uri(path: Path, largest: int = LARGEST_PICTURE) -> str:
+    """Return a PNG as a data URI, halved until it is small enough."""
+    from PIL import Image
+
+    content = path.read_bytes()
+    while len(content) > largest:
+        with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
+            half = image.convert("RGB").reduce(2)
+        buffer = io.BytesIO()
+        half.save(buffer, "PNG", optimize=True)
+        content = buffer.getvalue()
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def _manifest_files(folder: Path) -> dict[str, Any]:
+    try:
+        files: dict[str, Any] = read_manifest(folder, verify=False)["files"]
+    except DreamboothError:
+        return {}
+    return files
+
+
+def _cell(text: str) -> str:
+    return html.escape(text).replace("|", "&#124;")

@@ -1,0 +1,157 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from toy_project import await_true, dvc, quiet, ran
+
+from flows.graph import Graph
+
+pytestmark = pytest.mark.slow
+HERE = Path(__file__).parent
+ALL = [
+    "prior@dog",
+    *(f"{entry}@{subject}" for subject in ("biscuit", "rex") for entry in ("validate", "train", "evaluate", "export")),
+]
+
+
+@pytest.fixture
+def environment(prefect_home: Path, prefect_server: str) -> dict[str, str]:
+    return {**quiet(prefect_home), "PREFECT_API_URL": prefect_server}
+
+
+def personalize(root: Path, environment: dict[str, str], *subjects: str) -> tuple[dict[str, Any], str]:
+    """Return what the flow did, and its log."""
+    command = [sys.executable, str(HERE / "flow_program.py"), str(root), *subjects]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def post(api: str, path: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(
+        f"{api}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
+    )
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return json.load(answer)
+
+
+def test_flow_runs_what_is_stale_in_order_and_registers_then_does_nothing(
+    project: Path, environment: dict[str, str], prefect_server: str
+) -> None:
+    outcome, log = personalize(project, environment)
+    done = ran(project)
+    assert sorted(done) == sorted(ALL)
+    assert done.index("prior@dog") < done.index("train@biscuit") < done.index("export@biscuit")
+    assert outcome["failures"] == []
+    assert {run["stage"]: run["outcome"] for run in outcome["runs"]} == dict.fromkeys(ALL, "ran")
+    assert [version["created"] for version in outcome["versions"]] == [True, True]
+    assert "train@rex: never ran" in log
+    dvc(project, "repro")
+    assert ran(project) == []
+
+    again, log = personalize(project, environment)
+    assert again["runs"] == []
+    assert [version["created"] for version in again["versions"]] == [False, False]
+    assert "prior dog: 2 reused, 0 generated" in log
+    assert ran(project) == []
+
+    artifacts = {one["key"]: one["data"] for one in post(prefect_server, "artifacts/filter", {})}
+    assert "data:image/png;base64,iVBOR" in artifacts["subject-biscuit"]
+    assert "0.300 -&gt; 0.600" in artifacts["subject-biscuit"]
+    assert "rex: sks dog" in artifacts["personalize"]
+
+
+def test_flow_executes_nothing_after_dvc_repro(project: Path, environment: dict[str, str]) -> None:
+    dvc(project, "repro")
+    ran(project)
+    outcome, _ = personalize(project, environment, "rex")
+    assert outcome["runs"] == []
+    assert [version["name"] for version in outcome["versions"]] == ["rex"]
+    assert ran(project) == []
+
+
+def test_a_failed_subject_does_not_stop_the_other_and_the_flow_is_failed(
+    project: Path, environment: dict[str, str], prefect_server: str
+) -> None:
+    (project / "fail-train-rex").touch()
+    outcome, log = personalize(project, environment)
+    reason = "train@rex: E_TRAIN: the loss is NaN at step 3; lower train.learning_rate (exit 6)"
+    assert outcome["failures"] == [reason]
+    assert [version["name"] for version in outcome["versions"]] == ["biscuit"]
+    assert "Traceback" not in log
+    assert {stage.name for stage in Graph.load(project).stale} == {"train@rex", "evaluate@rex", "export@rex"}
+    newest = post(prefect_server, "flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})[0]
+    assert newest["state"]["type"] == "FAILED"
+    assert newest["state"]["message"] == "1/11 states failed."
+
+    (project / "fail-train-rex").unlink()
+    ran(project)
+    outcome, _ = personalize(project, environment)
+    assert outcome["failures"] == []
+    assert sorted(ran(project)) == ["evaluate@rex", "export@rex", "train@rex"]
+
+
+def test_a_registration_that_fails_can_be_repeated_alone(project: Path, environment: dict[str, str]) -> None:
+    dvc(project, "repro")
+    (project / "fail-register-biscuit").touch()
+    outcome, _ = personalize(project, environment)
+    assert outcome["failures"] == ["register biscuit: E_REGISTRY: the store is down; dreambooth register later"]
+    assert [version["name"] for version in outcome["versions"]] == ["rex"]
+
+
+def test_gpu_stages_take_turns_without_a_limit_on_the_server(project: Path, environment: dict[str, str]) -> None:
+    text = (project / "toy.py").read_text()
+    check = (
+        '    if stage == "train":\n'
+        '        Path("training").touch(exist_ok=False)\n'
+        "        time.sleep(0.5)\n"
+        '        Path("training").unlink()\n'
+    )
+    (project / "toy.py").write_text(text.replace('    sys.stderr.write("\\r', check + '    sys.stderr.write("\\r'))
+    outcome, _ = personalize(project, environment)
+    assert outcome["failures"] == []
+
+
+def test_cancelling_leaves_no_process_behind(project: Path, environment: dict[str, str]) -> None:
+    (project / "slow-prior-dog").touch()
+    command = [sys.executable, str(HERE / "flow_program.py"), str(project), "rex"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as flow:
+        await_true(lambda: (project / "started-prior-dog").exists())
+        below = psutil.Process(flow.pid).children(recursive=True)
+        assert {os.getpgid(process.pid) for process in below} == {os.getpgid(flow.pid)}
+        started = time.monotonic()
+        flow.send_signal(signal.SIGTERM)
+        flow.wait(30)
+    assert time.monotonic() - started < 20
+    assert not [process for process in below if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_flow_runs_without_a_server_and_exits_with_the_code_of_the_failure(project: Path, prefect_home: Path) -> None:
+    (project / "fail-prior-dog").touch()
+    environment = {**quiet(prefect_home), "PYTHONPATH": str(HERE.parents[1])}
+    environment.pop("PREFECT_API_URL", None)
+    command = [sys.executable, "-m", "flows.personalize", "biscuit"]
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    assert "Starting temporary server" in done.stderr
+    assert "\nE_PIPELINE: prior@dog: E_TRAIN: the loss is NaN" in done.stderr
+    assert done.returncode == 9
+    done = subprocess.run([*command[:-1], "tom"], cwd=project, env=environment, capture_output=True, text=True)
+    assert "there is no subject 'tom'" in done.stderr
+    assert done.returncode != 0
+
+
+def test_a_cron_deployment_yields_scheduled_runs(environment: dict[str, str], prefect_server: str) -> None:
+    program = (
+        "from flows.personalize import personalize;personalize.to_deployment(name='nightly', cron='0 3 * * *').apply()"
+    )
+    subprocess.run([sys.executable, "-c", program], env=environment, cwd=HERE.parents[1], check=True)
+    wanted = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}, "deployments": {"name": {"any_": ["nightly"]}}}
+    await_true(lambda: len(post(prefect_server, "flow_runs/filter", wanted)) > 0)

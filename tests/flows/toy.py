@@ -1,0 +1,47 @@
+"""Stand in for the stages of a toy project: real files and manifests, no model; `fail-<stage>-<id>` makes one fail."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from PIL import Image
+
+from dreambooth.folders import new_folder
+
+OUTPUTS = {
+    "prior": "build/classes/{}",
+    "validate": "build/{}/instance",
+    "train": "models/{}",
+    "evaluate": "build/{}/evaluation",
+    "export": "export/{}",
+}
+
+
+def main(stage: str, key: str) -> None:
+    with Path("ran.log").open("a") as log:
+        log.write(f"{stage}@{key}\n")
+    if Path(f"fail-{stage}-{key}").exists():
+        sys.stderr.write("some words\nE_TRAIN: the loss is NaN at step 3; lower train.learning_rate\n")
+        raise SystemExit(6)
+    if Path(f"slow-{stage}-{key}").exists():
+        Path(f"started-{stage}-{key}").touch()
+        time.sleep(60)
+    sys.stderr.write("\r 50%|=====     | 1/2\r100%|==========| 2/2\n")
+    with new_folder(Path(OUTPUTS[stage].format(key))) as folder:
+        count = 2 if stage == "prior" else 1
+        for number in range(count):
+            Image.new("RGB", (8, 8), "tan").save(folder / f"{number:05d}.png")
+        if stage == "evaluate":
+            (folder / "00000.png").rename(folder / "grid.png")
+        (folder / "which.txt").write_text(f"{stage} {key}")
+    if stage == "evaluate":
+        Path("metrics").mkdir(exist_ok=True)
+        scores = {"base": 0.3, "personalised": 0.6, "gain": 0.3, "low": 0.2, "high": 0.4, "floor": 0.3, "ceiling": 0.7}
+        Path(f"metrics/{key}.json").write_text(json.dumps({"identity": {**scores, "calibrated": 0.75}, "prompts": 2}))
+    if stage == "prior":
+        sys.stdout.write("prior dog: 0 reused, 2 generated\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
