@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock, Timeout
 
 from dreambooth import __version__
-from dreambooth.errors import RegistryError
+from dreambooth.errors import ModelError, RegistryError
 from dreambooth.folders import TornFolderError, content_hash, read_manifest, scratch_folder
 from dreambooth.params import check_id
 from dreambooth.tracking import connect, database_file, ensure_run, explain, hide_password, tracking_uri
@@ -78,7 +78,8 @@ def register(root: Path, subject_id: str) -> RegisteredVersion:
         RegistryError: the store cannot be reached, refuses, or holds other files than were sent.
     """
     export = _read_export(root, check_id(subject_id))
-    with _explained(root, f"register {subject_id}", "the export stays as it is"), _alone(root, subject_id):
+    remedy = f"the export stays as it is, repeat this alone: dreambooth register {subject_id}"
+    with _explained(root, f"register {subject_id}", remedy), _alone(root, subject_id):
         client, experiment = connect(root)
         version, model = _version_with(client, export) or (None, _begun(client, experiment, export))
         model = model or _new_place(client, experiment, export)
@@ -95,7 +96,7 @@ def find(root: Path, subject_id: str, version: int | None = None, alias: str | N
     file = database_file(tracking_uri(root))
     if file is not None and not file.exists():
         return None  # nothing was registered yet; asking MLflow would make the database
-    with _explained(root, f"find {subject_id}", "nothing was changed"):
+    with _explained(root, f"find {subject_id}", "try again when it answers"):
         found = _find(_client(root), check_id(subject_id), version, alias)
     if found is None:
         return None
@@ -117,7 +118,8 @@ def load(root: Path, subject_id: str, version: int | None = None) -> "PyFuncMode
         raise RegistryError(
             f"{subject_id} has no {which} in {hide_password(tracking_uri(root))}; dreambooth register {subject_id}"
         )
-    with _explained(root, f"load {subject_id} version {found.version}", "register it again, or choose another version"):
+    remedy = f"its files come back when the same export is registered again: dreambooth register {subject_id}"
+    with _explained(root, f"load version {found.version} of {subject_id}", remedy):
         client = _client(root)
         source = client.get_model_version_download_uri(subject_id, str(found.version))
         with _downloaded(root, source) as folder:
@@ -165,14 +167,14 @@ def _alone(root: Path, subject_id: str) -> Iterator[None]:
 
 @contextmanager
 def _explained(root: Path, what: str, remedy: str) -> Iterator[None]:
-    """Turn what MLflow and the network raise into one line with the next step."""
+    """Turn what MLflow, the network and a damaged store raise into one line with the next step."""
     from mlflow.exceptions import MlflowException
 
     try:
         yield
-    except (MlflowException, OSError) as error:
+    except (MlflowException, OSError, TornFolderError, ModelError) as error:
         where = hide_password(tracking_uri(root))
-        raise RegistryError(f"cannot {what} in {where}: {explain(error)}; {remedy}, repeat it when mended") from error
+        raise RegistryError(f"cannot {what} in {where}: {explain(error)}; {remedy}") from error
 
 
 def _client(root: Path) -> "MlflowClient":

@@ -127,7 +127,7 @@ def explain(error: BaseException) -> str:
         text = next(part for part in cause.groups() if part).strip()
     elif status in (401, 403):
         text = f"HTTP {status}; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-    return hide_password(text if len(text) <= 200 else text[:197] + "...")
+    return hide_password(text if len(text) <= 400 else text[:397] + "...")
 
 
 def hide_password(text: str) -> str:

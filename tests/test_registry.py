@@ -1,0 +1,401 @@
+import base64
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dreambooth import registry, tracking
+from dreambooth.errors import RegistryError, SubjectError
+from dreambooth.folders import TornFolderError, new_folder
+from dreambooth.registry import RegisteredVersion, find, load, move_alias, register
+
+BISCUIT = "biscuit"
+CALL = {"prompt": "a photo of sks dog"}
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated database without experiments: the first migration takes seconds."""
+    from mlflow.tracking import MlflowClient
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path, empty_database: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with one export, and a path that has to be quoted, far from the current folder."""
+    folder = tmp_path / "my project 100%"
+    folder.mkdir()
+    shutil.copyfile(empty_database, folder / "mlflow.db")
+    write_export(folder, tiny_model_folder)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    for name in ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_REGISTRY_URI", "DREAMBOOTH_TRACKING"):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+def write_export(root: Path, pipeline: Path, note: str = "") -> None:
+    defaults = {
+        "subject": BISCUIT, "identifier": "sks", "class_noun": "dog", "instance_prompt": "a photo of sks dog",
+        "resolution": 32, "scheduler": "ddim", "num_inference_steps": 2, "guidance_scale": 5.0, "negative_prompt": "",
+    }  # fmt: skip
+    with new_folder(root / "export" / BISCUIT, {"base": "b" * 64, "model": "f" * 64}) as target:
+        shutil.copytree(pipeline, target, dirs_exist_ok=True)
+        (target / "generation.json").write_text(json.dumps(defaults))
+        (target / "README.md").write_text(f"# biscuit {note}\n")
+
+
+def write_evaluation(root: Path, model: str = "f" * 64) -> None:
+    with new_folder(root / "build" / BISCUIT / "evaluation", {"model": model}) as target:
+        Image.new("RGB", (4, 4)).save(target / "grid.png")
+    (root / "metrics").mkdir()
+    content = {"identity": {"personalised": 0.75, "low": None}, "photos": 5, "encoder": {"name": "lite0"}}
+    (root / "metrics" / f"{BISCUIT}.json").write_text(json.dumps(content))
+
+
+def versions(root: Path) -> list[Any]:
+    return sorted(tracking.connect(root)[0].search_model_versions(f"name = '{BISCUIT}'"), key=lambda v: int(v.version))
+
+
+def places(root: Path) -> list[Path]:
+    return [folder for folder in (root / "mlartifacts/models").iterdir() if folder.name.startswith("m-")]
+
+
+def stored_unet(root: Path) -> Path:
+    (place,) = places(root)
+    return place / f"artifacts/artifacts/{BISCUIT}/unet/diffusion_pytorch_model.safetensors"
+
+
+def test_an_export_is_one_version_however_often_it_is_registered(root: Path) -> None:
+    first, again = register(root, BISCUIT), register(root, BISCUIT)
+    assert first == RegisteredVersion(BISCUIT, 1, True, first.export_hash)
+    assert again == RegisteredVersion(BISCUIT, 1, False, first.export_hash)
+    assert find(root, BISCUIT) == find(root, BISCUIT, version=1) == find(root, BISCUIT, alias="challenger") == again
+    (stored,) = versions(root)
+    assert stored.tags["dreambooth.base"] == "b" * 64
+    assert stored.tags["dreambooth.identifier"] == "sks"
+    assert len(places(root)) == 1
+    assert not list(Path.cwd().iterdir())  # no ./mlflow.db, no ./mlruns
+
+
+def test_the_challenger_is_what_was_registered_last_and_every_move_is_written_down(
+    root: Path, tiny_model_folder: Path
+) -> None:
+    register(root, BISCUIT)
+    write_export(root, tiny_model_folder, note="second")
+    assert register(root, BISCUIT).version == 2
+    write_export(root, tiny_model_folder)
+    back = register(root, BISCUIT)
+    assert (back.version, back.created) == (1, False)
+    challenger = find(root, BISCUIT, alias="challenger")
+    assert challenger is not None
+    assert challenger.version == 1
+    tags = tracking.connect(root)[0].get_registered_model(BISCUIT).tags
+    moves = [json.loads(tags[name]) for name in sorted(tags) if name.startswith("dreambooth.alias.")]
+    assert [(move["from"], move["to"]) for move in moves] == [(None, 1), (1, 2), (2, 1)]
+
+
+def test_a_torn_export_is_not_registered(root: Path) -> None:
+    unet = root / "export" / BISCUIT / "unet/diffusion_pytorch_model.safetensors"
+    unet.write_bytes(unet.read_bytes()[:-1])
+    with pytest.raises(TornFolderError, match=r"unet/diffusion_pytorch_model\.safetensors has"):
+        register(root, BISCUIT)
+    assert find(root, BISCUIT) is None
+
+
+def test_a_missing_export_says_what_makes_it(root: Path) -> None:
+    with pytest.raises(RegistryError, match=r"export/rex does not exist; dreambooth run rex"):
+        register(root, "rex")
+    with pytest.raises(SubjectError):
+        register(root, "../rex")
+
+
+def test_an_upload_that_was_killed_leaves_no_version_and_is_taken_up_again(root: Path) -> None:
+    program = """
+import os, shutil, signal, sys
+from pathlib import Path
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+def half(self, local_dir, artifact_path=None):
+    shutil.copytree(local_dir, self.artifact_dir, dirs_exist_ok=True)
+    shutil.rmtree(Path(self.artifact_dir) / "artifacts/biscuit/unet")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+LocalArtifactRepository.log_artifacts = half
+from dreambooth.registry import register
+register(Path(sys.argv[1]), "biscuit")
+"""
+    killed = subprocess.run([sys.executable, "-c", program, str(root)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert find(root, BISCUIT) is None
+    assert not stored_unet(root).exists()
+    assert register(root, BISCUIT).created
+    assert [int(version.version) for version in versions(root)] == [1]
+    assert stored_unet(root).exists()  # in the same place: nothing is left lying about
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "flipped"])
+def test_an_upload_that_arrives_damaged_makes_no_version(
+    root: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+    whole = LocalArtifactRepository.log_artifacts
+
+    def damaged(self: Any, local_dir: str, artifact_path: str | None = None) -> None:
+        whole(self, local_dir, artifact_path)
+        content = bytearray(stored_unet(root).read_bytes())
+        content[-1] ^= 1
+        if damage == "missing":
+            stored_unet(root).unlink()
+        else:
+            stored_unet(root).write_bytes(content[:-1] if damage == "short" else content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalArtifactRepository, "log_artifacts", damaged)
+        with pytest.raises(RegistryError, match=r"arrived damaged .*unet/.*no version was made, try again"):
+            register(root, BISCUIT)
+    assert find(root, BISCUIT) is None
+    assert register(root, BISCUIT).version == 1
+
+
+def test_a_version_whose_files_are_gone_gets_them_back(root: Path) -> None:
+    register(root, BISCUIT)
+    content = stored_unet(root).read_bytes()
+    stored_unet(root).unlink()
+    with pytest.raises(RegistryError, match="unet"):
+        load(root, BISCUIT)
+    assert register(root, BISCUIT).version == 1
+    assert stored_unet(root).read_bytes() == content
+    load(root, BISCUIT)
+
+
+def test_files_that_were_changed_in_the_store_are_not_loaded(root: Path) -> None:
+    register(root, BISCUIT)
+    content = bytearray(stored_unet(root).read_bytes())
+    content[-1] ^= 1
+    stored_unet(root).write_bytes(content)
+    with pytest.raises(RegistryError, match="was changed"):
+        load(root, BISCUIT)
+
+
+def test_the_champion_is_loaded_before_the_challenger(
+    root: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for note in ("one", "two", "three"):
+        write_export(root, tiny_model_folder, note)
+        register(root, BISCUIT)
+    loaded: list[Path] = []
+    monkeypatch.setattr(registry, "load_folder", loaded.append)
+    client = tracking.connect(root)[0]
+    move_alias(client, BISCUIT, "challenger", 2)
+    move_alias(client, BISCUIT, "champion", 1)
+    load(root, BISCUIT)
+    client.delete_registered_model_alias(BISCUIT, "champion")
+    load(root, BISCUIT)
+    client.delete_registered_model_alias(BISCUIT, "challenger")
+    load(root, BISCUIT)
+    load(root, BISCUIT, version=1)
+    notes = [(folder / f"artifacts/{BISCUIT}/README.md").read_text().split()[2] for folder in loaded]
+    assert notes == ["one", "two", "three", "one"]
+
+
+def test_a_loaded_version_draws_and_leaves_the_import_path_alone(root: Path) -> None:
+    register(root, BISCUIT)
+    before = list(sys.path)
+    (picture,) = load(root, BISCUIT).predict(CALL, params={"seed": 1})
+    assert picture.startswith(b"\x89PNG")
+    assert sys.path == before
+
+
+def test_scores_and_grid_stand_beside_the_version(root: Path) -> None:
+    write_evaluation(root)
+    register(root, BISCUIT)
+    (stored,) = versions(root)
+    assert stored.tags["metric.identity.personalised"] == "0.75"
+    run = tracking.connect(root)[0].get_run(stored.run_id)
+    assert run.data.metrics == {"identity.personalised": 0.75, "photos": 5.0}
+    assert run.data.tags["dreambooth.key"] == "f" * 64  # the run that the training has opened, or will
+    assert (root / "mlartifacts" / stored.run_id / "artifacts/grid.png").exists()
+
+
+def test_scores_of_another_model_are_left_out(root: Path) -> None:
+    write_evaluation(root, model="0" * 64)
+    register(root, BISCUIT)
+    (stored,) = versions(root)
+    assert not [name for name in stored.tags if name.startswith("metric.")]
+
+
+def test_looking_for_a_version_makes_no_database(tmp_path: Path) -> None:
+    assert find(tmp_path, BISCUIT) is None
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(RegistryError, match=r"biscuit has no version in sqlite.*dreambooth register biscuit"):
+        load(tmp_path, BISCUIT)
+
+
+def test_what_is_not_there_is_none(root: Path) -> None:
+    register(root, BISCUIT)
+    assert find(root, "rex") is None
+    assert find(root, BISCUIT, version=7) is None
+    assert find(root, BISCUIT, alias="champion") is None
+
+
+def test_a_dead_server_is_one_line_and_the_export_stays(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@127.0.0.1:{free_port()}")
+    with pytest.raises(RegistryError) as caught:
+        register(root, BISCUIT)
+    assert "Connection refused; the export stays as it is" in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_seen_before_the_copy(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(RegistryError, match=r"needs \d+ bytes, 1 are free"):
+        register(root, BISCUIT)
+
+
+@pytest.mark.slow
+def test_two_processes_register_once(root: Path) -> None:
+    program = "import sys; from pathlib import Path; from dreambooth.registry import register; "
+    program += "print(register(Path(sys.argv[1]), 'biscuit').created)"
+    command = [sys.executable, "-c", program, str(root)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert sorted(process.communicate(timeout=300)[0].split()[-1] for process in processes) == ["False", "True"]
+    assert [int(version.version) for version in versions(root)] == [1]
+
+
+@pytest.mark.slow
+def test_mlflow_loads_it_where_dreambooth_is_not_installed(root: Path) -> None:
+    register(root, BISCUIT)
+    (expected,) = load(root, BISCUIT).predict(CALL, params={"seed": 1})
+    program = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in repr(finder)]
+try:
+    import dreambooth
+    raise SystemExit("dreambooth is installed")
+except ModuleNotFoundError:
+    pass
+import mlflow
+model = mlflow.pyfunc.load_model("models:/biscuit@challenger")
+import dreambooth
+assert "mlartifacts" in dreambooth.__file__, dreambooth.__file__
+sys.stdout.buffer.write(model.predict({"prompt": "a photo of sks dog"}, params={"seed": 1})[0])
+"""
+    result = subprocess.run([sys.executable, "-P", "-c", program], env=environment(root), capture_output=True)
+    assert result.returncode == 0, result.stderr.decode()
+    assert result.stdout == expected
+
+
+@pytest.mark.slow
+def test_mlflow_serves_it_over_http(root: Path) -> None:
+    register(root, BISCUIT)
+    model = load(root, BISCUIT)
+    port = free_port()
+    command = ["models", "serve", "-m", f"models:/{BISCUIT}@challenger", "--env-manager", "local", "-p", str(port)]
+    with mlflow(command, port, "/ping", environment(root)):
+        (alone,) = invoke(port, {"inputs": CALL, "params": {"seed": 7}})
+        assert base64.b64decode(alone) == model.predict(CALL, params={"seed": 7})[0]
+        rows = {"columns": ["prompt"], "data": [["a dog"], ["a photo of sks dog"]]}
+        two = invoke(port, {"dataframe_split": rows, "params": {"seed": 6}})
+        assert base64.b64decode(two[1]) == base64.b64decode(alone)
+        assert len(invoke(port, {"inputs": {"prompt": ["a", "b", "c"]}})) == 3
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            invoke(port, {"inputs": CALL, "params": {"num_inference_steps": 10**9}})
+        assert caught.value.code == 400
+        assert b"num_inference_steps: should be 1 to 1000" in caught.value.read()
+
+
+@pytest.mark.slow
+def test_a_server_takes_an_export_and_gives_it_back(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    store = root / "server"
+    store.mkdir()
+    shutil.move(root / "mlflow.db", store)
+    command = ["server", "--port", str(port), "--workers", "1", "--backend-store-uri", "sqlite:///mlflow.db"]
+    with mlflow(command, port, "/health", environment(root) | {"MLFLOW_TRACKING_URI": ""}, store):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        write_evaluation(root)
+        assert register(root, BISCUIT).created
+        assert not register(root, BISCUIT).created
+        assert load(root, BISCUIT).predict(CALL, params={"seed": 1})[0].startswith(b"\x89PNG")
+        lost = next(store.rglob("diffusion_pytorch_model.safetensors"))
+        lost.unlink()
+        assert register(root, BISCUIT).version == 1
+        assert lost.exists()
+    assert not (root / "mlartifacts").exists()
+    assert {path.name for path in (root / ".scratch").iterdir()} <= {"mlflow.lock", f"register-{BISCUIT}.lock"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(root: Path) -> dict[str, str]:
+    return os.environ | {
+        "MLFLOW_TRACKING_URI": tracking.tracking_uri(root),
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "HOME": str(root),
+    }
+
+
+def invoke(port: int, call: dict[str, Any]) -> list[str]:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/invocations", json.dumps(call).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as reply:
+        predictions: list[str] = json.load(reply)["predictions"]
+    return predictions
+
+
+@contextmanager
+def mlflow(command: list[str], port: int, path: str, env: dict[str, str], cwd: Path | None = None) -> Iterator[None]:
+    """Run a program of MLflow until the block ends; enter it once it answers."""
+    folder = cwd or Path.cwd()
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", *command], cwd=folder, env=env, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        wait_until(lambda: answers(f"http://127.0.0.1:{port}{path}"), process, folder / "log")
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+
+
+def wait_until(ready: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + 180
+    while not ready():
+        assert time.monotonic() < deadline, log.read_text()
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.2)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as reply:
+            return bool(reply.status == 200)
+    except OSError:
+        return False
