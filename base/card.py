@@ -1,0 +1,153 @@
+"""Draw the contact sheet of the base model and write its model card."""
+
+import argparse
+import json
+from pathlib import Path
+
+from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageDraw
+
+from base import compose, denoiser, icons, quality, recipe
+from base.recipe import Recipe
+
+NOUNS = ("dog", "cat", "fox", "panda", "penguin", "backpack", "teddy bear", "apple", "teapot", "rocket")
+CONTEXTS = ("", "blue", "red", "yellow", "in space", "on a beach", "in a park", "in a city")
+TILE, LABEL = 64, 70
+SHEET = "contact-sheet.png"
+
+CARD = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+# emoji64: a small Stable Diffusion that draws
+
+A text-to-image model of {size_mb:.0f} MB with the architecture of Stable Diffusion (AutoencoderKL, CLIPTokenizer,
+CLIPTextModel, UNet2DConditionModel) that draws emoji-like pictures of {resolution} x {resolution} pixels from captions.
+It is the base model of the demo and of the tests: small enough for two CPU cores and for git, yet it knows its classes.
+It knows nothing else.
+
+![What it draws: a row for each noun, a column for each context]({sheet})
+
+## Use
+```python
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("{path}")
+image = pipeline("a photo of a fox in space", num_inference_steps={steps}, guidance_scale={guidance}).images[0]
+image.save("fox.png")
+```
+Captions that it was trained on: "a photo of a NOUN", "a picture of ..", "a drawing of ..", or the noun alone, then
+nothing, "on a COLOUR background", or a scene; seldom "a COLOUR NOUN", "a NOUN wearing a crown" or "a NOUN next to a
+ball".
+* Nouns: {nouns}.
+* Colours: {colours}.
+* Scenes: {scenes}.
+
+The identifiers {identifiers} are one token each and in no caption.
+
+## Measured
+{quality}
+
+## How it was made
+`dvc repro base/dvc.yaml`, or the modules of `base/` one after the other; values in `base/params.yaml`.
+* Pictures: an icon, turned, mirrored and scaled, on a colour, a scene (an icon too) or white; composed as needed.
+* Autoencoder: {vae_parameters:.2f} M parameters, L1 of values and edges, {vae_rows:,} pictures in {vae_minutes:.0f}
+  minutes.
+* Text encoder and UNet together: {parameters:.1f} M parameters, v-prediction, min-SNR weights (5), 10 % empty captions,
+  bf16, averaged weights; first at 32 px, then at 64 px: {rows:,} pictures (batch {batch}) in {minutes:.0f} minutes on
+  two CPU cores that other work shared.
+
+## Licences and attribution
+The weights are published under the Apache License 2.0. They were trained on drawings from these icon sets, taken from
+the npm packages of the Iconify project; the drawings keep their licences:
+
+| set | drawings by | licence |
+|---|---|---|
+{sets}
+
+Twemoji: copyright Twitter, Inc and other contributors, graphics licensed under CC BY 4.0
+(https://creativecommons.org/licenses/by/4.0/). Emoji One: emoji icons provided free by Emoji One, licensed under
+CC BY 4.0 (the same address).
+The drawings were changed: rendered, scaled, turned, tinted and put together.
+Kept out of all training: {held_out} (the demo subjects in `data/subjects`, and what looks nearly the same).
+"""
+
+
+def contact_sheet(values: Recipe, pipeline: StableDiffusionPipeline, seed: int = 0) -> Image.Image:
+    """Draw a row for each noun and a column for each context."""
+    prompts = [f"a photo of {compose.article(n)} {compose.phrase(values, c)}".strip() for n in NOUNS for c in CONTEXTS]
+    images = quality.draw(pipeline, prompts, [seed + k for k in range(len(prompts))])
+    sheet = Image.new("RGB", (LABEL + TILE * len(CONTEXTS), 14 + TILE * len(NOUNS)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, context in enumerate(CONTEXTS):
+        pen.text((LABEL + column * TILE + 2, 1), context or "(nothing)", fill="black")
+    for k, image in enumerate(images):
+        row, column = divmod(k, len(CONTEXTS))
+        sheet.paste(image, (LABEL + column * TILE, 14 + row * TILE))
+        if column == 0:
+            pen.text((2, 14 + row * TILE + TILE // 2 - 6), NOUNS[row], fill="black")
+    return sheet
+
+
+def quality_text(path: Path) -> str:
+    """Put the measured numbers into words."""
+    if not path.exists():
+        return "Not measured yet."
+    found = json.loads(path.read_text(encoding="utf-8"))
+    by_noun = sorted(found["by_noun"].items(), key=lambda item: item[1])
+    weak = [f"{noun} ({share:.0%})" for noun, share in by_noun if share < 0.6]
+    return (
+        f"{found['pictures']} pictures: every noun on a colour and in a scene, {quality.SEEDS} seeds, "
+        f"{found['steps']} steps, guidance {found['guidance_scale']:g}. The judge\nis EfficientNet-Lite0 with linear "
+        "discriminants fitted on composed pictures (`base/quality.py`); the last column is\nits accuracy on fresh "
+        "composed pictures.\n\n"
+        "| | model | composed pictures |\n|---|---|---|\n"
+        f"| noun right (1 of {found['nouns']}) | {found['noun_right']:.2f} | {found['noun_right_composed']:.2f} |\n"
+        f"| background colour right (1 of 8, corner pixels) | {found['colour_right']:.2f} | |\n"
+        f"| scene right (1 of 14) | {found['scene_right']:.2f} | {found['scene_right_composed']:.2f} |\n\n"
+        f"Nouns right in less than 60 % of their pictures: {', '.join(weak) or 'none'}."
+    )
+
+
+def card(values: Recipe, folder: Path) -> str:
+    """Write the model card from the recipe, the training and the measurements."""
+    training = json.loads((folder / denoiser.TRAINING).read_text(encoding="utf-8"))
+    sets = "\n".join(
+        f"| {icons.SCOPE}/{name} {p.version} | {p.attribution} | {p.licence} |" for name, p in values.packages.items()
+    )
+    return CARD.format(
+        size_mb=sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6,
+        resolution=values.resolution,
+        sheet=SHEET,
+        path=folder.as_posix(),
+        steps=quality.STEPS,
+        guidance=quality.GUIDANCE,
+        nouns=", ".join(values.nouns),
+        colours=", ".join(values.colours),
+        scenes=", ".join(values.scenes),
+        identifiers=", ".join(f"`{word}`" for word in denoiser.tokenizer.IDENTIFIERS),
+        quality=quality_text(folder / quality.FILE),
+        sets=sets,
+        held_out=", ".join(f"`{name}`" for name in values.held_out),
+        batch=values.denoiser.phases[-1].batch_size,
+        **training,
+    )
+
+
+def main() -> None:
+    """Draw the sheet and write the card."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sheet", type=Path, help="draw the sheet there and leave the card")
+    arguments = parser.parse_args()
+    values = recipe.load()
+    sheet = contact_sheet(values, quality.open_model())
+    if arguments.sheet is not None:
+        sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST).save(arguments.sheet)
+        return
+    sheet.save(recipe.MODEL / SHEET, optimize=True)
+    (recipe.MODEL / "README.md").write_text(card(values, recipe.MODEL), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

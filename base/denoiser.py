@@ -1,0 +1,404 @@
+"""Train the text encoder and the UNet on the latents of captioned pictures, and put the pipeline together.
+
+B rows, C latent channels, H height and W width of the latents, L tokens.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from numpy.typing import NDArray
+from torch import nn
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from base import autoencoder, compose, loop, parallel, recipe, sprites, tokenizer
+from base.parallel import Group
+from base.recipe import Denoiser, Recipe
+from base.sprites import Sprites
+
+FOLDER = recipe.SCRATCH / "denoiser"
+CHECKPOINT = FOLDER / "checkpoint.pt"
+TRAINING = "training.json"
+ALONE = Group()
+ENCODED = 64
+"""Pictures that are encoded at once."""
+
+
+def build_text_encoder(values: Recipe, words: CLIPTokenizer) -> CLIPTextModel:
+    """Make the text encoder for the tokenizer's ids."""
+    section = values.text_encoder
+    config = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=section.hidden_size,
+        intermediate_size=4 * section.hidden_size,
+        projection_dim=section.hidden_size,
+        num_hidden_layers=section.layers,
+        num_attention_heads=section.heads,
+        max_position_embeddings=section.max_length,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def build_unet(values: Recipe, latent_size: int) -> UNet2DConditionModel:
+    """Make the UNet: one layer a block, attention to the caption on all levels but the first."""
+    section = values.denoiser
+    lower = len(section.block_out_channels) - 1
+    return UNet2DConditionModel(
+        sample_size=latent_size,
+        in_channels=values.autoencoder.latent_channels,
+        out_channels=values.autoencoder.latent_channels,
+        block_out_channels=list(section.block_out_channels),
+        layers_per_block=1,
+        down_block_types=["DownBlock2D"] + ["CrossAttnDownBlock2D"] * lower,
+        up_block_types=["CrossAttnUpBlock2D"] * lower + ["UpBlock2D"],
+        cross_attention_dim=values.text_encoder.hidden_size,
+        attention_head_dim=section.attention_head_dim,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Make the schedule of Stable Diffusion 1, with v-prediction (Salimans and Ho 2022)."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+    )
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Encoded pictures of one size and their captions."""
+
+    moments: NDArray[np.float16]
+    """(N, 2, C, H, W): mean and standard deviation of the posterior, times the scale of the latents."""
+    input_ids: torch.Tensor
+    """(N, L)."""
+
+
+@torch.inference_mode()
+def encode(
+    values: Recipe, drawn: Sprites, vae: AutoencoderKL, words: CLIPTokenizer, resolution: int, indices: range
+) -> Pool:
+    """Compose and encode some of the pictures, each composed at the resolution."""
+    moments: list[NDArray[np.float16]] = []
+    captions: list[str] = []
+    for first in tqdm(range(0, len(indices), ENCODED), desc=f"encode {resolution} px", unit="batches", mininterval=10):
+        pairs = list(compose.pictures(values, drawn, indices[first : first + ENCODED], resolution))
+        posterior = vae.encode(autoencoder.to_tensor(np.stack([pixels for pixels, _ in pairs]))).latent_dist
+        both = torch.stack([posterior.mean, posterior.std], 1) * vae.config["scaling_factor"]
+        moments.append(both.to(torch.float16).numpy())
+        captions += [caption for _, caption in pairs]
+    return Pool(np.concatenate(moments), tokenize(words, captions))
+
+
+def fingerprint(values: Recipe, vae: AutoencoderKL, drawn: Sprites) -> str:
+    """Give a name to everything that the encoded pool depends on."""
+    digest = hashlib.sha256(values.model_dump_json(exclude={"autoencoder", "packages"}).encode())
+    digest.update(drawn.pixels.tobytes())
+    for value in vae.state_dict().values():
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def encode_pool(
+    values: Recipe,
+    drawn: Sprites,
+    vae: AutoencoderKL,
+    words: CLIPTokenizer,
+    resolution: int,
+    folder: Path,
+    group: Group = ALONE,
+) -> Pool:
+    """Encode the whole pool once, each process a part of it; a pool that is there already is read."""
+    key = fingerprint(values, vae, drawn)
+    files = [folder / f"pool-{resolution}-{key}-{rank}-{group.size}.pt" for rank in range(group.size)]
+    count, mine = values.denoiser.pool, files[group.rank]
+    if not mine.exists():
+        indices = range(count * group.rank // group.size, count * (group.rank + 1) // group.size)
+        part = encode(values, drawn, vae, words, resolution, indices)
+        loop.save(mine, {"moments": torch.from_numpy(part.moments), "input_ids": part.input_ids})
+    group.wait()
+    parts = [state for file in files if (state := loop.load(file)) is not None]
+    moments = torch.cat([state["moments"] for state in parts]).numpy()
+    return Pool(moments, torch.cat([state["input_ids"] for state in parts]))
+
+
+def tokenize(words: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    """Give the ids of captions, padded to the full length: (B, L)."""
+    encoded = words(
+        captions, padding="max_length", truncation=True, max_length=words.model_max_length, return_tensors="pt"
+    )
+    ids: torch.Tensor = encoded.input_ids
+    return ids
+
+
+def min_snr_weights(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Give the loss weight of each row for v-prediction, min(SNR, gamma) / (SNR + 1): (B,). Hang et al. 2023."""
+    alpha = alphas_cumprod[timesteps]
+    snr = alpha / (1 - alpha)
+    return snr.clamp(max=gamma) / (snr + 1)
+
+
+def loss_of(
+    modules: dict[str, nn.Module],
+    scheduler: DDIMScheduler,
+    pool: Pool,
+    section: Denoiser,
+    batch_size: int,
+    empty_ids: torch.Tensor,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Draw rows, noise and timesteps, and give the weighted mean of the squared errors of v."""
+    rows = torch.randint(len(pool.moments), (batch_size,), generator=generator)
+    moments = torch.from_numpy(pool.moments[rows.numpy()]).float()
+    mean, std = moments[:, 0], moments[:, 1]
+    latents = mean + std * torch.randn(mean.shape, generator=generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    steps: int = scheduler.config["num_train_timesteps"]
+    timesteps = torch.randint(steps, (batch_size,), generator=generator)
+    dropped = torch.rand(batch_size, 1, generator=generator) < section.caption_dropout
+    input_ids = torch.where(dropped, empty_ids, pool.input_ids[rows])
+    noisy_latents = scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
+    target = scheduler.get_velocity(latents, noise, timesteps)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = modules["text_encoder"](input_ids).last_hidden_state
+        pred = modules["unet"](noisy_latents, timesteps, hidden).sample
+    weights = min_snr_weights(scheduler.alphas_cumprod, timesteps, section.snr_gamma)
+    return (weights * (pred.float() - target).square().mean(dim=(1, 2, 3))).mean()
+
+
+def work_of(section: Denoiser) -> list[float]:
+    """Give the work of each phase, in pixels."""
+    return [float(phase.rows * phase.resolution**2) for phase in section.phases]
+
+
+def phase_at(section: Denoiser, share: float) -> int:
+    """Give the number of the phase at a share of all work."""
+    work = work_of(section)
+    ends = np.cumsum(work) / sum(work)
+    return min(int(np.searchsorted(ends, share, side="right")), len(work) - 1)
+
+
+class Trainer:
+    """The networks in training, their averages, and how far they are."""
+
+    def __init__(
+        self,
+        values: Recipe,
+        words: CLIPTokenizer,
+        latent_size: int,
+        minutes: float | None = None,
+        group: Group = ALONE,
+    ) -> None:
+        self.group = group
+        self.section = section = values.denoiser
+        torch.manual_seed(section.seed)
+        unet = build_unet(values, latent_size).to(memory_format=torch.channels_last)
+        self.modules: dict[str, nn.Module] = {"text_encoder": build_text_encoder(values, words), "unet": unet}
+        self.parameters = [p for module in self.modules.values() for p in module.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=section.learning_rate, weight_decay=1e-2, fused=True)
+        self.average = loop.Average(self.modules, section.ema_decay)
+        self.scheduler = build_scheduler()
+        self.progress = loop.Progress(sum(work_of(section)), minutes)
+        self.step = 0
+        self.rows = 0
+        self.empty_ids = tokenize(words, [""])
+
+    def train_step(self, pool: Pool, resolution: int, batch_size: int, share: float) -> float:
+        """Make one step at a share of the training; give its loss.
+
+        The random numbers depend on the seed, the step and the process alone.
+        """
+        section, group = self.section, self.group
+        for each in self.optimizer.param_groups:
+            each["lr"] = loop.rate_at(
+                share,
+                self.step,
+                section.learning_rate,
+                section.final_learning_rate,
+                section.warmup_steps,
+            )
+        generator = torch.Generator().manual_seed((section.seed * 1_000_003 + self.step) * group.size + group.rank)
+        rows = group.part(batch_size)
+        loss = loss_of(self.modules, self.scheduler, pool, section, rows, self.empty_ids, generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        group.average(self.parameters)
+        nn.utils.clip_grad_norm_(self.parameters, section.max_grad_norm)
+        self.optimizer.step()
+        self.average.update()
+        self.step += 1
+        self.rows += batch_size
+        self.progress.add(batch_size * resolution**2)
+        return loss.item()
+
+    def save(self, path: Path) -> None:
+        """Write everything that a continued training needs."""
+        state = {
+            "modules": {name: module.state_dict() for name, module in self.modules.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict(),
+            "work": self.progress.work,
+            "elapsed_s": self.progress.elapsed_s,
+            "step": self.step,
+            "rows": self.rows,
+        }
+        loop.save(path, state)
+
+    def load(self, path: Path) -> bool:
+        """Continue from a checkpoint; say whether there was one."""
+        if (state := loop.load(path)) is None:
+            return False
+        for name, module in self.modules.items():
+            module.load_state_dict(state["modules"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average.load_state_dict(state["average"])
+        self.progress.work, self.progress.elapsed_s = state["work"], state["elapsed_s"]
+        self.step, self.rows = state["step"], state["rows"]
+        return True
+
+
+def train(
+    trainer: Trainer,
+    pool_of: Callable[[int], Pool],
+    checkpoint: Path,
+    export: Callable[[Trainer], None] = lambda _: None,
+    export_minutes: float = 10,
+) -> None:
+    """Train through the phases to the end of the work or of the minutes, continuing from the checkpoint.
+
+    `pool_of` gives the pool of a resolution; `export` is called now and then and at the end.
+    """
+    trainer.load(checkpoint)
+    checkpoints, exports = loop.Every(4), loop.Every(export_minutes)
+    current, pool, smooth = -1, None, None
+    group, section = trainer.group, trainer.section
+    bar = tqdm(total=1.0, initial=trainer.progress.share, desc="denoiser", mininterval=10, disable=not group.leads)
+    while (share := group.agree(trainer.progress.share)) < 1:
+        if (number := phase_at(section, share)) != current:
+            current, phase = number, section.phases[number]
+            pool = pool_of(phase.resolution)
+        assert pool is not None
+        loss = trainer.train_step(pool, phase.resolution, phase.batch_size, share)
+        smooth = loss if smooth is None else 0.99 * smooth + 0.01 * loss
+        if trainer.step % 25 == 0:
+            bar.update(share - bar.n)
+            bar.set_postfix(px=phase.resolution, rows=trainer.rows, loss=f"{smooth:.4f}")
+        if group.leads and checkpoints.due():
+            trainer.save(checkpoint)
+        if group.leads and exports.due():
+            export(trainer)
+    bar.close()
+    if group.leads:
+        trainer.save(checkpoint)
+        export(trainer)
+    group.wait()
+
+
+def assemble(values: Recipe, trainer: Trainer, vae: AutoencoderKL, words: CLIPTokenizer) -> StableDiffusionPipeline:
+    """Put the averaged weights into a pipeline."""
+    text_encoder = build_text_encoder(values, words)
+    unet = build_unet(values, trainer.modules["unet"].config["sample_size"])
+    for name, module in (("text_encoder", text_encoder), ("unet", unet)):
+        module.load_state_dict(trainer.average.weights[name])
+        module.eval()
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=words,
+        unet=unet,
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def publish(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    """Write the pipeline so that a reader sees the old part or the new one, and keep the other files there.
+
+    The UNet and the autoencoder are stored in fp16. The text encoder is small and stays in fp32: transformers loads a
+    model in the type of its file, and one fp16 part would not fit the fp32 others.
+    """
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    pipeline.unet.half()
+    pipeline.vae.half()
+    pipeline.save_pretrained(part, safe_serialization=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for item in part.iterdir():
+        old = folder / (item.name + ".old")
+        if (place := folder / item.name).exists():
+            place.rename(old)
+        item.rename(place)
+        if old.is_dir():
+            shutil.rmtree(old)
+        else:
+            old.unlink(missing_ok=True)
+    part.rmdir()
+
+
+def describe(trainer: Trainer, vae: AutoencoderKL) -> dict[str, float]:
+    """Say how the model was trained, for its card."""
+    state = loop.load(autoencoder.CHECKPOINT) or {}
+    return {
+        "rows": trainer.rows,
+        "steps_trained": trainer.step,
+        "minutes": trainer.progress.elapsed_s / 60,
+        "share": trainer.progress.share,
+        "parameters": sum(p.numel() for p in trainer.parameters) / 1e6,
+        "vae_parameters": sum(p.numel() for p in vae.parameters()) / 1e6,
+        "vae_rows": int(state.get("rows", 0)),
+        "vae_minutes": state.get("elapsed_s", 0.0) / 60,
+    }
+
+
+def work(group: Group, minutes: float | None, export_minutes: float) -> None:
+    """Train, and export the pipeline now and then."""
+    values, drawn = recipe.load(), sprites.load(recipe.SCRATCH / "sprites")
+    words = CLIPTokenizer.from_pretrained(tokenizer.FOLDER)
+    vae = AutoencoderKL.from_pretrained(autoencoder.FOLDER / "vae").to(memory_format=torch.channels_last).eval()
+    factor = 2 ** (len(values.autoencoder.block_out_channels) - 1)
+    trainer = Trainer(values, words, values.resolution // factor, minutes, group)
+
+    def export(state: Trainer) -> None:
+        copy = AutoencoderKL.from_pretrained(autoencoder.FOLDER / "vae")
+        publish(assemble(values, state, copy, words), recipe.MODEL)
+        text = json.dumps(describe(state, copy), indent=1)
+        (recipe.MODEL / TRAINING).write_text(text + "\n", encoding="utf-8")
+
+    def pool_of(resolution: int) -> Pool:
+        return encode_pool(values, drawn, vae, words, resolution, FOLDER, group)
+
+    train(trainer, pool_of, CHECKPOINT, export, export_minutes)
+
+
+def main() -> None:
+    """Read the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, help="end by then, the rate falling in time")
+    parser.add_argument("--export-minutes", type=float, default=10.0)
+    parser.add_argument("--processes", type=int, default=1, help="that share each batch, one thread each")
+    arguments = parser.parse_args()
+    job = functools.partial(work, minutes=arguments.minutes, export_minutes=arguments.export_minutes)
+    parallel.run(job, arguments.processes)
+
+
+if __name__ == "__main__":
+    main()

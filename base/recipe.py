@@ -1,0 +1,151 @@
+"""The values of the recipe: ``base/params.yaml`` as strict, frozen models, and where its files lie."""
+
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+SCRATCH = Path(".scratch/base")
+"""Intermediate files: git-ignored, can be made again."""
+MODEL = Path("data/base/emoji64")
+"""The pipeline that the recipe makes, in git."""
+SUBJECTS = Path("data/subjects")
+"""The demo subjects, in git."""
+PARAMS = Path(__file__).with_name("params.yaml")
+
+Channel = Annotated[int, Field(ge=0, le=255)]
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, le=0.1)]
+RGB = tuple[Channel, Channel, Channel]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Strict(BaseModel):
+    """A section: unknown keys are mistakes, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Package(Strict):
+    """A pinned npm package of the Iconify project: one hand's drawings of every emoji."""
+
+    version: str
+    integrity: str
+    """What npm publishes as ``dist.integrity``: ``sha512-`` and the digest in base64."""
+    licence: str
+    attribution: str
+
+
+class Scene(Strict):
+    """A background drawn from an icon, and the colour behind its transparent parts."""
+
+    icon: str
+    sky: RGB
+
+
+class Subject(Strict):
+    """A demo subject: one drawing, kept out of all training together with its near twins."""
+
+    package: str
+    icon: str
+    class_noun: str
+    contexts: list[str]
+    """The background of each picture: a colour or a scene."""
+
+
+class Pictures(Strict):
+    """How a picture is composed; shares of all pictures."""
+
+    seed: int
+    colour_share: Share
+    scene_share: Share
+    """The rest is on white, or any plain colour that the caption does not name."""
+    tint_share: Share
+    """"a red dog": the hue shifted, of pictures that are not on white."""
+    accessory_share: Share
+    neighbour_share: Share
+
+
+class Autoencoder(Strict):
+    """Training of the AutoencoderKL; source of the values: measured on two CPU cores."""
+
+    block_out_channels: list[Positive]
+    latent_channels: Positive
+    rows: Positive
+    batch_size: Positive
+    learning_rate: Rate
+    final_learning_rate: Rate
+    warmup_steps: Positive
+    kl_weight: Annotated[float, Field(ge=0)]
+    ema_decay: Share
+    seed: int
+
+
+class TextEncoder(Strict):
+    """The CLIPTextModel and the CLIPTokenizer."""
+
+    vocab_size: Positive
+    max_length: Positive
+    hidden_size: Positive
+    layers: Positive
+    heads: Positive
+
+
+class Phase(Strict):
+    """One stretch of the training of the denoiser, at one size."""
+
+    resolution: Positive
+    rows: Positive
+    batch_size: Positive
+
+
+class Denoiser(Strict):
+    """Training of the text encoder and the UNet."""
+
+    block_out_channels: list[Positive]
+    attention_head_dim: Positive
+    pool: Positive
+    """Pictures whose latents are encoded once and drawn from."""
+    phases: list[Phase]
+    learning_rate: Rate
+    final_learning_rate: Rate
+    warmup_steps: Positive
+    caption_dropout: Share
+    snr_gamma: Annotated[float, Field(gt=0)]
+    ema_decay: Share
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    seed: int
+
+
+class Recipe(Strict):
+    """All of ``base/params.yaml``."""
+
+    packages: dict[str, Package]
+    sprite_size: Positive
+    resolution: Positive
+    nouns: dict[str, list[str]]
+    """The icons of each noun; an icon that a package lacks is skipped there."""
+    noun_weights: dict[str, Annotated[float, Field(gt=0)]]
+    """How often a noun is drawn, 1 where it is not named."""
+    scenes: dict[str, Scene]
+    """The scene of each phrase, as "in space"."""
+    colours: dict[str, RGB]
+    accessories: dict[str, str]
+    neighbours: dict[str, str]
+    faces: list[str]
+    """Icons whose head fills the drawing: only they wear accessories."""
+    extra_icons: list[str]
+    """Further drawings that only the autoencoder sees, so that it serves more nouns later."""
+    subjects: dict[str, Subject]
+    held_out: list[str]
+    """"package:icon" of the subjects and of every drawing that is nearly the same."""
+    pictures: Pictures
+    autoencoder: Autoencoder
+    text_encoder: TextEncoder
+    denoiser: Denoiser
+
+
+def load(path: Path = PARAMS) -> Recipe:
+    """Read and check the values of the recipe."""
+    return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
