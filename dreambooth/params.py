@@ -150,7 +150,7 @@ class Train(Section):
     mixed_precision: Literal["no", "bf16", "fp16"]
     """Autocast precision of the forward pass; weights, noise, target and loss stay in float32."""
     gradient_checkpointing: bool
-    """Trade a third more compute for the memory of the activations."""
+    """Trade a third more compute for the memory of the UNet's activations."""
     save_dtype: Dtype
     """Precision of the saved weights: these are evaluated, exported and served."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from dreambooth import dataset, loss
@@ -110,15 +111,26 @@ def train(
     Raises:
         TrainingError: the loss is not finite any more.
     """
-    steps = max_train_steps(settings, len(instance))
     trainer = prepare(model, [*instance, *prior], settings)
     history: list[StepRecord] = []
+    try:
+        for records in _loop(trainer, instance, prior):
+            history += records
+            if on_records:
+                on_records(records)
+    finally:
+        _restore(trainer, model)
+    return history
+
+
+def _loop(trainer: Trainer, instance: Sequence[Sample], prior: Sequence[Sample]) -> Iterator[list[StepRecord]]:
+    """Take all steps; yield the records of every few of them, once they are known to be finite."""
+    settings = trainer.settings
+    steps, rows_per_step = max_train_steps(settings, len(instance)), _rows_per_step(settings)
     pending: list[dict[str, Tensor | float | int]] = []
     with progress_bar(steps, "train", unit="step") as bar:
         for step in range(steps):
-            rows = dataset.rows_of_step(
-                step, _rows_per_step(settings), instance, prior, settings.prior_loss_weight, settings.seed
-            )
+            rows = dataset.rows_of_step(step, rows_per_step, instance, prior, settings.prior_loss_weight, settings.seed)
             parts = dataset.micro_batches(rows, settings.gradient_accumulation_steps)
             batches = (dataset.collate(part, step, len(trainer.alphas_cumprod), settings.seed) for part in parts)
             rate = learning_rate_at(step, settings, steps)
@@ -129,11 +141,7 @@ def train(
                 pending.clear()
                 _require_finite(records)
                 bar.set_postfix(loss=f"{records[-1].loss:.4f}", refresh=False)
-                history += records
-                if on_records:
-                    on_records(records)
-    _restore(trainer, model)
-    return history
+                yield records
 
 
 def prepare(model: Model, samples: Sequence[Sample], settings: Train) -> Trainer:
@@ -146,8 +154,8 @@ def prepare(model: Model, samples: Sequence[Sample], settings: Train) -> Trainer
     trained = [model.unet, model.text_encoder] if settings.train_text_encoder else [model.unet]
     for module in trained:
         module.requires_grad_(True).train()
-        if settings.gradient_checkpointing:
-            module.enable_gradient_checkpointing() if module is model.unet else module.gradient_checkpointing_enable()
+    if settings.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
     trainable = [parameter for module in trained for parameter in module.parameters()]
     require_float32(trainable)
     optimizer = torch.optim.AdamW(
@@ -254,6 +262,7 @@ def _restore(trainer: Trainer, model: Model) -> None:
     for module in (model.unet, model.text_encoder):
         module.requires_grad_(False).eval()
     trainer.accelerator.free_memory()
+    AcceleratorState._reset_state()  # else the next training of this process could not choose another precision
 
 
 def _prediction_type(name: str) -> loss.PredictionType:

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import pytest
-
 from dreambooth.params import load_params
 from stages import evaluate, export, prior, train, validate
 

@@ -1,0 +1,98 @@
+"""Models are loaded from safetensors alone, refused with the reason, and written as diffusers reads them."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from dreambooth.errors import ModelError
+from dreambooth.models import load_model, model_hash, resolve_model, save_trained, write_pipeline
+
+
+@pytest.fixture
+def copy(tiny_model_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model_folder, tmp_path / "copy"))
+
+
+def test_all_weights_are_frozen_and_in_evaluation_mode(tiny_model_folder: Path) -> None:
+    model = load_model(tiny_model_folder)
+    for module in (model.unet, model.vae, model.text_encoder):
+        assert not module.training
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_the_hash_follows_the_content_and_not_the_place(tiny_model_folder: Path, copy: Path) -> None:
+    assert model_hash(copy) == model_hash(tiny_model_folder)
+    weights = copy / "unet/diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert model_hash(copy) != model_hash(tiny_model_folder)
+    assert model_hash(copy, ["vae"]) == model_hash(tiny_model_folder, ["vae"])
+
+
+def as_other_pipeline(folder: Path) -> None:
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+
+
+def as_pickle(folder: Path) -> None:
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+
+
+def cut_short(folder: Path) -> None:
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (as_other_pipeline, "StableDiffusionXLPipeline; a StableDiffusionPipeline"),
+        (as_pickle, "no .safetensors in unet"),
+        (cut_short, "cannot be loaded"),
+        (lambda folder: shutil.rmtree(folder / "vae"), "lacks vae"),
+        (lambda folder: (folder / "unet/evil.py").write_text("1/0"), r"holds code \(evil.py\)"),
+        (lambda folder: (folder / "model_index.json").unlink(), "model_index.json is missing"),
+        (lambda folder: (folder / "model_index.json").write_text("{"), "is not JSON"),
+    ],
+)
+def test_a_folder_that_is_no_pipeline_is_refused(copy: Path, damage: Callable[[Path], None], said: str) -> None:
+    damage(copy)
+    with pytest.raises(ModelError, match=said):
+        load_model(copy)
+
+
+def test_a_hub_model_needs_a_commit_and_an_absent_one_names_the_command(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"base\.revision: should be the 40-digit commit"):
+        resolve_model("owner/name", None, tmp_path)
+    with pytest.raises(ModelError, match=r"hf download owner/name --revision a{40}"):
+        resolve_model("owner/name", "a" * 40, tmp_path)
+    with pytest.raises(ModelError, match="is no folder in"):
+        resolve_model("data/base/none", None, tmp_path)
+
+
+def test_trained_parts_stand_in_for_those_of_the_base(tiny_model_folder: Path, tmp_path: Path) -> None:
+    model = load_model(tiny_model_folder)
+    with torch.no_grad():
+        model.unet.conv_in.bias.fill_(3.0)
+    save_trained(model, tmp_path / "trained", torch.float16, text_encoder=False)
+    assert [path.name for path in (tmp_path / "trained").iterdir()] == ["unet"]
+    again = load_model(tiny_model_folder, trained=tmp_path / "trained")
+    assert torch.equal(again.unet.conv_in.bias, torch.full_like(again.unet.conv_in.bias, 3.0))
+    assert again.unet.dtype == torch.float32
+
+
+def test_the_written_pipeline_is_one_that_diffusers_loads(tiny_model_folder: Path, tmp_path: Path) -> None:
+    model = load_model(tiny_model_folder)
+    save_trained(model, tmp_path / "trained", torch.float32, text_encoder=True)
+    (tmp_path / "export").mkdir()
+    write_pipeline(tiny_model_folder, tmp_path / "trained", tmp_path / "export")
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "export", use_safetensors=True)
+    assert pipeline.safety_checker is None
+    for name, weight in model.unet.state_dict().items():
+        assert torch.equal(pipeline.unet.state_dict()[name], weight)

@@ -1,0 +1,127 @@
+"""params.yaml: read once, strictly, and refused with every fault at once."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+
+from dreambooth.errors import ParamsError, SubjectError
+from dreambooth.params import Params, check_id, load_params, parse_params
+
+
+@pytest.fixture
+def values() -> dict[str, Any]:
+    return yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+
+
+def problems_of(values: dict[str, Any]) -> list[str]:
+    with pytest.raises(ParamsError) as refused:
+        parse_params(values)
+    return list(refused.value.problems)
+
+
+def test_the_file_of_the_repository_is_accepted() -> None:
+    assert load_params(REPOSITORY / "params.yaml").train.prior_loss_weight >= 0
+
+
+def test_parameters_are_frozen(values: dict[str, Any]) -> None:
+    params = parse_params(values)
+    with pytest.raises(ValueError, match="frozen"):
+        params.train.seed = 1  # type: ignore[misc]
+
+
+def test_every_fault_is_named_at_once_with_its_path(values: dict[str, Any]) -> None:
+    values["base"]["resolution"] = 65
+    values["prior"]["num_class_images"] = -1
+    values["train"]["adam_beta1"] = float("nan")
+    del values["evaluate"]["seeds"]
+    paths = [problem.split(": ")[1] for problem in problems_of(values)]
+    assert paths == ["base.resolution", "prior.num_class_images", "train.adam_beta1", "evaluate.seeds"]
+
+
+def test_a_number_that_yaml_reads_as_text_is_refused_with_the_way_to_write_it(tmp_path: Path) -> None:
+    text = (REPOSITORY / "params.yaml").read_text()
+    start = text.index("learning_rate:")
+    line = text[start : text.index("\n", start)]
+    (tmp_path / "params.yaml").write_text(text.replace(line, "learning_rate: 5e-6"))
+    with pytest.raises(ParamsError, match=r"train\.learning_rate: .*'5e-6'.*write 5\.0e-6"):
+        load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "meant"),
+    [("train", "lerning_rate", "learning_rate"), ("prior", "num_class_image", "num_class_images")],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(
+    values: dict[str, Any], section: str, key: str, meant: str
+) -> None:
+    values[section][key] = 1
+    assert problems_of(values) == [f"params.yaml: {section}.{key}: unknown key; did you mean {meant}?"]
+
+
+def test_an_unknown_key_is_refused_at_the_top_and_inside_a_subject(values: dict[str, Any]) -> None:
+    values["trian"] = {}
+    values["subjects"]["biscuit"]["classid"] = "dog"
+    assert [problem.split(": ", 1)[1] for problem in problems_of(values)] == [
+        "subjects.biscuit.classid: unknown key; did you mean class_id?",
+        "trian: unknown key; did you mean train?",
+    ]
+
+
+def test_a_subject_of_an_unknown_class_is_refused(values: dict[str, Any]) -> None:
+    values["subjects"]["biscuit"]["class_id"] = "dgo"
+    assert problems_of(values) == [
+        "params.yaml: subjects.biscuit.class_id: there is no class 'dgo'; did you mean 'dog'?"
+    ]
+
+
+def test_an_identifier_that_is_the_class_noun_is_refused(values: dict[str, Any]) -> None:
+    values["subjects"]["biscuit"]["identifier"] = "Dog"
+    assert "subjects.biscuit.identifier" in problems_of(values)[0]
+
+
+@pytest.mark.parametrize("bad", ["../../etc", "/etc", "", "-x", "a b", "Ä", "a" * 42, "dog; touch X #"])
+def test_an_id_that_could_be_a_path_or_a_command_is_refused(bad: str, values: dict[str, Any]) -> None:
+    with pytest.raises(SubjectError):
+        check_id(bad)
+    values["subjects"][bad] = values["subjects"]["biscuit"]
+    assert problems_of(values)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train: {seed: 1, seed: 2}", "'seed' stands twice"),
+        ("a: &x [1]\nb: *x", "aliases"),
+        ("a: !!python/object/apply:os.system ['true']", "not valid YAML"),
+        ("- 1", "should be a map"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_yaml_that_hides_what_it_does_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(ParamsError, match=said):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match="does not exist"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_an_unknown_subject_is_refused_with_the_known_ones(values: dict[str, Any]) -> None:
+    with pytest.raises(SubjectError, match="did you mean 'biscuit'"):
+        parse_params(values).subject("biscit")
+
+
+def test_every_parameter_says_what_it_is() -> None:
+    undocumented = [
+        f"{section.__name__}.{name}"
+        for section in (field.annotation for field in Params.model_fields.values())
+        if isinstance(section, type) and hasattr(section, "model_fields")
+        for name, field in section.model_fields.items()
+        if not field.description
+    ]
+    assert undocumented == []
