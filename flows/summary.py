@@ -20,12 +20,14 @@ class Identity:
     """How alike the pictures and the photos are: cosine similarities, see dreambooth/fidelity.py."""
 
     base: float
+    """Of the pictures of the untouched model: the floor."""
     personalised: float
     gain: float
     low: float
+    """Ends of the interval of the gain."""
     high: float
-    floor: float
     ceiling: float
+    """Of the photos among themselves."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,9 @@ def rows(summary: Summary) -> list[tuple[str, str]]:
     ]
     if identity := summary.identity:
         found += [
-            ("identity, base -> personalised", f"{identity.base:.3f} -> {identity.personalised:.3f}"),
-            ("gain, interval", f"{identity.gain:+.3f}, {identity.low:+.3f} to {identity.high:+.3f}"),
-            ("floor / ceiling", f"{identity.floor:.3f} / {identity.ceiling:.3f}"),
+            ("identity", f"{identity.base:.3f} (base) -> {identity.personalised:.3f} (personalised)"),
+            ("gain", f"{identity.gain:+.3f}, between {identity.low:+.3f} and {identity.high:+.3f}"),
+            ("floor / ceiling", f"{identity.base:.3f} (base) / {identity.ceiling:.3f} (photos among themselves)"),
         ]
     return found
 

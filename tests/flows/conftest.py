@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from toy_project import await_health, make_photos, quiet
+from toy_project import REPOSITORY, await_health, make_photos, quiet
 
 HERE = Path(__file__).parent
-REPOSITORY = HERE.parents[1]
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,14 @@ def register(root: Path, subject_id: str) -> RegisteredVersion:
     return RegisteredVersion(subject_id, known.index(key) + 1, created, key[1])
 
 
+def find(root: Path, subject_id: str) -> RegisteredVersion | None:
+    """Return the newest number of a subject."""
+    book = root / "registry.json"
+    known = json.loads(book.read_text()) if book.exists() else []
+    mine = [number for number, key in enumerate(known, 1) if key[0] == subject_id]
+    return RegisteredVersion(subject_id, mine[-1], False, known[mine[-1] - 1][1]) if mine else None
+
+
 if __name__ == "__main__":
     from flows.personalize import run
 

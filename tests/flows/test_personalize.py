@@ -65,7 +65,7 @@ def test_flow_runs_what_is_stale_in_order_and_registers_then_does_nothing(
 
     artifacts = {one["key"]: one["data"] for one in post(prefect_server, "artifacts/filter", {})}
     assert "data:image/png;base64,iVBOR" in artifacts["subject-biscuit"]
-    assert "0.300 -&gt; 0.600" in artifacts["subject-biscuit"]
+    assert "0.300 (base) -&gt; 0.600" in artifacts["subject-biscuit"]
     assert "rex: sks dog" in artifacts["personalize"]
 
 

@@ -37,7 +37,7 @@ def main(stage: str, key: str) -> None:
         (folder / "which.txt").write_text(f"{stage} {key}")
     if stage == "evaluate":
         Path("metrics").mkdir(exist_ok=True)
-        scores = {"base": 0.3, "personalised": 0.6, "gain": 0.3, "low": 0.2, "high": 0.4, "floor": 0.3, "ceiling": 0.7}
+        scores = {"base": 0.3, "personalised": 0.6, "gain": 0.3, "low": 0.2, "high": 0.4, "ceiling": 0.7}
         Path(f"metrics/{key}.json").write_text(json.dumps({"identity": {**scores, "calibrated": 0.75}, "prompts": 2}))
     if stage == "prior":
         sys.stdout.write("prior dog: 0 reused, 2 generated\n")

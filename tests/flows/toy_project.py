@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+
 
 def make_photos(folder: Path, count: int, seed: int = 0) -> list[Path]:
     """Draw photos that no perceptual hash takes for one another."""

@@ -1,0 +1,253 @@
+"""Add a subject to a project: its photos to data/subjects/<id>, its entries to params.yaml; all of it or nothing."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from dreambooth.errors import ParamsError, PhotosError, PipelineError, SubjectError
+from dreambooth.folders import write_file
+from dreambooth.images import (
+    FOREIGN_SUFFIXES,
+    PHOTO_SUFFIXES,
+    PhotoReport,
+    check_photos,
+    find_photos,
+    require_usable,
+)
+from dreambooth.params import Params, Photos, check_id, load_params, parse_params
+from flows.dvcrun import child_environment
+from flows.project import PARAMS
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a person says about a new subject."""
+
+    subject_id: str
+    class_noun: str
+    identifier: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Added:
+    """What was done."""
+
+    folder: Path
+    class_id: str
+    reports: list[PhotoReport]
+    ignored: list[str]
+
+
+def add_subject(root: Path, wish: Wish, sources: Sequence[Path], force: bool = False) -> Added:
+    """Copy and check the photos, then write params.yaml; a refusal leaves everything as it was.
+
+    Args:
+        root: the project.
+        wish: who the subject is.
+        sources: photos, and folders with photos.
+        force: replace the photos of a subject of the same id; its entry must say the same.
+
+    Raises:
+        SubjectError: the id is no id, or is taken.
+        PhotosError: photos that cannot be used, or too few of them.
+        ParamsError: the entry would not be valid, or params.yaml is not.
+    """
+    params = load_params(root / PARAMS)
+    folder = root / "data" / "subjects" / check_id(wish.subject_id)
+    if not force:
+        _require_new(params, wish.subject_id, folder)
+    class_id = class_of_noun(params, wish.class_noun)
+    text = with_subject((root / PARAMS).read_text(encoding="utf-8"), params, wish, class_id)
+    photos, ignored = collect(sources)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{wish.subject_id}.", dir=folder.parent) as temporary:
+        place = Path(temporary) / "photos"
+        reports = _copy_and_check(photos, place, folder, params.photos)
+        with _replaced(folder, Path(temporary) / "old"):
+            place.rename(folder)
+            write_file(root / PARAMS, text.encode())
+    return Added(folder, class_id, reports, ignored)
+
+
+def collect(sources: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Return the photos that the sources name, and the names that are passed over.
+
+    Raises:
+        PhotosError: with every source that does not exist.
+    """
+    missing = [f"{source} does not exist; name photos, or folders with photos" for source in sources if not _is(source)]
+    if missing:
+        raise PhotosError(missing)
+    photos: list[Path] = []
+    ignored: list[str] = []
+    for source in sources:
+        if source.is_dir():
+            found = find_photos(source)
+            photos += found.photos
+            ignored += found.ignored
+        elif source.suffix.lower() in PHOTO_SUFFIXES | FOREIGN_SUFFIXES and not source.name.startswith("."):
+            photos.append(source)
+        else:
+            ignored.append(source.name)
+    return photos, ignored
+
+
+def new_names(photos: Sequence[Path]) -> list[str]:
+    """Return a name for each photo: its own if it is safe and free, else a number, 07.jpg."""
+    names: list[str] = []
+    taken: set[str] = set()
+    for number, photo in enumerate(photos):
+        name = photo.name
+        while not _SAFE_NAME.fullmatch(name) or name.lower() in taken:
+            name = f"{number:02d}{photo.suffix.lower()}"
+            number += len(photos)
+        taken.add(name.lower())
+        names.append(name)
+    return names
+
+
+def class_of_noun(params: Params, class_noun: str) -> str:
+    """Return the id of the class with this noun, or a free one made of the noun."""
+    known = {one.class_noun.casefold(): class_id for class_id, one in params.classes.items()}
+    if class_noun.casefold() in known:
+        return known[class_noun.casefold()]
+    plain = unicodedata.normalize("NFKD", class_noun).encode("ascii", "ignore").decode().lower()
+    slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:36].strip("-") or "class"
+    number, class_id = 1, slug
+    while class_id in params.classes:
+        number += 1
+        class_id = f"{slug}-{number}"
+    return class_id
+
+
+def with_subject(text: str, params: Params, wish: Wish, class_id: str) -> str:
+    """Return params.yaml with the new entries, every other byte as it was.
+
+    Raises:
+        ParamsError: the result is not valid, or the file is written in a way that lines cannot be added to.
+    """
+    wanted = params.model_dump(mode="json")
+    entry = {"class_id": class_id, "identifier": wish.identifier, "kind": wish.kind}
+    if class_id not in wanted["classes"]:
+        wanted["classes"][class_id] = {"class_noun": wish.class_noun}
+        text = _insert(text, "classes", class_id, wanted["classes"][class_id])
+    if (before := wanted["subjects"].get(wish.subject_id, entry)) != entry:
+        raise ParamsError([f"{PARAMS}: subjects.{wish.subject_id} is {before}, not {entry}; change it there"])
+    if wish.subject_id not in wanted["subjects"]:
+        wanted["subjects"][wish.subject_id] = entry
+        text = _insert(text, "subjects", wish.subject_id, entry)
+    checked = parse_params(wanted)
+    if not _says(text, checked):
+        lines = yaml.safe_dump({"subjects": {wish.subject_id: entry}}, default_flow_style=True).strip()
+        raise ParamsError([f"{PARAMS}: lines cannot be added to `classes:` and `subjects:`; add by hand: {lines}"])
+    return text
+
+
+def track_photos(root: Path, folder: Path) -> str | None:
+    """Put photos under the care of DVC; return why that was not possible, None if it was."""
+    name = folder.relative_to(root).as_posix()
+    if not (root / ".dvc").is_dir():
+        return f"{root} has no .dvc folder, so the photos have no versions; dvc init, then dvc add {name}"
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "add", "--quiet", name],
+        cwd=root,
+        env=child_environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 0:
+        return None
+    reason = " ".join(done.stderr.split()).removeprefix("ERROR: ") or f"exit {done.returncode}"
+    return f"the photos have no versions: {reason}; then: dvc add {name}"
+
+
+def _is(source: Path) -> bool:
+    return source.is_dir() or source.is_file()
+
+
+def _require_new(params: Params, subject_id: str, folder: Path) -> None:
+    if subject_id in params.subjects:
+        raise SubjectError(
+            f"the subject {subject_id!r} is there already; put more photos into {folder}, "
+            f"then: dreambooth run {subject_id}; or replace it: --force"
+        )
+    if folder.exists():
+        raise SubjectError(
+            f"{folder} is there already, but {PARAMS} has no subject {subject_id!r}; "
+            f"add the folder itself with --force: dreambooth add {subject_id} {folder} --class-noun NOUN --force"
+        )
+
+
+def _copy_and_check(photos: Sequence[Path], place: Path, folder: Path, limits: Photos) -> list[PhotoReport]:
+    place.mkdir()
+    given = dict(zip(new_names(photos), photos, strict=True))
+    for name, photo in given.items():
+        shutil.copyfile(photo, place / name)
+    reports = check_photos(place, limits)
+    # A message names the files where the user has them, not their copies that are gone by then.
+    located = [replace(report, file=str(given[report.file].absolute())) for report in reports]
+    parents = {photo.parent for photo in photos}
+    require_usable(located, parents.pop() if len(parents) == 1 else folder, limits)
+    return [
+        replace(report, file=given[report.file].name, duplicate_of=twin and given[twin].name)
+        for report in reports
+        for twin in [report.duplicate_of]
+    ]
+
+
+@contextmanager
+def _replaced(folder: Path, aside: Path) -> Iterator[None]:
+    """Put a folder aside while another takes its place, and back if that fails."""
+    existed = folder.exists()
+    if existed:
+        folder.rename(aside)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        if existed:
+            aside.rename(folder)
+        raise
+
+
+def _says(text: str, params: Params) -> bool:
+    try:
+        return parse_params(yaml.safe_load(text)) == params
+    except (yaml.YAMLError, ParamsError):
+        return False
+
+
+def _insert(text: str, section: str, key: str, entry: dict[str, str]) -> str:
+    """Return the text with an entry at the end of a top-level section, after its last line that says something."""
+    lines = text.splitlines(keepends=True)
+    start = next((number for number, line in enumerate(lines) if re.match(rf"{section}\s*:", line)), None)
+    if start is None:
+        raise PipelineError(f"{PARAMS} has no line `{section}:`; add it")
+    last, indent = start, "  "
+    for number in range(start + 1, len(lines)):
+        line = lines[number]
+        if line.strip() and not line.startswith((" ", "#")):
+            break
+        if line.startswith(" ") and not line.lstrip().startswith("#"):
+            indent = indent if last > start else line[: len(line) - len(line.lstrip())]
+            last = number
+    lines[start] = re.sub(r":\s*(\{\s*\}|null|~)", ":", lines[start])
+    if not lines[last].endswith("\n"):
+        lines[last] += "\n"
+    block = yaml.safe_dump({key: entry}, sort_keys=False, allow_unicode=True)
+    indented = "".join(f"{indent}{line}\n" for line in block.splitlines())
+    return "".join([*lines[: last + 1], indented, *lines[last + 1 :]])

@@ -1,0 +1,236 @@
+"""The dreambooth command: add, check, run, generate, status, register.
+
+Nothing heavy is imported here: each command imports what it needs, and --help needs nothing.
+"""
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from dreambooth.errors import DreamboothError, PipelineError
+from flows.project import PARAMS, choose_subjects, find_root
+
+if TYPE_CHECKING:
+    from dreambooth.params import Params
+    from dreambooth.registry import RegisteredVersion
+    from flows.graph import Graph
+    from flows.personalize import Outcome
+
+app = typer.Typer(
+    help="Personalise a text-to-image model from a few photos of a subject.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out, err = Console(), Console(stderr=True)
+SubjectId = Annotated[str, typer.Argument(metavar="ID", help="Subject in params.yaml, such as biscuit.")]
+SubjectIds = Annotated[list[str] | None, typer.Argument(metavar="ID", help="Subjects; all if none is named.")]
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    root: Annotated[str | None, typer.Option(help="Folder of the project; else DREAMBOOTH_HOME, here, above.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Personalise a text-to-image model from a few photos of a subject."""
+    context.obj = root
+
+
+@app.command()
+def add(
+    context: typer.Context,
+    subject_id: Annotated[str, typer.Argument(metavar="ID", help="Its new id: a-z, 0-9 and '-'.")],
+    photos: Annotated[list[Path], typer.Argument(metavar="PHOTO", help="3 to 10 photos, or folders of them.")],
+    class_noun: Annotated[str, typer.Option(help="What it is an instance of: dog, backpack, ...")],
+    identifier: Annotated[str, typer.Option(help="Rare word that will mean it.")] = "sks",
+    kind: Annotated[
+        Literal["live", "object"] | None, typer.Option(help="Evaluation prompts; object if unsaid.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the photos of a subject of this id.")] = False,
+) -> None:
+    """Add a subject: check and copy its photos, and write it into params.yaml."""
+    from flows.add import Wish, add_subject, track_photos
+    from flows.tables import photos_table
+
+    root = find_root(context.obj)
+    added = add_subject(root, Wish(subject_id, class_noun, identifier, kind or "object"), photos, force)
+    out.print(photos_table(added.reports, added.ignored))
+    if kind is None:
+        out.print("kind: object (evaluation prompts for things; --kind live for people and animals)")
+    if reason := track_photos(root, added.folder):
+        err.print(f"warning: {reason}", style="yellow", markup=False, soft_wrap=True)
+    _say(f"{subject_id} is in {PARAMS}, class {added.class_id}. Next: dreambooth run {subject_id}")
+
+
+@app.command()
+def check(context: typer.Context, subject_id: SubjectId) -> None:
+    """Look at the photos of a subject: which can be used, and why not."""
+    from dreambooth.images import check_photos, find_photos, require_usable
+    from dreambooth.params import check_id, load_params
+    from flows.tables import photos_table
+
+    root = find_root(context.obj)
+    limits = load_params(root / PARAMS).photos
+    folder = root / "data" / "subjects" / check_id(subject_id)
+    files = find_photos(folder)
+    reports = check_photos(folder, limits)
+    out.print(photos_table(reports, files.ignored))
+    usable = require_usable(reports, folder, limits)
+    _say(f"{len(usable)} of {len(reports)} photos can be used. Next: dreambooth run {subject_id}")
+
+
+@app.command()
+def run(context: typer.Context, subject_ids: SubjectIds = None) -> None:
+    """Bring subjects up to date: train, evaluate, export and register what changed."""
+    from flows.graph import Graph
+
+    root = find_root(context.obj)
+    params = _params(root)
+    subjects = choose_subjects(params, subject_ids or [])
+    graph = Graph.load(root).select(subjects)
+    if not graph.stale and all(_is_registered(root, subject_id) for subject_id in subjects):
+        _print_status(root, params, graph, subjects)
+        _say("Everything is up to date.")
+        return
+    from flows import personalize
+
+    outcome = personalize.run(subjects, root)
+    logging.getLogger("prefect").setLevel(logging.WARNING)  # that its server stops is no news below our tables
+    for subject_id in subjects:
+        _print_outcome(root, params, subject_id, outcome)
+    if outcome.failures:
+        raise PipelineError("\n".join(outcome.failures))
+    _say(f'Next: dreambooth generate {subjects[0]} "a photo of {{}} in space"')
+
+
+@app.command()
+def generate(
+    context: typer.Context,
+    subject_id: SubjectId,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="Sentences; {} stands for the subject.")],
+    count: Annotated[int, typer.Option("-n", min=1, max=1000, help="Pictures of each prompt.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the first picture; the next has the next.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Steps of the sampler.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, max=50, help="Weight of the prompt.")] = None,
+    version: Annotated[int | None, typer.Option(min=1, help="Else the champion, the challenger, the newest.")] = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="Else build/ID/generated.")] = None,
+) -> None:
+    """Draw pictures of a subject with its registered version."""
+    from dreambooth import registry
+    from flows.generate import draw, full_prompts
+
+    root = find_root(context.obj)
+    complete, nameless = full_prompts(_params(root), subject_id, prompts)
+    for prompt in nameless:
+        err.print(f"warning: {prompt!r} does not name {subject_id}; write {{}} where it should stand", markup=False)
+    model = registry.load(root, subject_id, version)
+    options = {"seed": seed, "num_inference_steps": steps, "guidance_scale": guidance}
+    given = {name: value for name, value in options.items() if value is not None}
+    drawn = draw(model, complete, count, given, folder or root / "build" / subject_id / "generated")
+    for path in [*drawn.pictures, drawn.sheet]:
+        _say(_shown(path))
+
+
+@app.command()
+def status(context: typer.Context, subject_ids: SubjectIds = None) -> None:
+    """Show what is out of date, how good each subject is, and what is registered."""
+    from flows.graph import Graph
+
+    root = find_root(context.obj)
+    params = _params(root)
+    subjects = choose_subjects(params, subject_ids or [])
+    _print_status(root, params, Graph.load(root).select(subjects), subjects)
+
+
+@app.command()
+def register(context: typer.Context, subject_id: SubjectId) -> None:
+    """Register the export of a subject in MLflow; the same export is the same version."""
+    from dreambooth import registry
+
+    root = find_root(context.obj)
+    _params(root).subject(subject_id)
+    _say(_version(registry.register(root, subject_id)))
+
+
+def _params(root: Path) -> "Params":
+    from dreambooth.params import load_params
+
+    return load_params(root / PARAMS)
+
+
+def _is_registered(root: Path, subject_id: str) -> bool:
+    from dreambooth import registry
+    from flows.summary import export_hash
+
+    found = registry.find(root, subject_id)
+    return found is not None and found.export_hash == export_hash(root, subject_id)
+
+
+def _print_status(root: Path, params: "Params", graph: "Graph", subjects: list[str]) -> None:
+    from dreambooth import registry
+    from flows.summary import read_summary
+    from flows.tables import age, status_table
+
+    lines = []
+    for subject_id in subjects:
+        found = registry.find(root, subject_id)
+        manifest = root / "export" / subject_id / "manifest.json"
+        since = age(time.time() - manifest.stat().st_mtime) if manifest.exists() else "-"
+        stale = [stage.name for stage in graph.select([subject_id]).stale]
+        lines.append((read_summary(root, params, subject_id), stale, f"v{found.version}" if found else "-", since))
+    out.print(status_table(lines))
+
+
+def _print_outcome(root: Path, params: "Params", subject_id: str, outcome: "Outcome") -> None:
+    from flows.summary import prior_line, read_summary
+    from flows.tables import subject_table
+
+    one = read_summary(root, params, subject_id)
+    mine = [run for run in outcome.runs if run.stage.endswith(f"@{subject_id}")]
+    prior = next((run.note for run in outcome.runs if run.stage == f"prior@{one.class_id}" and run.note), None)
+    version = next((_version(found) for found in outcome.versions if found.name == subject_id), "not registered")
+    more = [
+        ("class images", prior or prior_line(root, one.class_id)),
+        ("time", f"{sum(run.seconds for run in mine):.0f} s in {len(mine)} stages"),
+        ("pictures", _shown(one.grid) if one.grid else "none yet"),
+        ("version", version),
+    ]
+    out.print(subject_table(one, more), "")
+
+
+def _version(found: "RegisteredVersion") -> str:
+    return f"models:/{found.name}@challenger (v{found.version}{'' if found.created else ', as before'})"
+
+
+def _shown(path: Path) -> str:
+    """Shorten a path to what a person here would type."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _say(text: str) -> None:
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command; an error of its user is a line on stderr and an exit code, with --debug a traceback."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(arguments, prog_name="dreambooth")
+    except DreamboothError as error:
+        if len(arguments) < len(sys.argv) - 1:
+            raise
+        from flows.tables import print_problems
+
+        print_problems(err, error.code, str(error))
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Draw the tables that people read in a terminal."""
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dreambooth.images import PhotoReport
+from flows.summary import Summary, rows
+
+
+def photos_table(reports: Sequence[PhotoReport], ignored: Sequence[str]) -> Table:
+    """Say for every photo whether it can be used, and why not."""
+    table = Table("file", "pixels", "verdict", box=None, pad_edge=False)
+    for report in reports:
+        table.add_row(Text(report.file), f"{report.width} x {report.height}" if report.width else "", _verdict(report))
+    for name in ignored:
+        table.add_row(Text(name), "", Text("passed over: no photo", "dim"))
+    return table
+
+
+def subject_table(summary: Summary, more: Iterable[tuple[str, str]] = ()) -> Table:
+    """Say all that is known of one subject, a line a fact."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for number, (label, value) in enumerate([*rows(summary), *more]):
+        table.add_row(label, Text(value, "bold" if number == 0 else ""))
+    return table
+
+
+def status_table(subjects: Iterable[tuple[Summary, Sequence[str], str, str]]) -> Table:
+    """Say of every subject what is out of date, how good it is, and what is registered: a line a subject."""
+    table = Table(
+        "subject", "class", "photos", "out of date", "identity", "registered", "age", box=None, pad_edge=False
+    )
+    for one, stale, registered, age in subjects:
+        identity = f"{one.identity.base:.3f} -> {one.identity.personalised:.3f}" if one.identity else "-"
+        what = Text(", ".join(stale), "yellow") if stale else Text("nothing", "green")
+        table.add_row(Text(one.subject_id), Text(one.class_noun), str(one.photos), what, identity, registered, age)
+    return table
+
+
+def age(seconds: float) -> str:
+    """Say how long ago in one unit: 3 min, 5 h, 2 d."""
+    for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def print_problems(console: Console, code: str, text: str) -> None:
+    """Print an error, a line a problem, each with its code."""
+    for line in text.splitlines():
+        console.print(Text(f"{code}: {line}", "red"), soft_wrap=True)
+
+
+def _verdict(report: PhotoReport) -> Text:
+    if report.error:
+        return Text(report.error, "red")
+    if report.duplicate_of:
+        return Text(f"the same as {report.duplicate_of}: dropped", "yellow")
+    return Text("; ".join(report.warnings), "yellow") if report.warnings else Text("good", "green")

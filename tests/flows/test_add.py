@@ -1,0 +1,175 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from toy_project import REPOSITORY, dvc, make_photos
+
+from dreambooth.errors import ParamsError, PhotosError, SubjectError
+from dreambooth.params import load_params
+from flows.add import Wish, add_subject, class_of_noun, collect, new_names, track_photos, with_subject
+from flows.graph import Graph
+
+TOM = Wish("tom", "cat", "sks", "live")
+
+
+def everything(root: Path) -> dict[str, bytes]:
+    files = [path for path in root.rglob("*") if path.is_file() and ".dvc" not in path.parts]
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
+
+
+def test_a_subject_is_copied_and_written_into_params_and_dvc_knows_its_stages(project: Path, tmp_path: Path) -> None:
+    photos = make_photos(tmp_path / "camera", 4)
+    added = add_subject(project, TOM, [tmp_path / "camera"])
+    assert added.class_id == "cat"
+    assert len(list((project / "data" / "subjects" / "tom").iterdir())) == len(photos)
+    params = load_params(project / "params.yaml")
+    assert params.subject("tom").class_id == "cat"
+    assert params.class_of("tom").class_noun == "cat"
+    assert "train@tom" in [stage.name for stage in Graph.load(project).stages]
+
+
+def test_every_other_byte_of_params_stays() -> None:
+    text = (REPOSITORY / "params.yaml").read_text()
+    params = load_params(REPOSITORY / "params.yaml")
+    lines = with_subject(text, params, TOM, "cat").splitlines()
+    new = ["  cat:", "    class_noun: cat", "  tom:", "    class_id: cat", "    identifier: sks", "    kind: live"]
+    assert [line for line in lines if line not in new] == [line for line in text.splitlines() if line not in new]
+    assert lines[lines.index("  tom:") - 1].startswith("    ")
+    assert with_subject(text, params, Wish("tom", "dog", "sks", "live"), "dog").count("class_noun: dog") == 1
+
+
+@pytest.mark.parametrize("empty", ["subjects: {}", "subjects:   { }  # none yet"])
+def test_the_first_subject_is_added_to_an_empty_map(empty: str) -> None:
+    values = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    del values["subjects"]
+    text = yaml.safe_dump(values, sort_keys=False) + empty + "\n"
+    values["subjects"] = {}
+    path_params = load_params(REPOSITORY / "params.yaml").model_copy(update={"subjects": {}})
+    text = with_subject(text, path_params, TOM, "cat")
+    assert yaml.safe_load(text)["subjects"] == {"tom": {"class_id": "cat", "identifier": "sks", "kind": "live"}}
+
+
+def test_an_indent_of_four_is_kept() -> None:
+    values = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    text = yaml.safe_dump(values, sort_keys=False, indent=4)
+    text = with_subject(text, load_params(REPOSITORY / "params.yaml"), TOM, "cat")
+    assert "\n    tom:\n" in text
+
+
+def test_a_params_file_in_one_line_is_left_alone_with_the_line_to_add() -> None:
+    text = yaml.safe_dump(yaml.safe_load((REPOSITORY / "params.yaml").read_text()), default_flow_style=True)
+    with pytest.raises(Exception, match="add"):
+        with_subject(text, load_params(REPOSITORY / "params.yaml"), TOM, "cat")
+
+
+def test_too_few_photos_leave_nothing_behind(project: Path, tmp_path: Path) -> None:
+    make_photos(tmp_path / "camera", 2)
+    before = everything(project)
+    with pytest.raises(PhotosError, match=r"camera has 2 usable photos .* fewer than 3"):
+        add_subject(project, TOM, [tmp_path / "camera"])
+    assert everything(project) == before
+
+
+def test_a_photo_that_is_none_is_named_where_the_user_has_it(project: Path, tmp_path: Path) -> None:
+    make_photos(tmp_path / "camera", 3)
+    (tmp_path / "camera" / "my torn.jpg").write_bytes(b"\xff\xd8\xff")
+    before = everything(project)
+    with pytest.raises(PhotosError, match=r"camera/my torn\.jpg: "):
+        add_subject(project, TOM, [tmp_path / "camera"])
+    assert everything(project) == before
+
+
+def test_an_entry_that_would_not_be_valid_leaves_nothing_behind(project: Path, tmp_path: Path) -> None:
+    make_photos(tmp_path / "camera", 3)
+    before = everything(project)
+    with pytest.raises(ParamsError, match=r"identifier: 'cat' is the class noun itself"):
+        add_subject(project, Wish("tom", "cat", "cat", "live"), [tmp_path / "camera"])
+    assert everything(project) == before
+
+
+def test_a_disk_that_fails_at_the_last_write_leaves_nothing_behind(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("flows.add.write_file", full)
+    make_photos(tmp_path / "camera", 3)
+    before = everything(project)
+    with pytest.raises(OSError, match="No space"):
+        add_subject(project, TOM, [tmp_path / "camera"])
+    with pytest.raises(OSError, match="No space"):
+        add_subject(project, Wish("rex", "dog", "sks", "live"), [tmp_path / "camera"], force=True)
+    assert everything(project) == before
+
+
+def test_a_subject_that_exists_is_refused_with_the_next_step_and_replaced_by_force(
+    project: Path, tmp_path: Path
+) -> None:
+    make_photos(tmp_path / "camera", 5, seed=3)
+    wish = Wish("rex", "dog", "sks", "live")
+    with pytest.raises(SubjectError, match=r"'rex' is there already.*dreambooth run rex.*--force"):
+        add_subject(project, wish, [tmp_path / "camera"])
+    params = (project / "params.yaml").read_bytes()
+    add_subject(project, wish, [tmp_path / "camera"], force=True)
+    assert len(list((project / "data" / "subjects" / "rex").iterdir())) == 5
+    assert (project / "params.yaml").read_bytes() == params
+
+
+def test_a_folder_without_an_entry_is_not_overwritten(project: Path, tmp_path: Path) -> None:
+    make_photos(project / "data" / "subjects" / "tom", 3)
+    make_photos(tmp_path / "camera", 3)
+    with pytest.raises(SubjectError, match=r"is there already, but params\.yaml has no subject 'tom'"):
+        add_subject(project, TOM, [tmp_path / "camera"])
+    add_subject(project, TOM, [project / "data" / "subjects" / "tom"], force=True)
+    assert load_params(project / "params.yaml").subject("tom")
+
+
+@pytest.mark.parametrize("bad", ["../../etc", "/tmp/x", "", "Tom", "-tom", "a b", "x" * 42, "dog; touch X #"])
+def test_an_id_that_is_no_id_is_refused(project: Path, tmp_path: Path, bad: str) -> None:
+    make_photos(tmp_path / "camera", 3)
+    with pytest.raises(SubjectError, match="is not an id"):
+        add_subject(project, Wish(bad, "cat", "sks", "live"), [tmp_path / "camera"])
+
+
+def test_junk_is_passed_over_and_named(tmp_path: Path) -> None:
+    photos = make_photos(tmp_path / "camera", 3)
+    for name in (".DS_Store", "Thumbs.db", "captions.txt"):
+        (tmp_path / "camera" / name).touch()
+    found, ignored = collect([tmp_path / "camera"])
+    assert (found, ignored) == (photos, [".DS_Store", "Thumbs.db", "captions.txt"])
+    found, ignored = collect(sorted((tmp_path / "camera").iterdir()))
+    assert (found, ignored) == (photos, [".DS_Store", "Thumbs.db", "captions.txt"])
+
+
+def test_every_missing_source_is_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(PhotosError) as caught:
+        collect([tmp_path / "a.jpg", tmp_path / "b.jpg"])
+    assert len(caught.value.problems) == 2
+
+
+def test_names_are_kept_if_they_are_safe_and_numbered_if_not() -> None:
+    given = ["a.jpg", "x/A.JPG", "-rf.png", "$(touch x).png", "día.jpeg", "a b.webp", "05.webp", "n" * 200 + ".png"]
+    names = new_names([Path(name) for name in given])
+    assert names == ["a.jpg", "01.jpg", "02.png", "03.png", "04.jpeg", "05.webp", "06.webp", "07.png"][:6] + names[6:]
+    assert len({name.lower() for name in names}) == len(names)
+    assert all(name.isascii() and not name.startswith("-") and " " not in name for name in names)
+
+
+def test_a_class_is_reused_by_its_noun_and_made_of_it_otherwise(project: Path) -> None:
+    params = load_params(project / "params.yaml")
+    assert class_of_noun(params, "Dog") == "dog"
+    assert class_of_noun(params, "tea pot") == "tea-pot"
+    assert class_of_noun(params, "dog!") == "dog-2"
+    assert class_of_noun(params, "犬") == "class"
+
+
+def test_dvc_gives_the_photos_a_version_or_says_why_not(project: Path, tmp_path: Path) -> None:
+    assert track_photos(project, project / "data" / "subjects" / "rex") is None
+    assert (project / "data" / "subjects" / "rex.dvc").exists()
+    dvc(project, "status")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    reason = track_photos(elsewhere, elsewhere / "photos")
+    assert reason is not None
+    assert "dvc init" in reason

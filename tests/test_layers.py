@@ -1,0 +1,53 @@
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS = ("dreambooth", "stages", "flows")  # each may import itself and those before it
+MLFLOW = {"dreambooth/tracking.py", "dreambooth/registry.py", "dreambooth/serving.py"}
+FORBIDDEN = {
+    "dreambooth": {"prefect", "dvc", "typer"},
+    "stages": {"prefect", "dvc", "typer", "mlflow"},
+    "flows": {"torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy", "mlflow"},
+}
+MODULES = sorted(path.relative_to(ROOT).as_posix() for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Yield every module that a file imports, at its top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            yield node.module or ""
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module: str) -> None:
+    layer = module.split("/")[0]
+    above = set(LAYERS[LAYERS.index(layer) + 1 :])
+    packages = {name.split(".")[0] for name in imported(ROOT / module)}
+    assert not packages & above
+    assert not packages & FORBIDDEN[layer]
+
+
+def test_mlflow_is_imported_by_three_modules_alone() -> None:
+    importers = {
+        module for module in MODULES if any(name.split(".")[0] == "mlflow" for name in imported(ROOT / module))
+    }
+    assert importers <= MLFLOW
+
+
+def test_dvc_is_imported_by_the_graph_alone() -> None:
+    importers = {module for module in MODULES if any(name.split(".")[0] == "dvc" for name in imported(ROOT / module))}
+    assert importers == {"flows/graph.py"}
+
+
+def test_every_module_opens_with_one_sentence() -> None:
+    for module in MODULES:
+        text = ast.get_docstring(ast.parse((ROOT / module).read_text(encoding="utf-8")))
+        assert text, module
+        assert text.splitlines()[0].endswith((".", ":")), f"{module}: the first line should be a sentence"
