@@ -356,6 +356,7 @@ def environment(root: Path) -> dict[str, str]:
         "MLFLOW_TRACKING_URI": tracking.tracking_uri(root),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "HOME": str(root),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # mlflow starts uvicorn by name
     }
 
 
@@ -381,8 +382,9 @@ def mlflow(command: list[str], port: int, path: str, env: dict[str, str], cwd: P
         wait_until(lambda: answers(f"http://127.0.0.1:{port}{path}"), process, folder / "log")
         yield
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(30)
 
 
 def wait_until(ready: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path) -> None:

@@ -1,0 +1,176 @@
+import ast
+import importlib.util
+import json
+import shutil
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow.exceptions import MlflowException
+
+from dreambooth import registry, serving
+from dreambooth.folders import TornFolderError, new_folder
+from dreambooth.images import png_bytes
+from dreambooth.models import load_model
+from dreambooth.sampling import SamplerSettings, draw
+from dreambooth.serving import PictureModel
+
+DEFAULTS = {
+    "subject": "biscuit", "identifier": "sks", "class_noun": "dog", "instance_prompt": "a photo of sks dog",
+    "resolution": 32, "scheduler": "ddim", "num_inference_steps": 2, "guidance_scale": 5.0, "negative_prompt": "",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def export(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exports") / "biscuit"
+    with new_folder(folder) as target:
+        shutil.copytree(tiny_model_folder, target, dirs_exist_ok=True)
+        (target / "generation.json").write_text(json.dumps(DEFAULTS))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(export: Path) -> PictureModel:
+    return loaded(export)
+
+
+def loaded(folder: Path) -> PictureModel:
+    model = PictureModel()
+    model.load_context(SimpleNamespace(artifacts={"pipeline": str(folder)}))
+    return model
+
+
+def test_it_draws_what_the_sampler_draws(model: PictureModel, export: Path) -> None:
+    settings = SamplerSettings("ddim", 2, 5.0, 32)
+    (expected,) = draw(load_model(export), ["a dog"], [7], settings)
+    assert model.predict(pd.DataFrame({"prompt": ["a dog"]}), params={"seed": 7}) == [png_bytes(expected)]
+
+
+def test_prompt_i_is_drawn_with_seed_plus_i_whatever_stands_beside_it(model: PictureModel) -> None:
+    three = model.predict(pd.DataFrame({"prompt": ["a cat", "a dog", "a dog"]}), params={"seed": 6})
+    assert [three[1]] == model.predict(pd.DataFrame({"prompt": ["a dog"]}), params={"seed": 7})
+    assert three[1] != three[2]
+
+
+@pytest.mark.parametrize(
+    "model_input",
+    [
+        {"prompt": ["a dog", "a cat"]},
+        {"prompt": np.array(["a dog", "a cat"])},
+        pd.DataFrame({"prompt": ["a dog", "a cat"]}),
+        pd.DataFrame({"prompt": [["a dog", "a cat"]]}),
+        [{"prompt": "a dog"}, {"prompt": "a cat"}],
+        ["a dog", "a cat"],
+    ],
+    ids=["lists", "arrays", "rows", "a list in a row", "dictionaries", "sentences"],
+)
+def test_prompts_may_come_in_many_shapes(model: PictureModel, model_input: object) -> None:
+    expected = [*model.predict(["a dog"], {"seed": 1}), *model.predict(["a cat"], {"seed": 2})]
+    assert model.predict(model_input, {"seed": 1}) == expected
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"seed": 1},
+        {"num_inference_steps": 3},
+        {"guidance_scale": 2.0},
+        {"scheduler": "euler"},
+        {"resolution": 40},
+        {"negative_prompt": "blur"},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_every_parameter_counts(model: PictureModel, changed: dict[str, object]) -> None:
+    assert model.predict(["a dog"], changed) != model.predict(["a dog"])
+    assert model.predict(["a dog"], {name: None for name in changed}) == model.predict(["a dog"])
+
+
+def test_a_row_may_have_its_own_negative_prompt(model: PictureModel) -> None:
+    rows = pd.DataFrame({"prompt": ["a dog", "a dog"], "negative_prompt": ["blur", None]})
+    first, second = model.predict(rows)
+    assert [first] == model.predict(["a dog"], {"negative_prompt": "blur"})
+    assert [second] == model.predict(["a dog"], {"seed": 1})
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"seed": -1}, "seed: should be in"),
+        ({"num_inference_steps": 10**9}, r"num_inference_steps: should be 1 to 1000 \(got 1000000000\)"),
+        ({"guidance_scale": float("nan")}, "guidance_scale: should be 0 to 50"),
+        ({"resolution": 33}, "resolution: should be a multiple of 8"),
+        ({"resolution": 100_000}, "resolution: should be a multiple of 8 from 32 to 2048"),
+        ({"scheduler": "heun"}, r"scheduler: should be one of dpmsolver\+\+, ddim, pndm, euler \(got 'heun'\)"),
+    ],
+)
+def test_absurd_parameters_are_refused(model: PictureModel, params: dict[str, object], message: str) -> None:
+    with pytest.raises(MlflowException, match=message):
+        model.predict(["a dog"], params)
+
+
+@pytest.mark.parametrize("model_input", [[], ["a dog"] * 65, {"prompt": 3}, {"text": "a dog"}, [3]])
+def test_what_is_no_prompt_is_refused(model: PictureModel, model_input: object) -> None:
+    with pytest.raises(MlflowException, match="prompt: "):
+        model.predict(model_input)
+
+
+def test_a_damaged_export_is_not_loaded(export: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "biscuit"
+    shutil.copytree(export, copy)
+    (copy / "model_index.json").write_text("{}")
+    with pytest.raises(TornFolderError, match=r"model_index\.json has 2 bytes"):
+        loaded(copy)
+
+
+def test_the_signature_holds_the_defaults_of_the_export(export: Path) -> None:
+    signature = serving.signature(export)
+    defaults = {spec.name: spec.default for spec in signature.params.params}
+    assert defaults == {name: (DEFAULTS | {"seed": 0})[name] for name in serving.PARAM_TYPES}
+    assert signature.inputs.required_input_names() == ["prompt"]
+
+
+def test_run_under_another_name_it_hands_mlflow_a_model() -> None:
+    import mlflow.models.model
+
+    spec = importlib.util.spec_from_file_location("code_model", serving.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    handed = vars(mlflow.models.model)["__mlflow_model__"]
+    assert type(handed) is module.PictureModel
+    assert type(handed) is not PictureModel
+
+
+def test_every_package_that_the_served_code_imports_is_pinned() -> None:
+    """Follow the imports from serving.py through dreambooth, and look what of other packages they need."""
+    folder = Path(serving.__file__).parent
+    todo, seen, needed = ["serving"], set[str](), set[str]()
+    while todo:
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())):
+            if isinstance(node, ast.Import):
+                needed |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                package, _, rest = node.module.partition(".")
+                if package == "dreambooth":
+                    todo += [rest] if rest else [alias.name for alias in node.names]
+                else:
+                    needed.add(package)
+    pinned = {"huggingface_hub", *registry.SERVED_WITH}  # the hub comes with diffusers
+    providers = packages_distributions()
+    missing = [
+        package
+        for package in needed - sys.stdlib_module_names
+        if not pinned & {package, *(provider.lower() for provider in providers[package])}
+    ]
+    assert not missing
