@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -142,14 +143,16 @@ def save_trained(model: Model, folder: Path, dtype: torch.dtype, text_encoder: b
     """Write the trained parts as safetensors in the layout of diffusers.
 
     Args:
-        model: after training; its weights are cast in place.
+        model: after training.
         folder: gets unet/ and, if trained, text_encoder/.
         dtype: of the saved weights.
         text_encoder: whether it was trained too.
     """
-    model.unet.to(dtype).save_pretrained(folder / "unet", safe_serialization=True)
+    model.unet.save_config(folder / "unet")
+    _save_weights(model.unet, folder / "unet/diffusion_pytorch_model.safetensors", dtype)
     if text_encoder:
-        model.text_encoder.to(dtype).save_pretrained(folder / "text_encoder", safe_serialization=True)
+        model.text_encoder.config.save_pretrained(folder / "text_encoder")
+        _save_weights(model.text_encoder, folder / "text_encoder/model.safetensors", dtype)
 
 
 def write_pipeline(base: Path, trained: Path, folder: Path) -> None:
@@ -169,6 +172,15 @@ def write_pipeline(base: Path, trained: Path, folder: Path) -> None:
     kept |= {part: index[part] for part in COMPONENTS}
     kept |= {"feature_extractor": [None, None], "safety_checker": [None, None], "requires_safety_checker": False}
     (folder / "model_index.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+
+def _save_weights(module: torch.nn.Module, path: Path, dtype: torch.dtype) -> None:
+    """Write a state dict, and take the place where the base was loaded from out of the config beside it."""
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in module.state_dict().items()}
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    config = _read_json(path.parent / "config.json")
+    config.pop("_name_or_path", None)
+    (path.parent / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _fetch(repo_id: str, revision: str) -> Path:

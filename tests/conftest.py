@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,9 +112,20 @@ def make_photo(number: int, side: int = 96) -> Image.Image:
 
 
 @pytest.fixture
-def params_values() -> dict[str, object]:
+def params_values() -> dict[str, Any]:
+    """Return the values of `tiny_values`, to be changed."""
+    return tiny_values()
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_model_folder: Path, params_values: dict[str, Any]) -> Path:
+    """Return a project with the tiny pipeline as its base model and one subject of five photos."""
+    return make_project(tmp_path / "project", tiny_model_folder, params_values)
+
+
+def tiny_values() -> dict[str, Any]:
     """Return params.yaml of this repository as plain values, cut down to what a tiny pipeline does in seconds."""
-    values = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    values: dict[str, Any] = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
     values["base"] |= {"pretrained_model_name_or_path": "data/base/tiny", "resolution": TINY_RESOLUTION}
     values["classes"] = {"dog": {"class_noun": "dog"}}
     values["subjects"] = {"biscuit": {"class_id": "dog", "identifier": "sks", "kind": "live"}}
@@ -122,18 +135,15 @@ def params_values() -> dict[str, object]:
     return values
 
 
-@pytest.fixture
-def project(tmp_path: Path, tiny_model_folder: Path, params_values: dict[str, object]) -> Path:
-    """Return a project with the tiny pipeline as its base model and one subject of five photos."""
-    root = tmp_path / "project"
-    (root / "data/base").mkdir(parents=True)
-    (root / "data/base/tiny").symlink_to(tiny_model_folder)
+def make_project(root: Path, base: Path, values: dict[str, Any]) -> Path:
+    """Make a project around a base model."""
+    shutil.copytree(base, root / "data/base/tiny")
     (root / "data/prompts").mkdir()
     for kind in ("live", "object"):
         lines = [f"recontextualisation,a photo of {{}} {place}" for place in ("in space", "on a beach", "at home")]
         (root / f"data/prompts/{kind}.csv").write_text("\n".join(["kind,prompt", *lines]) + "\n")
     add_photos(root / "data/subjects/biscuit", 5)
-    write_params(root, params_values)
+    write_params(root, values)
     return root
 
 
@@ -144,6 +154,6 @@ def add_photos(folder: Path, count: int, first: int = 0) -> None:
         make_photo(number).save(folder / f"{number:02d}.png")
 
 
-def write_params(root: Path, values: dict[str, object]) -> None:
+def write_params(root: Path, values: dict[str, Any]) -> None:
     """Write params.yaml of a project."""
     (root / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))

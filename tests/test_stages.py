@@ -1,20 +1,189 @@
 """Every stage, run for real on a tiny pipeline: what it reads, writes, reuses and refuses."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
+import pytest
+from conftest import REPOSITORY, TINY_RESOLUTION, add_photos, write_params
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from dreambooth.errors import PhotosError, SubjectError
+from dreambooth.folders import TornFolderError, content_hash, read_manifest
 from dreambooth.params import load_params
 from stages import evaluate, export, prior, train, validate
 
 
-def run_all(root: Path) -> None:
+def run_all(root: Path, subject: str = "biscuit") -> None:
     params = load_params(root / "params.yaml")
-    validate.run(params, "biscuit", root)
-    prior.run(params, "dog", root)
-    train.run(params, "biscuit", root)
-    evaluate.run(params, "biscuit", root)
-    export.run(params, "biscuit", root)
+    validate.run(params, subject, root)
+    prior.run(params, params.subject(subject).class_id, root)
+    train.run(params, subject, root)
+    evaluate.run(params, subject, root)
+    export.run(params, subject, root)
 
 
-def test_stages_chain_from_photos_to_export(project: Path) -> None:
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
+    """Return a project in which all stages ran once; the tests that use it only look."""
+    from conftest import make_project, tiny_values
+
+    folder = tmp_path_factory.mktemp("done")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DREAMBOOTH_CACHE", str(folder / "cache"))
+        root = make_project(folder / "project", tiny_model_folder, tiny_values())
+        run_all(root)
+    return root
+
+
+def test_every_stage_leaves_a_folder_whose_manifest_verifies(done: Path) -> None:
+    for name in ("build/biscuit/instance", "build/classes/dog", "models/biscuit", "build/biscuit/evaluation"):
+        assert read_manifest(done / name)["files"]
+    assert read_manifest(done / "export/biscuit")["model"] == read_manifest(done / "models/biscuit")["fingerprint"]
+
+
+def test_the_export_is_a_pipeline_that_diffusers_loads_and_draws_with(done: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(done / "export/biscuit", use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    defaults = json.loads((done / "export/biscuit/generation.json").read_text())
+    assert defaults["instance_prompt"] == "a photo of sks dog"
+    image = pipeline(defaults["instance_prompt"], num_inference_steps=2, height=32, width=32).images[0]
+    assert image.size == (TINY_RESOLUTION, TINY_RESOLUTION)
+
+
+def test_the_card_says_how_to_call_the_subject_and_what_was_not_checked(done: Path) -> None:
+    card = (done / "export/biscuit/README.md").read_text()
+    assert "a photo of sks dog" in card
+    assert "not checked" in card
+
+
+def test_the_loss_curve_has_a_row_a_step_with_both_losses(done: Path) -> None:
+    curve = pd.read_csv(done / "models/biscuit/loss.csv")
+    assert curve["step"].tolist() == [0, 1, 2, 3]
+    assert curve[["loss_instance", "loss_prior", "grad_norm"]].notna().all().all()
+
+
+def test_the_metrics_are_those_of_the_scores(done: Path) -> None:
+    scores = pd.read_csv(done / "build/biscuit/evaluation/scores.csv")
+    metrics = json.loads((done / "metrics/biscuit.json").read_text())
+    assert len(scores) == 3 * 2
+    assert metrics["prompts"] == 3
+    assert metrics["identity"]["personalised"] == pytest.approx(scores["identity"].mean())
+    assert metrics["identity"]["low"] <= metrics["identity"]["gain"] <= metrics["identity"]["high"]
+
+
+def test_the_grid_shows_base_and_personalised_at_every_seed(done: Path) -> None:
+    with Image.open(done / "build/biscuit/evaluation/grid.png") as grid:
+        assert grid.width > 4 * 128
+        assert grid.height > 4 * 128
+
+
+def test_the_training_is_logged_with_its_curve_and_its_scores(done: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{done}/mlflow.db")
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert len(runs) == 1
+    history = client.get_metric_history(runs[0].info.run_id, "loss_instance")
+    assert [metric.step for metric in history] == [0, 1, 2, 3]
+    assert runs[0].data.params["train.max_train_steps"] == "4"
+    assert "identity.gain" in runs[0].data.metrics
+
+
+def test_the_same_inputs_give_the_same_bytes(done: Path, project: Path) -> None:
     run_all(project)
-    assert (project / "export/biscuit/model_index.json").exists()
+    for name in ("build/biscuit/instance", "build/classes/dog", "models/biscuit", "export/biscuit"):
+        assert content_hash(project / name) == content_hash(done / name), name
+
+
+def test_a_second_subject_of_the_class_reuses_its_images(
+    project: Path, params_values: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    params_values["subjects"]["rex"] = {"class_id": "dog", "identifier": "zwx", "kind": "live"}
+    write_params(project, params_values)
+    params = load_params(project / "params.yaml")
+    prior.run(params, "dog", project)
+    prior.run(params, "dog", project)
+    said = capsys.readouterr().out
+    assert "prior dog: 0 reused, 5 generated" in said
+    assert "prior dog: 5 reused, 0 generated" in said
+
+
+def test_validate_names_every_bad_file_and_writes_nothing(project: Path) -> None:
+    folder = project / "data/subjects/biscuit"
+    (folder / ".DS_Store").write_bytes(b"x")
+    (folder / "note.jpg").write_text("a text")
+    jpeg = folder / "torn.jpg"
+    Image.open(folder / "00.png").save(jpeg)
+    jpeg.write_bytes(jpeg.read_bytes()[:-300])
+    with pytest.raises(PhotosError) as refused:
+        validate.run(load_params(project / "params.yaml"), "biscuit", project)
+    said = "\n".join(refused.value.problems)
+    assert "data/subjects/biscuit/note.jpg" in said
+    assert "data/subjects/biscuit/torn.jpg" in said
+    assert not (project / "build").exists()
+
+
+def test_validate_stores_photos_under_generated_names_and_keeps_the_original_in_the_manifest(project: Path) -> None:
+    folder = project / "data/subjects/biscuit"
+    (folder / "00.png").rename(folder / "-rf $(touch x) é.png")
+    validate.run(load_params(project / "params.yaml"), "biscuit", project)
+    manifest = read_manifest(project / "build/biscuit/instance")
+    assert manifest["photos"][0]["file"] == "00.png"
+    assert manifest["photos"][0]["original"] == "-rf $(touch x) é.png"
+
+
+def test_an_edited_picture_is_refused_by_the_training(project: Path) -> None:
+    params = load_params(project / "params.yaml")
+    validate.run(params, "biscuit", project)
+    prior.run(params, "dog", project)
+    add_photos(project / "build/biscuit/instance", 1, first=7)
+    with pytest.raises(TornFolderError, match=r"07\.png is not in the manifest"):
+        train.run(params, "biscuit", project)
+
+
+def test_an_unknown_subject_is_refused(project: Path) -> None:
+    with pytest.raises(SubjectError, match="did you mean 'biscuit'"):
+        validate.run(load_params(project / "params.yaml"), "biscit", project)
+
+
+def run_program(root: Path, stage: str, subject: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", f"stages.{stage}", subject],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_a_mistake_is_one_line_with_a_code_and_loads_no_model(project: Path) -> None:
+    (project / "data/subjects/biscuit/00.png").write_bytes(b"")
+    finished = run_program(project, "validate", "biscuit")
+    assert finished.returncode == 3
+    assert finished.stderr.splitlines() == [
+        "E_PHOTOS: data/subjects/biscuit/00.png: is empty (0 bytes); copy the photo again"
+    ]
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys, stages.validate; print('torch' in sys.modules)"],
+        cwd=REPOSITORY, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert loaded.stdout.strip() == "False"
+
+
+@pytest.mark.slow
+def test_all_faults_of_params_yaml_are_printed_and_the_exit_code_is_two(
+    project: Path, params_values: dict[str, Any]
+) -> None:
+    params_values["train"] |= {"learning_rate": "5e-6", "bogus": 1}
+    write_params(project, params_values)
+    finished = run_program(project, "train", "biscuit")
+    assert finished.returncode == 2
+    assert [line.split(": ")[2] for line in finished.stderr.splitlines()] == ["train.learning_rate", "train.bogus"]
