@@ -1,0 +1,184 @@
+"""dvc.yaml, params.yaml and stages/ say the same: what is declared is what is read and written."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import REPOSITORY, make_project, tiny_values
+
+from dreambooth.params import ID_PATTERN, Section, load_params, parse_params
+
+STAGES = ("prior", "validate", "train", "evaluate", "export")
+# They cannot change what a stage writes: how a run is called, told and checked.
+WITHOUT_EFFECT = {
+    "dreambooth/__init__.py",
+    "dreambooth/errors.py",
+    "dreambooth/params.py",  # the values are declared one by one, under params
+    "dreambooth/progress.py",
+    "dreambooth/tracking.py",
+    "stages/__init__.py",
+    "stages/entry.py",
+}
+
+
+@cache
+def declared(stage: str) -> dict[str, Any]:
+    entry: dict[str, Any] = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"][stage]["do"]
+    return entry
+
+
+def in_terms_of_stage(path: str) -> str:
+    return path.replace("${key}", "{id}").replace("${item.class_id}", "{class_id}")
+
+
+def test_every_stage_is_one_file_of_the_same_name() -> None:
+    stages = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]
+    files = {path.stem for path in (REPOSITORY / "stages").glob("*.py")} - {"__init__", "entry"}
+    assert set(stages) == files == set(STAGES)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_only_an_id_stands_in_a_command(stage: str) -> None:
+    assert declared(stage)["cmd"] == f"python -m stages.{stage} ${{key}}"
+    assert not re.match(ID_PATTERN, "dog; touch X #")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_folders_are_declared_as_the_stage_names_them(stage: str) -> None:
+    module, entry = import_module(f"stages.{stage}"), declared(stage)
+    inputs = {in_terms_of_stage(dep) for dep in entry["deps"] if not dep.endswith(".py")}
+    outputs = {in_terms_of_stage(out) for out in entry["outs"] + entry.get("metrics", [])}
+    assert inputs == set(module.INPUTS)
+    assert outputs == set(module.OUTPUTS)
+
+
+def imports_of(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    files = {name.replace(".", "/") + ".py" for name in names if name.split(".")[0] in ("dreambooth", "stages")}
+    return {file for file in files if (REPOSITORY / file).is_file()}
+
+
+def import_closure(file: str) -> set[str]:
+    found, todo = {file}, [file]
+    while todo:
+        new = imports_of(REPOSITORY / todo.pop()) - found - WITHOUT_EFFECT
+        found |= new
+        todo += new
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_module_that_can_change_the_output_is_a_dependency_and_no_other(stage: str) -> None:
+    modules = {dep for dep in declared(stage)["deps"] if dep.endswith(".py")}
+    assert modules == import_closure(f"stages/{stage}.py")
+
+
+def read_keys(stage: str, root: Path, subject: str) -> set[str]:
+    """Run a stage and return the parameters that it read, as section.key or section.id.key."""
+    params = load_params(root / "params.yaml")
+    places = {
+        id(getattr(params, name)): name for name in type(params).model_fields if name not in ("classes", "subjects")
+    }
+    places |= {id(entry): f"classes.{name}" for name, entry in params.classes.items()}
+    places |= {id(entry): f"subjects.{name}" for name, entry in params.subjects.items()}
+    seen: set[str] = set()
+    original = Section.__getattribute__
+
+    def watch(self: Section, name: str) -> Any:
+        if (place := places.get(id(self))) is not None:
+            if name in type(self).model_fields:
+                seen.add(f"{place}.{name}")
+            elif name == "model_dump":
+                seen.update(f"{place}.{field}" for field in type(self).model_fields)
+        return original(self, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Section, "__getattribute__", watch)
+        import_module(f"stages.{stage}").run(params, subject, root)
+    return seen
+
+
+def test_every_parameter_that_a_stage_reads_is_declared(project: Path) -> None:
+    undeclared = []
+    for stage in ("validate", "prior", "train", "evaluate", "export"):
+        subject = "dog" if stage == "prior" else "biscuit"
+        keys = [key.replace("${key}", subject).replace("${item.class_id}", "dog") for key in declared(stage)["params"]]
+        for read in read_keys(stage, project, subject):
+            if not any(read == key or read.startswith(f"{key}.") for key in keys):
+                undeclared.append(f"{stage} reads {read}")
+    # written into MLflow for people, and nowhere else
+    assert [line for line in undeclared if not re.match(r"train reads (prior\.|base\.inference_dtype)", line)] == []
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_declared_parameter_exists(stage: str) -> None:
+    values = parse_params(yaml.safe_load((REPOSITORY / "params.yaml").read_text())).model_dump()
+    subject = "dog" if stage == "prior" else "biscuit"
+    for key in declared(stage)["params"]:
+        value: Any = values
+        for part in key.replace("${key}", subject).replace("${item.class_id}", "dog").split("."):
+            assert part in value, f"{stage}: {key}"
+            value = value[part]
+
+
+WATCH = """
+import json, os, sys
+from pathlib import Path
+root, stage, subject = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+seen = {"read": set(), "written": set()}
+def hook(event, arguments):
+    if event == "open" and isinstance(arguments[0], str) and arguments[0].startswith(str(root)):
+        writing = isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+        seen["written" if writing else "read"].add(os.path.relpath(arguments[0], root))
+import importlib
+module = importlib.import_module(f"stages.{stage}")
+from dreambooth.params import load_params
+params = load_params(root / "params.yaml")
+sys.addaudithook(hook)
+module.run(params, subject, root)
+print(json.dumps({kind: sorted(paths) for kind, paths in seen.items()}))
+"""
+
+
+@pytest.mark.slow
+def test_a_stage_touches_only_the_folders_it_declares(tmp_path: Path, tiny_model_folder: Path) -> None:
+    root = make_project(tmp_path / "project", tiny_model_folder, tiny_values())
+    for stage in ("validate", "prior", "train", "evaluate", "export"):
+        subject, module = ("dog" if stage == "prior" else "biscuit"), import_module(f"stages.{stage}")
+        finished = subprocess.run(
+            [sys.executable, "-c", WATCH, str(root), stage, subject],
+            cwd=root, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        touched = json.loads(finished.stdout.splitlines()[-1])
+        inputs = [path.format(id=subject, class_id="dog") for path in module.INPUTS]
+        outputs = [path.format(id=subject) for path in module.OUTPUTS]
+        free = (".scratch", "mlflow.db", "mlartifacts")
+        assert strangers(touched["read"], [*inputs, *outputs, *free]) == [], stage
+        assert strangers(touched["written"], [*outputs, *free]) == [], stage
+
+
+def strangers(paths: list[str], allowed: list[str]) -> list[str]:
+    """Return the paths that lie in none of the allowed folders; a folder is filled under a hidden name beside it."""
+    return [
+        path
+        for path in paths
+        if not any(
+            path == place or path.startswith((f"{place}/", f"{Path(place).parent}/.{Path(place).name}.", f"{place}-"))
+            for place in allowed
+        )
+        and Path(path).as_posix() not in {Path(place).parent.as_posix() for place in allowed}
+    ]
