@@ -1,4 +1,4 @@
-"""Train the AutoencoderKL on composed pictures of every drawing.
+"""Train the AutoencoderKL on composed pictures of every drawing; later, perhaps, its decoder alone.
 
 B rows, S pixels a side, values in [-1, 1].
 """
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from torch import nn
 from tqdm import tqdm
 
 from base import compose, loop, parallel, recipe, sprites
@@ -20,6 +21,7 @@ from base.sprites import Sprites
 
 FOLDER = recipe.SCRATCH / "autoencoder"
 CHECKPOINT = FOLDER / "checkpoint.pt"
+DECODER_CHECKPOINT = FOLDER / "decoder.pt"
 ALONE = Group()
 DECODED = 4096
 """Pictures whose latents give the scale of the latent space."""
@@ -67,79 +69,99 @@ def loss_terms(pred: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, 
     return off.abs().mean(), off.diff(dim=-1).abs().mean() + off.diff(dim=-2).abs().mean()
 
 
+class Trainer:
+    """The autoencoder in training, its average, and how far it is.
+
+    With `start`, only the decoder of that autoencoder is trained: the latents that a denoiser knows stay as they are.
+    """
+
+    def __init__(self, values: Recipe, minutes: float | None = None, start: AutoencoderKL | None = None) -> None:
+        section = values.autoencoder
+        torch.manual_seed(section.seed)
+        model = build(section, values.resolution) if start is None else start
+        self.model = model.to(memory_format=torch.channels_last)
+        self.trained: nn.Module = self.model
+        self.rows, self.learning_rate, self.seen = section.rows, section.learning_rate, 0
+        if start is not None:
+            model.requires_grad_(False)
+            self.trained = model.decoder.requires_grad_(True)
+            self.rows, self.learning_rate, self.seen = section.decoder_rows, section.decoder_learning_rate, section.rows
+        self.parameters = list(self.trained.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=self.learning_rate, weight_decay=1e-4, fused=True)
+        self.average = loop.Average({"trained": self.trained}, section.ema_decay)
+        self.progress = loop.Progress(self.rows, minutes)
+        self.step = 0
+
+    def save(self, path: Path) -> None:
+        """Write everything that a continued training needs."""
+        state = {
+            "model": self.trained.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict(),
+            "rows": self.progress.work,
+            "elapsed_s": self.progress.elapsed_s,
+            "step": self.step,
+        }
+        loop.save(path, state)
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint, if there is one."""
+        if (state := loop.load(path)) is None:
+            return
+        self.trained.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average.load_state_dict(state["average"])
+        self.progress.work, self.progress.elapsed_s, self.step = state["rows"], state["elapsed_s"], state["step"]
+
+    def train_step(self, section: Autoencoder, target: torch.Tensor, group: Group) -> tuple[float, float]:
+        """Make one step on this process's part of a batch, (B, 3, S, S); give both terms of its loss."""
+        generator = torch.Generator().manual_seed((section.seed * 1_000_003 + self.step) * group.size + group.rank)
+        posterior = self.model.encode(target).latent_dist
+        value_loss, edge_loss = loss_terms(self.model.decode(posterior.sample(generator)).sample, target)
+        loss = value_loss + edge_loss + section.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        group.average(self.parameters)
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.average.update()
+        self.step += 1
+        self.progress.add(section.batch_size)
+        return value_loss.item(), edge_loss.item()
+
+
 def train(
-    values: Recipe, drawn: Sprites, checkpoint: Path, minutes: float | None = None, group: Group = ALONE
+    values: Recipe,
+    drawn: Sprites,
+    checkpoint: Path,
+    minutes: float | None = None,
+    group: Group = ALONE,
+    start: AutoencoderKL | None = None,
 ) -> AutoencoderKL:
     """Train to the end of the rows or of the minutes, continuing from the checkpoint; give the averaged weights."""
     section = values.autoencoder
-    torch.manual_seed(section.seed)
-    model = build(section, values.resolution).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=section.learning_rate, weight_decay=1e-4, fused=True)
-    parameters = list(model.parameters())
-    average = loop.Average({"vae": model}, section.ema_decay)
-    progress = loop.Progress(section.rows, minutes)
-    step = 0
-    if (state := loop.load(checkpoint)) is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.load_state_dict(state["average"])
-        progress.work, progress.elapsed_s, step = state["rows"], state["elapsed_s"], state["step"]
-
-    def keep() -> None:
-        if not group.leads:
-            return
-        loop.save(
-            checkpoint,
-            {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "average": average.state_dict(),
-                "rows": progress.work,
-                "elapsed_s": progress.elapsed_s,
-                "step": step,
-            },
-        )
-
-    timer = loop.Every(3)
-    bar = tqdm(
-        total=section.rows,
-        initial=int(progress.work),
-        unit="rows",
-        desc="autoencoder",
-        mininterval=10,
-        disable=not group.leads,
-    )
-    part = group.part(section.batch_size)
-    while (share := group.agree(progress.share)) < 1:
-        for each in optimizer.param_groups:
+    trainer = Trainer(values, minutes, start)
+    trainer.load(checkpoint)
+    timer, part = loop.Every(3), group.part(section.batch_size)
+    bar = tqdm(desc="autoencoder", total=trainer.rows, unit="rows", mininterval=10, disable=not group.leads)
+    while (share := group.agree(trainer.progress.share)) < 1:
+        for each in trainer.optimizer.param_groups:
             each["lr"] = loop.rate_at(
-                share, step, section.learning_rate, section.final_learning_rate, section.warmup_steps
+                share, trainer.step, trainer.learning_rate, section.final_learning_rate, section.warmup_steps
             )
-        target = batch(values, drawn, values.resolution, step * section.batch_size + group.rank * part, part)
-        generator = torch.Generator().manual_seed((section.seed * 1_000_003 + step) * group.size + group.rank)
-        posterior = model.encode(target).latent_dist
-        pred = model.decode(posterior.sample(generator)).sample
-        value_loss, edge_loss = loss_terms(pred, target)
-        loss = value_loss + edge_loss + section.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        group.average(parameters)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        average.update()
-        step += 1
-        progress.add(section.batch_size)
-        bar.update(section.batch_size)
-        if step % 20 == 0:
-            bar.set_postfix(
-                l1=f"{value_loss.item():.4f}", edge=f"{edge_loss.item():.4f}", share=f"{progress.share:.3f}"
-            )
-        if timer.due():
-            keep()
+        first = trainer.seen + trainer.step * section.batch_size + group.rank * part
+        target = batch(values, drawn, values.resolution, first, part)
+        value_loss, edge_loss = trainer.train_step(section, target, group)
+        bar.update(trainer.progress.work - bar.n)
+        if trainer.step % 20 == 0:
+            bar.set_postfix(l1=f"{value_loss:.4f}", edge=f"{edge_loss:.4f}", share=f"{share:.3f}")
+        if group.leads and timer.due():
+            trainer.save(checkpoint)
     bar.close()
-    keep()
-    model.load_state_dict(average.weights["vae"])
-    return model.eval()
+    if group.leads:
+        trainer.save(checkpoint)
+    trainer.trained.load_state_dict(trainer.average.weights["trained"])
+    return trainer.model.eval()
 
 
 @torch.inference_mode()
@@ -154,11 +176,16 @@ def scaling_factor(model: AutoencoderKL, values: Recipe, drawn: Sprites, count: 
     return 1 / torch.cat(rows).std().item()
 
 
-def work(group: Group, minutes: float | None) -> None:
+def work(group: Group, minutes: float | None, decoder: bool) -> None:
     """Train, measure the scale of the latents, and save the part of the pipeline."""
     values, drawn = recipe.load(), sprites.load(recipe.SCRATCH / "sprites")
-    model = train(values, drawn, CHECKPOINT, minutes, group)
-    if group.leads:
+    start = AutoencoderKL.from_pretrained(FOLDER / "vae") if decoder else None
+    model = train(values, drawn, DECODER_CHECKPOINT if decoder else CHECKPOINT, minutes, group, start)
+    if not group.leads:
+        return
+    if decoder:
+        model.half().save_pretrained(recipe.MODEL / "vae")
+    else:
         model.register_to_config(scaling_factor=scaling_factor(model, values, drawn))
         model.save_pretrained(FOLDER / "vae")
 
@@ -166,10 +193,12 @@ def work(group: Group, minutes: float | None) -> None:
 def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--decoder", action="store_true", help="train only the decoder further, for the made pipeline")
     parser.add_argument("--minutes", type=float, help="end by then, the rate falling in time")
     parser.add_argument("--processes", type=int, default=1, help="that share each batch, one thread each")
     arguments = parser.parse_args()
-    parallel.run(functools.partial(work, minutes=arguments.minutes), arguments.processes)
+    job = functools.partial(work, minutes=arguments.minutes, decoder=arguments.decoder)
+    parallel.run(job, arguments.processes)
 
 
 if __name__ == "__main__":

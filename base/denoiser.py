@@ -141,11 +141,10 @@ def encode_pool(
 
 def tokenize(words: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     """Give the ids of captions, padded to the full length: (B, L)."""
-    encoded = words(
-        captions, padding="max_length", truncation=True, max_length=words.model_max_length, return_tensors="pt"
-    )
-    ids: torch.Tensor = encoded.input_ids
-    return ids
+    length: int = words.model_max_length
+    encoded = words(captions, padding="max_length", truncation=True, max_length=length)
+    input_ids: list[list[int]] = encoded["input_ids"]
+    return torch.tensor(input_ids)
 
 
 def min_snr_weights(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
@@ -206,7 +205,7 @@ class Trainer:
         minutes: float | None = None,
         group: Group = ALONE,
     ) -> None:
-        self.group = group
+        self.group, self.latent_size = group, latent_size
         self.section = section = values.denoiser
         torch.manual_seed(section.seed)
         unet = build_unet(values, latent_size).to(memory_format=torch.channels_last)
@@ -238,7 +237,7 @@ class Trainer:
         rows = group.part(batch_size)
         loss = loss_of(self.modules, self.scheduler, pool, section, rows, self.empty_ids, generator)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         group.average(self.parameters)
         nn.utils.clip_grad_norm_(self.parameters, section.max_grad_norm)
         self.optimizer.step()
@@ -314,7 +313,7 @@ def train(
 def assemble(values: Recipe, trainer: Trainer, vae: AutoencoderKL, words: CLIPTokenizer) -> StableDiffusionPipeline:
     """Put the averaged weights into a pipeline."""
     text_encoder = build_text_encoder(values, words)
-    unet = build_unet(values, trainer.modules["unet"].config["sample_size"])
+    unet = build_unet(values, trainer.latent_size)
     for name, module in (("text_encoder", text_encoder), ("unet", unet)):
         module.load_state_dict(trainer.average.weights[name])
         module.eval()

@@ -45,7 +45,7 @@ class Group:
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
         flat /= self.size
-        parts = flat.split([g.numel() for g in gradients])
+        parts = torch.split(flat, [g.numel() for g in gradients])
         torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
     def agree(self, value: float) -> float:
@@ -77,4 +77,4 @@ def run(work: Callable[[Group], None], processes: int) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         meeting = str(Path(folder) / "meeting")
-        mp.start_processes(_work, (processes, meeting, work), nprocs=processes, start_method="spawn")
+        mp.spawn(_work, (processes, meeting, work), nprocs=processes)  # type: ignore[no-untyped-call, attr-defined]

@@ -76,6 +76,9 @@ class Autoencoder(Strict):
     batch_size: Positive
     learning_rate: Rate
     final_learning_rate: Rate
+    decoder_rows: Positive
+    """Pictures of a further training of the decoder alone."""
+    decoder_learning_rate: Rate
     warmup_steps: Positive
     kl_weight: Annotated[float, Field(ge=0)]
     ema_decay: Share

@@ -52,7 +52,7 @@ def build(captions: list[str], rare: list[str], section: TextEncoder) -> CLIPTok
     room = section.vocab_size - len(tokens) - 2
     merges = learn_merges(words, section.vocab_size)
     known = set(tokens)
-    kept = []
+    kept: list[tuple[str, str]] = []
     for left, right in merges:
         if left + right not in known and len(kept) < room:
             known.add(left + right)

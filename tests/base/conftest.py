@@ -17,7 +17,13 @@ def values() -> Recipe:
     data["scenes"] = {phrase: data["scenes"][phrase] for phrase in ("in space", "on a beach")}
     data["extra_icons"] = ["giraffe"]
     data["resolution"], data["sprite_size"] = 16, 24
-    data["autoencoder"] |= {"block_out_channels": [8, 8, 8], "rows": 24, "batch_size": 4, "warmup_steps": 2}
+    data["autoencoder"] |= {
+        "block_out_channels": [8, 8, 8],
+        "rows": 24,
+        "decoder_rows": 8,
+        "batch_size": 4,
+        "warmup_steps": 2,
+    }
     data["text_encoder"] |= {"hidden_size": 16, "layers": 1, "heads": 2, "max_length": 16}
     data["denoiser"] |= {
         "block_out_channels": [32, 32],

@@ -44,6 +44,14 @@ def test_training_cut_in_two_gives_the_same_weights(
         assert torch.equal(value, resumed.state_dict()[key]), key
 
 
+def test_decoder_trains_on_while_the_encoder_stays(values: Recipe, drawn: Sprites, tmp_path: Path) -> None:
+    start = autoencoder.build(values.autoencoder, values.resolution)
+    before = {key: value.clone() for key, value in start.state_dict().items()}
+    after = autoencoder.train(values, drawn, tmp_path / "decoder.pt", start=start).state_dict()
+    changed = {key.split(".")[0] for key, value in before.items() if not torch.equal(value, after[key])}
+    assert changed == {"decoder"}
+
+
 def test_to_tensor_maps_bytes_to_minus_one_and_one() -> None:
     pixels = np.zeros((1, 2, 2, 3), np.uint8)
     pixels[0, 0, 1] = 255
