@@ -34,6 +34,7 @@ PENDING = "pending.json"
 FLUSH_ENTRIES = 500
 FLUSH_SECONDS = 5.0
 CLOSE_SECONDS = 60.0
+KILLED_SECONDS = 10.0  # who is told to stop has 30 s, and a checkpoint to write
 MAX_PAUSE_SECONDS = 60.0
 MAX_BUFFERED = 500_000
 MAX_METRICS_PER_BATCH = 1000  # mlflow.utils.validation
@@ -248,13 +249,17 @@ class Run:
         self._keep(path.name, folder, lambda target: shutil.copyfile(path, target))
 
     def close(self, status: Status = "FINISHED") -> None:
-        """Send the rest for at most CLOSE_SECONDS; say in one line what could not be sent, and keep that."""
+        """Send the rest for at most CLOSE_SECONDS; say in one line what could not be sent, and keep that.
+
+        Args:
+            status: KILLED waits for KILLED_SECONDS only.
+        """
         if self._closing or self._off:
             return
         self._parcel.end = (status, int(time.time() * 1000))
         self._closing = True
         self._wake.set()
-        self._thread.join(CLOSE_SECONDS)
+        self._thread.join(KILLED_SECONDS if status == "KILLED" else CLOSE_SECONDS)
         if self._parcel or self._thread.is_alive():
             self._keep_for_later()
         elif self._folder:
@@ -299,7 +304,7 @@ class Run:
         folder = self._own_folder()
         write_file(folder / PENDING, json.dumps(asdict(self._parcel)).encode())
         uri = hide_password(tracking_uri(self._root))
-        reason = explain(self._error) if self._error else f"no answer within {CLOSE_SECONDS:.0f} s"
+        reason = explain(self._error) if self._error else "no answer in time"
         _log.warning(
             "MLflow at %s did not take all of %r (%s): %s wait in %s; the next run sends them, "
             "or `python -m dreambooth.tracking` in the project",
