@@ -183,7 +183,7 @@ def _print_status(root: Path, params: "Params", graph: "Graph", subjects: list[s
         found = registry.find(root, subject_id)
         manifest = root / "export" / subject_id / "manifest.json"
         since = age(time.time() - manifest.stat().st_mtime) if manifest.exists() else "-"
-        stale = [stage.name for stage in graph.select([subject_id]).stale]
+        stale = [stage.entry for stage in graph.select([subject_id]).stale]
         lines.append((read_summary(root, params, subject_id), stale, f"v{found.version}" if found else "-", since))
     out.print(status_table(lines))
 
@@ -194,11 +194,12 @@ def _print_outcome(root: Path, params: "Params", subject_id: str, outcome: "Outc
 
     one = read_summary(root, params, subject_id)
     mine = [run for run in outcome.runs if run.stage.endswith(f"@{subject_id}")]
+    names = ", ".join(run.stage.partition("@")[0] for run in mine)
     prior = next((run.note for run in outcome.runs if run.stage == f"prior@{one.class_id}" and run.note), None)
     version = next((_version(found) for found in outcome.versions if found.name == subject_id), "not registered")
     more = [
         ("class images", prior or prior_line(root, one.class_id)),
-        ("time", f"{sum(run.seconds for run in mine):.0f} s in {len(mine)} stages"),
+        ("time", f"{sum(run.seconds for run in mine):.0f} s: {names}" if mine else "nothing had to run"),
         ("pictures", _shown(one.grid) if one.grid else "none yet"),
         ("version", version),
     ]

@@ -105,8 +105,20 @@ def personalize(subject: str | list[str] | None = None, root: str | None = None)
 
 
 def run(subjects: Sequence[str], root: Path) -> Outcome:
-    """Run the flow in this process and return what it did."""
-    state = cast("State[Any]", personalize(list(subjects), str(root), return_state=True))
+    """Run the flow in this process and return what it did.
+
+    Raises:
+        PipelineError: the flow could not begin.
+    """
+    try:
+        state = cast("State[Any]", personalize(list(subjects), str(root), return_state=True))
+    except RuntimeError as error:
+        if "Failed to reach API" not in str(error):
+            raise
+        raise PipelineError(
+            f"{error} (PREFECT_API_URL); start that server: prefect server start; or work without one: "
+            "prefect config unset PREFECT_API_URL"
+        ) from None
     result = state.result(raise_on_failure=False)
     if isinstance(result, BaseException):
         raise result

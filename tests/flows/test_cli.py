@@ -93,7 +93,7 @@ def test_add_ends_with_the_next_command(project: Path, tmp_path: Path) -> None:
 def test_status_shows_what_is_out_of_date_without_torch_or_prefect(project: Path) -> None:
     done = dreambooth(project, "status")
     assert done.returncode == 0, done.stderr
-    assert "train@biscuit" in done.stdout
+    assert "prior, validate, train, evaluate, export" in done.stdout
     assert not {"torch", "prefect", "diffusers"} & set(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -125,6 +125,16 @@ def test_run_exits_with_the_reason_of_a_subject_that_failed(project: Path) -> No
     assert done.returncode == 9
     assert "E_PIPELINE: validate@rex: E_TRAIN: the loss is NaN" in done.stderr
     assert "not registered" in done.stdout
+
+
+def test_a_server_that_does_not_answer_is_a_line_with_the_next_step(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    done = dreambooth(project, "run", "rex")
+    assert done.returncode == 9
+    assert done.stderr.splitlines()[-1].startswith("E_PIPELINE: Failed to reach API at http://127.0.0.1:9/api")
+    assert "Traceback" not in done.stderr
 
 
 class Painter:

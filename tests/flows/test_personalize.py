@@ -112,7 +112,7 @@ def test_gpu_stages_take_turns_without_a_limit_on_the_server(project: Path, envi
     check = (
         '    if stage == "train":\n'
         '        Path("training").touch(exist_ok=False)\n'
-        "        time.sleep(0.5)\n"
+        "        time.sleep(4)\n"
         '        Path("training").unlink()\n'
     )
     (project / "toy.py").write_text(text.replace('    sys.stderr.write("\\r', check + '    sys.stderr.write("\\r'))
