@@ -121,7 +121,7 @@ class Trainer:
         loss = value_loss + edge_loss + section.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        group.average(self.parameters)
+        group.average([p.grad for p in self.parameters if p.grad is not None])
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.average.update()

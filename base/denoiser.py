@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from base import autoencoder, compose, loop, parallel, recipe, sprites, tokenizer
 from base.parallel import Group
-from base.recipe import Denoiser, Recipe
+from base.recipe import Denoiser, Phase, Recipe
 from base.sprites import Sprites
 
 FOLDER = recipe.SCRATCH / "denoiser"
@@ -109,7 +109,8 @@ def encode(
 
 def fingerprint(values: Recipe, vae: AutoencoderKL, drawn: Sprites) -> str:
     """Give a name to everything that the encoded pool depends on."""
-    digest = hashlib.sha256(values.model_dump_json(exclude={"autoencoder", "packages"}).encode())
+    drawing = values.model_dump_json(exclude={"autoencoder", "packages", "denoiser", "subjects"})
+    digest = hashlib.sha256(f"{drawing} {values.denoiser.pool}".encode())
     digest.update(drawn.pixels.tobytes())
     for value in vae.state_dict().values():
         digest.update(value.contiguous().numpy().tobytes())
@@ -144,7 +145,7 @@ def tokenize(words: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     length: int = words.model_max_length
     encoded = words(captions, padding="max_length", truncation=True, max_length=length)
     input_ids: list[list[int]] = encoded["input_ids"]
-    return torch.tensor(input_ids)
+    return torch.tensor(input_ids, dtype=torch.long)
 
 
 def min_snr_weights(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
@@ -175,11 +176,10 @@ def loss_of(
     input_ids = torch.where(dropped, empty_ids, pool.input_ids[rows])
     noisy_latents = scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
     target = scheduler.get_velocity(latents, noise, timesteps)
-    with torch.autocast("cpu", torch.bfloat16):
-        hidden = modules["text_encoder"](input_ids).last_hidden_state
-        pred = modules["unet"](noisy_latents, timesteps, hidden).sample
+    hidden = modules["text_encoder"](input_ids).last_hidden_state
+    pred = modules["unet"](noisy_latents, timesteps, hidden).sample
     weights = min_snr_weights(scheduler.alphas_cumprod, timesteps, section.snr_gamma)
-    return (weights * (pred.float() - target).square().mean(dim=(1, 2, 3))).mean()
+    return (weights * (pred - target).square().mean(dim=(1, 2, 3))).mean()
 
 
 def work_of(section: Denoiser) -> list[float]:
@@ -219,33 +219,52 @@ class Trainer:
         self.rows = 0
         self.empty_ids = tokenize(words, [""])
 
-    def train_step(self, pool: Pool, resolution: int, batch_size: int, share: float) -> float:
-        """Make one step at a share of the training; give its loss.
+    def train_step(self, pool: Pool, batch_size: int, rate: float) -> float:
+        """Make one step of this process alone; give its loss.
 
         The random numbers depend on the seed, the step and the process alone.
         """
         section, group = self.section, self.group
         for each in self.optimizer.param_groups:
-            each["lr"] = loop.rate_at(
-                share,
-                self.step,
-                section.learning_rate,
-                section.final_learning_rate,
-                section.warmup_steps,
-            )
+            each["lr"] = rate
         generator = torch.Generator().manual_seed((section.seed * 1_000_003 + self.step) * group.size + group.rank)
         rows = group.part(batch_size)
         loss = loss_of(self.modules, self.scheduler, pool, section, rows, self.empty_ids, generator)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        group.average(self.parameters)
         nn.utils.clip_grad_norm_(self.parameters, section.max_grad_norm)
         self.optimizer.step()
-        self.average.update()
         self.step += 1
         self.rows += batch_size
-        self.progress.add(batch_size * resolution**2)
         return loss.item()
+
+    def train_round(self, pool: Pool, phase: Phase, share: float) -> float:
+        """Make some steps at a share of the training, average the weights of all processes; give the mean loss.
+
+        Averaging weights now and then, not gradients always, is local SGD (Stich 2019); one process alone trains as
+        usual.
+        """
+        section, losses = self.section, []
+        for _ in range(section.round_steps):
+            rate = loop.rate_at(
+                share, self.step, section.learning_rate, section.final_learning_rate, section.warmup_steps
+            )
+            losses.append(self.train_step(pool, phase.batch_size, rate))
+        self.group.average([p.data for p in self.parameters])
+        if self.group.leads:
+            self.average.update(section.round_steps)
+        self.progress.add(section.round_steps * phase.batch_size * phase.resolution**2)
+        return sum(losses) / len(losses)
+
+    def start_from(self, folder: Path) -> None:
+        """Take the weights of a pipeline; the optimizer starts anew."""
+        parts = {
+            "text_encoder": CLIPTextModel.from_pretrained(folder / "text_encoder"),
+            "unet": UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32),
+        }
+        for name, module in self.modules.items():
+            module.load_state_dict(parts[name].state_dict())
+        self.average = loop.Average(self.modules, self.section.ema_decay)
 
     def save(self, path: Path) -> None:
         """Write everything that a continued training needs."""
@@ -288,17 +307,16 @@ def train(
     checkpoints, exports = loop.Every(4), loop.Every(export_minutes)
     current, pool, smooth = -1, None, None
     group, section = trainer.group, trainer.section
-    bar = tqdm(total=1.0, initial=trainer.progress.share, desc="denoiser", mininterval=10, disable=not group.leads)
+    bar = tqdm(desc="denoiser", unit="rows", initial=trainer.rows, mininterval=10, disable=not group.leads)
     while (share := group.agree(trainer.progress.share)) < 1:
         if (number := phase_at(section, share)) != current:
             current, phase = number, section.phases[number]
             pool = pool_of(phase.resolution)
         assert pool is not None
-        loss = trainer.train_step(pool, phase.resolution, phase.batch_size, share)
-        smooth = loss if smooth is None else 0.99 * smooth + 0.01 * loss
-        if trainer.step % 25 == 0:
-            bar.update(share - bar.n)
-            bar.set_postfix(px=phase.resolution, rows=trainer.rows, loss=f"{smooth:.4f}")
+        loss = trainer.train_round(pool, phase, share)
+        smooth = loss if smooth is None else 0.95 * smooth + 0.05 * loss
+        bar.update(trainer.rows - bar.n)
+        bar.set_postfix(px=phase.resolution, share=f"{share:.3f}", loss=f"{smooth:.4f}", refresh=False)
         if group.leads and checkpoints.due():
             trainer.save(checkpoint)
         if group.leads and exports.due():
@@ -368,16 +386,23 @@ def describe(trainer: Trainer, vae: AutoencoderKL) -> dict[str, float]:
     }
 
 
-def work(group: Group, minutes: float | None, export_minutes: float) -> None:
+def work(group: Group, minutes: float | None, export_minutes: float, start: Path | None) -> None:
     """Train, and export the pipeline now and then."""
     values, drawn = recipe.load(), sprites.load(recipe.SCRATCH / "sprites")
-    words = CLIPTokenizer.from_pretrained(tokenizer.FOLDER)
-    vae = AutoencoderKL.from_pretrained(autoencoder.FOLDER / "vae").to(memory_format=torch.channels_last).eval()
+    words = CLIPTokenizer.from_pretrained(tokenizer.FOLDER if start is None else start / "tokenizer")
+    vae_folder = autoencoder.FOLDER / "vae" if start is None else start / "vae"
+
+    def open_vae() -> AutoencoderKL:
+        return AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.float32).eval()
+
+    vae = open_vae().to(memory_format=torch.channels_last)
     factor = 2 ** (len(values.autoencoder.block_out_channels) - 1)
     trainer = Trainer(values, words, values.resolution // factor, minutes, group)
+    if start is not None:
+        trainer.start_from(start)
 
     def export(state: Trainer) -> None:
-        copy = AutoencoderKL.from_pretrained(autoencoder.FOLDER / "vae")
+        copy = open_vae()
         publish(assemble(values, state, copy, words), recipe.MODEL)
         text = json.dumps(describe(state, copy), indent=1)
         (recipe.MODEL / TRAINING).write_text(text + "\n", encoding="utf-8")
@@ -394,8 +419,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="end by then, the rate falling in time")
     parser.add_argument("--export-minutes", type=float, default=10.0)
     parser.add_argument("--processes", type=int, default=1, help="that share each batch, one thread each")
+    parser.add_argument("--start", type=Path, help="a pipeline of this recipe whose weights the training starts from")
     arguments = parser.parse_args()
-    job = functools.partial(work, minutes=arguments.minutes, export_minutes=arguments.export_minutes)
+    job = functools.partial(
+        work, minutes=arguments.minutes, export_minutes=arguments.export_minutes, start=arguments.start
+    )
     parallel.run(job, arguments.processes)
 
 

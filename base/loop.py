@@ -59,9 +59,9 @@ class Average:
         }
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the weights of now."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+    def update(self, steps: int = 1) -> None:
+        """Move the average towards the weights of now, by so many steps."""
+        decay = min(self.decay**steps, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         for name, module in self.modules.items():
             averages = self.weights[name]

@@ -1,7 +1,7 @@
-"""Train with several single-threaded processes that average their gradients once a step.
+"""Train with several single-threaded processes that average their gradients or weights.
 
 Threads meet at every operation: where other work shares the cores, all wait for the one that was put aside, thousands
-of times a step. Processes meet once. On two quiet cores both ways are equally fast.
+of times a step. Processes meet once a step or less. On two quiet cores both ways are equally fast.
 """
 
 import os
@@ -37,16 +37,15 @@ class Group:
             raise ValueError(f"a batch of {batch_size} cannot be shared by {self.size} processes")
         return batch_size // self.size
 
-    def average(self, parameters: Sequence[torch.Tensor]) -> None:
-        """Replace the gradients by their mean over the processes."""
+    def average(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace tensors by their mean over the processes."""
         if self.size == 1:
             return
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in gradients])
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
         flat /= self.size
-        parts = torch.split(flat, [g.numel() for g in gradients])
-        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+        parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
     def agree(self, value: float) -> float:
         """Give everyone the value of the first process."""

@@ -114,6 +114,8 @@ class Denoiser(Strict):
     learning_rate: Rate
     final_learning_rate: Rate
     warmup_steps: Positive
+    round_steps: Positive
+    """Steps between two averagings of the processes' weights."""
     caption_dropout: Share
     snr_gamma: Annotated[float, Field(gt=0)]
     ema_decay: Share

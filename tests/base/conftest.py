@@ -23,6 +23,7 @@ def values() -> Recipe:
         "decoder_rows": 8,
         "batch_size": 4,
         "warmup_steps": 2,
+        "round_steps": 2,
     }
     data["text_encoder"] |= {"hidden_size": 16, "layers": 1, "heads": 2, "max_length": 16}
     data["denoiser"] |= {
@@ -31,6 +32,7 @@ def values() -> Recipe:
         "pool": 12,
         "phases": [{"resolution": 8, "rows": 16, "batch_size": 4}, {"resolution": 16, "rows": 8, "batch_size": 4}],
         "warmup_steps": 2,
+        "round_steps": 2,
     }
     return Recipe.model_validate(data)
 
