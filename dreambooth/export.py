@@ -31,6 +31,7 @@ def generation_defaults(params: Params, subject_id: str) -> dict[str, Any]:
         "class_noun": class_noun,
         "instance_prompt": prompts.instance_prompt(subject.identifier, class_noun),
         "resolution": params.base.resolution,
+        "inference_dtype": params.base.inference_dtype,
         "scheduler": params.evaluate.scheduler,
         "num_inference_steps": params.evaluate.num_inference_steps,
         "guidance_scale": params.evaluate.guidance_scale,

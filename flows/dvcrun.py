@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from dreambooth.errors import PipelineError
 
@@ -22,7 +22,15 @@ _KEPT_LINES = 500
 _BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")
 _LONGEST_PAUSE = 30.0  # seconds
 _GRACE = 30.0  # seconds a stage has to save its state: a training finishes its step first
-_CHATTER = ("> ", "ERROR: failed to ", "Running stage ", "Updating lock file", "Generating lock file", "Use `dvc ")
+# What DVC advises after every stage, to people at a terminal: nothing a log of a run needs.
+_ADVICE = (
+    "To track the changes with git",
+    "To enable auto staging",
+    "Use `dvc push`",
+    "git add",
+    "dvc config core.autostage",
+)
+_CHATTER = ("> ", "ERROR: failed to ", "Running stage ", "Updating lock file", "Generating lock file")
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,7 @@ def _lines(child: "subprocess.Popen[str]") -> Iterator[str]:
     """Yield what a child prints; text mode makes lines of the carriage returns of a progress bar."""
     assert child.stdout is not None
     for line in child.stdout:
-        if line.strip():
+        if line.strip() and not line.strip().startswith(_ADVICE):
             yield line.rstrip()
 
 

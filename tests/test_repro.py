@@ -85,7 +85,7 @@ def test_a_new_class_noun_draws_the_class_images_again(reproduced: Path, values:
     [
         ("photos", "min_side", 9, {"validate@biscuit"}),
         ("prior", "guidance_scale", 1.5, {"prior@dog"}),
-        ("base", "inference_dtype", "bfloat16", {"prior@dog", "evaluate@biscuit"}),
+        ("base", "inference_dtype", "bfloat16", {"prior@dog", "evaluate@biscuit", "export@biscuit"}),
         ("evaluate", "seeds", [5], {"evaluate@biscuit"}),
         ("train", "prior_loss_weight", 0.5, {"train@biscuit", "export@biscuit"}),
     ],

@@ -36,6 +36,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> P
     folder = tmp_path_factory.mktemp("done")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DREAMBOOTH_CACHE", str(folder / "cache"))
+        patch.delenv("DREAMBOOTH_TRACKING")
         root = make_project(folder / "project", tiny_model_folder, tiny_values())
         run_all(root)
     return root
