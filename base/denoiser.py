@@ -144,8 +144,8 @@ def tokenize(words: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     """Give the ids of captions, padded to the full length: (B, L)."""
     length: int = words.model_max_length
     encoded = words(captions, padding="max_length", truncation=True, max_length=length)
-    input_ids: list[list[int]] = encoded["input_ids"]
-    return torch.tensor(input_ids, dtype=torch.long)
+    input_ids: torch.Tensor = torch.tensor(encoded["input_ids"], dtype=torch.long)
+    return input_ids
 
 
 def min_snr_weights(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:

@@ -6,7 +6,7 @@ of times a step. Processes meet once a step or less. On two quiet cores both way
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,7 @@ class Group:
             raise ValueError(f"a batch of {batch_size} cannot be shared by {self.size} processes")
         return batch_size // self.size
 
-    def average(self, tensors: Sequence[torch.Tensor]) -> None:
+    def average(self, tensors: list[torch.Tensor]) -> None:
         """Replace tensors by their mean over the processes."""
         if self.size == 1:
             return

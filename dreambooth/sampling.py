@@ -3,7 +3,6 @@
 B images of a batch, C latent channels, h and w height and width of the latents, L tokens, D text width.
 """
 
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,9 +156,7 @@ def decode(model: Model, latents: Tensor) -> list[Image.Image]:
 def make_scheduler(name: str, config: dict[str, Any]) -> Any:
     """Build a solver by name on the noise schedule of a model."""
     scheduler_class, options = SCHEDULERS[name]
-    known = inspect.signature(scheduler_class.__init__).parameters
-    shared = {key: value for key, value in config.items() if key in known}
-    return scheduler_class(**shared | options)
+    return scheduler_class.from_config(config, **options)
 
 
 def batches(count: int, batch_size: int) -> Iterator[range]:

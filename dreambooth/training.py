@@ -146,6 +146,8 @@ def _loop(trainer: Trainer, instance: Sequence[Sample], prior: Sequence[Sample])
 
 def prepare(model: Model, samples: Sequence[Sample], settings: Train) -> Trainer:
     """Put optimizer, precision and accumulation around a model's trainable parts."""
+    if settings.mixed_precision == "fp16" and model.device.type == "cpu":
+        raise TrainingError('train.mixed_precision: fp16 needs a GPU; write "no" or "bf16"')
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,

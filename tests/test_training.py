@@ -155,6 +155,11 @@ def test_bfloat16_autocast_keeps_float32_weights_and_noise(model: Model) -> None
     assert all(math.isfinite(record.loss) for record in history)
 
 
+def test_half_precision_without_a_gpu_is_refused(model: Model) -> None:
+    with pytest.raises(TrainingError, match="fp16 needs a GPU"):
+        run(model, mixed_precision="fp16")
+
+
 def test_gradient_checkpointing_gives_the_same_training(tiny_model_folder: Path) -> None:
     histories = []
     for checkpointing in (False, True):
