@@ -149,6 +149,8 @@ class Train(Section):
     """Gamma of min-SNR weights (Hang et al. 2023; 5 in the paper); null weighs all timesteps alike."""
     mixed_precision: Literal["no", "bf16", "fp16"]
     """Autocast precision of the forward pass; weights, noise, target and loss stay in float32."""
+    checkpointing_steps: Annotated[int, Field(ge=1)] | None
+    """Optimizer steps between two checkpoints, the most that a killed training loses; null writes none."""
     gradient_checkpointing: bool
     """Trade a third more compute for the memory of the UNet's activations."""
     save_dtype: Dtype

@@ -8,11 +8,12 @@ from tqdm import tqdm
 _LOG_INTERVAL = 5.0  # seconds between two lines in a log
 
 
-def progress_bar(total: int, description: str | None, unit: str) -> "tqdm[Any]":
+def progress_bar(total: int, description: str | None, unit: str, initial: int = 0) -> "tqdm[Any]":
     """Return a bar on stderr: live on a terminal, a line every few seconds in a log; None as description hides it."""
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
+        initial=initial,
         desc=description,
         unit=unit,
         disable=description is None,

@@ -5,7 +5,7 @@ B rows, C latent channels, H height and W width of the latents, L tokens, D text
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,8 +14,10 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from dreambooth import dataset, loss
+from dreambooth.checkpoint import Checkpoints, State, named_weights, restore_weights
 from dreambooth.dataset import Batch, Sample
 from dreambooth.errors import TrainingError
+from dreambooth.interruption import Interrupted, StopRequest, stop_request
 from dreambooth.models import Model
 from dreambooth.params import Train
 from dreambooth.progress import progress_bar
@@ -44,6 +46,7 @@ class Trainer:
     unet: torch.nn.Module
     text_encoder: torch.nn.Module
     optimizer: torch.optim.Optimizer
+    trained: dict[str, torch.nn.Module]
     trainable: list[torch.nn.Parameter]
     text: "TextSource"
     alphas_cumprod: Tensor
@@ -95,8 +98,9 @@ def train(
     prior: Sequence[Sample],
     settings: Train,
     on_records: Callable[[list[StepRecord]], None] | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> list[StepRecord]:
-    """Train the weights of `model` in place.
+    """Train the weights of `model` in place, from the newest checkpoint if there is one.
 
     Args:
         model: in float32; its autoencoder is not used and may be gone.
@@ -104,39 +108,75 @@ def train(
         prior: samples of its class, none without a prior.
         settings: of the training.
         on_records: is called with the newest records every few steps.
+        checkpoints: of this training alone; None writes none.
 
     Returns:
-        One record for each optimizer step.
+        One record for each optimizer step, those before the checkpoint too.
 
     Raises:
-        TrainingError: the loss is not finite any more.
+        TrainingError: the loss is not finite any more; the last checkpoint is from before.
+        Interrupted: a signal asked to stop; the state is saved.
     """
     trainer = prepare(model, [*instance, *prior], settings)
-    history: list[StepRecord] = []
+    history = resume(trainer, checkpoints)
+    steps = max_train_steps(settings, len(instance))
     try:
-        for records in _loop(trainer, instance, prior):
-            history += records
-            if on_records:
-                on_records(records)
+        with stop_request() as stop:
+            for records in _loop(trainer, instance, prior, range(len(history), steps), stop):
+                history += records
+                if on_records:
+                    on_records(records)
+                if checkpoints and len(history) < steps and (stop or _is_due(len(history), settings)):
+                    checkpoints.save(capture(trainer, history))
+                if stop and len(history) < steps:
+                    saved = "saved" if checkpoints else "lost"
+                    raise Interrupted(f"stopped by {stop.signal!r} after step {len(history)} of {steps}, state {saved}")
     finally:
         _restore(trainer, model)
     return history
 
 
-def _loop(trainer: Trainer, instance: Sequence[Sample], prior: Sequence[Sample]) -> Iterator[list[StepRecord]]:
-    """Take all steps; yield the records of every few of them, once they are known to be finite."""
-    settings = trainer.settings
-    steps, rows_per_step = max_train_steps(settings, len(instance)), _rows_per_step(settings)
+def capture(trainer: Trainer, history: Sequence[StepRecord]) -> State:
+    """Return the state after the last step of `history`."""
+    scaler = trainer.accelerator.scaler
+    return State(
+        step=len(history),
+        weights={name: weight.detach().cpu().contiguous() for name, weight in named_weights(trainer.trained)},
+        optimizer={
+            "optimizer": trainer.optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else {},
+        },
+        records=[asdict(record) for record in history],
+    )
+
+
+def resume(trainer: Trainer, checkpoints: Checkpoints | None) -> list[StepRecord]:
+    """Put a trainer where its newest checkpoint is; return the records up to there, none without a checkpoint."""
+    state = checkpoints.newest() if checkpoints else None
+    if state is None:
+        return []
+    restore_weights(trainer.trained, state.weights)
+    trainer.optimizer.load_state_dict(state.optimizer["optimizer"])
+    if trainer.accelerator.scaler is not None:
+        trainer.accelerator.scaler.load_state_dict(state.optimizer["scaler"])
+    return [StepRecord(**record) for record in state.records]
+
+
+def _loop(
+    trainer: Trainer, instance: Sequence[Sample], prior: Sequence[Sample], steps: range, stop: StopRequest
+) -> Iterator[list[StepRecord]]:
+    """Take the steps; yield the records of every few of them, once they are known to be finite."""
+    settings, rows_per_step = trainer.settings, _rows_per_step(trainer.settings)
     pending: list[dict[str, Tensor | float | int]] = []
-    with progress_bar(steps, "train", unit="step") as bar:
-        for step in range(steps):
+    with progress_bar(steps.stop, "train", unit="step", initial=steps.start) as bar:
+        for step in steps:
             rows = dataset.rows_of_step(step, rows_per_step, instance, prior, settings.prior_loss_weight, settings.seed)
             parts = dataset.micro_batches(rows, settings.gradient_accumulation_steps)
             batches = (dataset.collate(part, step, len(trainer.alphas_cumprod), settings.seed) for part in parts)
-            rate = learning_rate_at(step, settings, steps)
+            rate = learning_rate_at(step, settings, steps.stop)
             pending.append({"step": step, "learning_rate": rate} | train_step(trainer, batches, rate))
             bar.update()
-            if len(pending) == FLUSH_EVERY or step == steps - 1:
+            if len(pending) == FLUSH_EVERY or step == steps[-1] or stop or _is_due(step + 1, settings):
                 records = [_to_record(entry) for entry in pending]
                 pending.clear()
                 _require_finite(records)
@@ -153,12 +193,12 @@ def prepare(model: Model, samples: Sequence[Sample], settings: Train) -> Trainer
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         cpu=model.device.type == "cpu",
     )
-    trained = [model.unet, model.text_encoder] if settings.train_text_encoder else [model.unet]
-    for module in trained:
+    trained = {"unet": model.unet} | ({"text_encoder": model.text_encoder} if settings.train_text_encoder else {})
+    for module in trained.values():
         module.requires_grad_(True).train()
     if settings.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
-    trainable = [parameter for module in trained for parameter in module.parameters()]
+    trainable = [parameter for module in trained.values() for parameter in module.parameters()]
     require_float32(trainable)
     optimizer = torch.optim.AdamW(
         trainable,
@@ -175,6 +215,7 @@ def prepare(model: Model, samples: Sequence[Sample], settings: Train) -> Trainer
         unet=accelerator.prepare(model.unet),
         text_encoder=accelerator.prepare(model.text_encoder) if settings.train_text_encoder else model.text_encoder,
         optimizer=accelerator.prepare(optimizer),
+        trained=trained,
         trainable=trainable,
         text=text,
         alphas_cumprod=scheduler.alphas_cumprod.float(),
@@ -230,6 +271,11 @@ def require_float32(parameters: Sequence[torch.nn.Parameter]) -> None:
 
 def _rows_per_step(settings: Train) -> int:
     return settings.train_batch_size * settings.gradient_accumulation_steps
+
+
+def _is_due(steps_done: int, settings: Train) -> bool:
+    """Whether a checkpoint follows after so many steps."""
+    return settings.checkpointing_steps is not None and steps_done % settings.checkpointing_steps == 0
 
 
 def _means(step_loss: Tensor, losses: Tensor, is_instance: Tensor) -> dict[str, Tensor]:

@@ -15,9 +15,9 @@ from typing import Literal
 import psutil
 
 from dreambooth.errors import PipelineError
+from dreambooth.interruption import RESUME
 
 Outcome = Literal["ran", "restored", "unchanged"]
-RESUME = 75  # exit code of a stage that was told to stop and saved its state (EX_TEMPFAIL)
 _KEPT_LINES = 500
 _BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")
 _LONGEST_PAUSE = 30.0  # seconds

@@ -9,6 +9,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from dreambooth.errors import DreamboothError
+from dreambooth.interruption import die_with_parent
 from dreambooth.params import Params, check_id, load_params
 
 Run = Callable[[Params, str, Path], None]
@@ -16,6 +17,7 @@ Run = Callable[[Params, str, Path], None]
 
 def main(run: Run) -> None:
     """Run a stage in the current folder with the id on the command line; exit with the code of a user's mistake."""
+    die_with_parent()
     try:
         if len(sys.argv) != 2:
             raise SystemExit(f"usage: python -m {run.__module__ if run.__module__ != '__main__' else 'stages.NAME'} ID")

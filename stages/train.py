@@ -8,6 +8,7 @@ import pandas as pd
 import safetensors.torch
 
 from dreambooth import prompts
+from dreambooth.checkpoint import Checkpoints
 from dreambooth.dataset import Sample
 from dreambooth.folders import new_folder, read_manifest, scratch_folder, sha256_of
 from dreambooth.images import read_prepared, to_square
@@ -30,6 +31,8 @@ def run(params: Params, subject_id: str, root: Path) -> None:
     model = load_model(base)
     instance = _instance_samples(params, subject_id, root, model, model_hash(base, ["vae"]))
     prior = _prior_samples(params, subject_id, root) if params.train.prior_loss_weight > 0 else []
+    folder = scratch_folder(root) / "checkpoints" / f"{subject_id}-{about['fingerprint'][:16]}"
+    checkpoints = Checkpoints(folder, lambda line: say(f"train {subject_id}: {line}"))
     model.vae = None  # all latents are known: its memory is free for the training
     say(
         f"train {subject_id}: {len(instance)} photos, {len(prior)} class images, "
@@ -40,9 +43,10 @@ def run(params: Params, subject_id: str, root: Path) -> None:
         new_folder(root / OUTPUTS[0].format(id=subject_id), about) as target,
     ):
         tracked.params(_flat(params, subject_id))
-        history = train(model, instance, prior, params.train, lambda records: _track(tracked, records))
+        history = train(model, instance, prior, params.train, lambda records: _track(tracked, records), checkpoints)
         save_trained(model, target, DTYPES[params.train.save_dtype], params.train.train_text_encoder)
         pd.DataFrame(map(asdict, history)).to_csv(target / "loss.csv", index=False)
+    checkpoints.remove()
 
 
 def _inputs(params: Params, subject_id: str, root: Path, base_hash: str) -> dict[str, Any]:
@@ -57,7 +61,7 @@ def _inputs(params: Params, subject_id: str, root: Path, base_hash: str) -> dict
         "identifier": subject.identifier,
         "class_noun": params.class_of(subject_id).class_noun,
         "resolution": params.base.resolution,
-        "train": params.train.model_dump(),
+        "train": params.train.model_dump(exclude={"checkpointing_steps"}),  # says how often, not what
         **{name: sha256_of(read_manifest(folder)["files"]) for name, folder in folders.items()},
     }
     return {"fingerprint": sha256_of(inputs), "inputs": inputs}

@@ -22,6 +22,7 @@ STAGES = ("prior", "validate", "train", "evaluate", "export")
 WITHOUT_EFFECT = {
     "dreambooth/__init__.py",
     "dreambooth/errors.py",
+    "dreambooth/interruption.py",
     "dreambooth/params.py",  # the values are declared one by one, under params
     "dreambooth/progress.py",
     "dreambooth/tracking.py",

@@ -1,0 +1,62 @@
+"""Stop in good order: finish the step when told to stop, and do not outlive whoever started the work."""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from dreambooth.errors import DreamboothError
+
+RESUME = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
+
+
+class Interrupted(DreamboothError):  # noqa: N818 - it is no mistake of anybody
+    """End a training that was told to stop, after its state was saved."""
+
+    code = "E_INTERRUPTED"
+    exit_code = RESUME
+
+
+class StopRequest:
+    """Whether a signal has asked to stop."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Note the first SIGTERM or SIGINT instead of dying of it; the same one again ends the process at once.
+
+    One of each is one request: Ctrl-C reaches the whole group, and a runner above passes its own SIGTERM on. Works in
+    the main thread only; elsewhere nothing is noted.
+    """
+    request = StopRequest()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if request.signal == number:
+            os._exit(128 + number)
+        request.signal = request.signal or signal.Signals(number)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread: signals arrive elsewhere
+        yield request
+        return
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def die_with_parent() -> None:
+    """Ask Linux for a SIGTERM when the parent process ends: an orphaned training would run beside the next one."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of prctl(2)
