@@ -179,7 +179,8 @@ def loss_of(
     hidden = modules["text_encoder"](input_ids).last_hidden_state
     pred = modules["unet"](noisy_latents, timesteps, hidden).sample
     weights = min_snr_weights(scheduler.alphas_cumprod, timesteps, section.snr_gamma)
-    return (weights * (pred - target).square().mean(dim=(1, 2, 3))).mean()
+    loss: torch.Tensor = (weights * (pred - target).square().mean(dim=(1, 2, 3))).mean()
+    return loss
 
 
 def work_of(section: Denoiser) -> list[float]:
@@ -260,7 +261,7 @@ class Trainer:
         """Take the weights of a pipeline; the optimizer starts anew."""
         parts = {
             "text_encoder": CLIPTextModel.from_pretrained(folder / "text_encoder"),
-            "unet": UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32),
+            "unet": UNet2DConditionModel.from_pretrained(folder / "unet"),
         }
         for name, module in self.modules.items():
             module.load_state_dict(parts[name].state_dict())
@@ -393,7 +394,7 @@ def work(group: Group, minutes: float | None, export_minutes: float, start: Path
     vae_folder = autoencoder.FOLDER / "vae" if start is None else start / "vae"
 
     def open_vae() -> AutoencoderKL:
-        return AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.float32).eval()
+        return AutoencoderKL.from_pretrained(vae_folder).eval()
 
     vae = open_vae().to(memory_format=torch.channels_last)
     factor = 2 ** (len(values.autoencoder.block_out_channels) - 1)

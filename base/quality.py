@@ -106,7 +106,7 @@ def draw(
 
 def open_model(folder: Path = recipe.MODEL) -> StableDiffusionPipeline:
     """Load the model with a fast solver."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -23,7 +23,6 @@ def values() -> Recipe:
         "decoder_rows": 8,
         "batch_size": 4,
         "warmup_steps": 2,
-        "round_steps": 2,
     }
     data["text_encoder"] |= {"hidden_size": 16, "layers": 1, "heads": 2, "max_length": 16}
     data["denoiser"] |= {
