@@ -4,22 +4,24 @@ P prompts, S seeds of a prompt, N real photos, D embedding width.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
 from PIL import Image
 
-from dreambooth import fidelity, prompts
+from dreambooth import fidelity, prompts, rng
 from dreambooth.encoders import ImageEncoder
 from dreambooth.errors import EvaluationError
 from dreambooth.grid import grid
 from dreambooth.models import Model
 from dreambooth.sampling import SamplerSettings, draw
 
+MIN_COUNTED = 2  # an interval needs a spread
 MIN_PROMPTS = 6  # under this an interval over prompts says little, and no model is promoted on it
 GRID_TILE = 128  # pixels
+PHOTO_SIDE = 1024
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,31 @@ class Case:
     base_prompt: str
     personalised_prompt: str
     seed: int
+    """As in params.yaml: tells the pictures of one prompt apart."""
+    noise_seed: int
+    """Of the first latent: another one for each prompt and seed, else all prompts would share their luck."""
 
 
 def cases(templates: Sequence[prompts.Template], identifier: str, class_noun: str, seeds: Sequence[int]) -> list[Case]:
-    """Cross the prompts with the seeds, seeds of one prompt beside each other."""
+    """Cross the prompts with the seeds, seeds of one prompt beside each other.
+
+    Raises:
+        EvaluationError: fewer than two prompts count for the identity.
+    """
+    counted = sum(kind != "property" for kind, _ in templates)
+    if counted < MIN_COUNTED:
+        raise EvaluationError(f"{counted} prompts count for the identity, an interval needs {MIN_COUNTED}; add prompts")
     subject, noun = f"{identifier} {class_noun}", prompts.with_article(class_noun)
     return [
-        Case(kind, template, prompts.fill(template, noun), prompts.fill(template, subject), seed)
-        for kind, template in templates
+        Case(
+            kind,
+            template,
+            prompts.fill(template, noun),
+            prompts.fill(template, subject),
+            seed,
+            rng.derive_seed(seed, "evaluation", number),
+        )
+        for number, (kind, template) in enumerate(templates)
         for seed in seeds
     ]
 
@@ -47,7 +66,7 @@ def draw_cases(
     model: Model, texts: Sequence[str], todo: Sequence[Case], settings: SamplerSettings, name: str
 ) -> list[Image.Image]:
     """Draw one picture a case."""
-    return draw(model, texts, [case.seed for case in todo], settings, description=f"evaluation images, {name}")
+    return draw(model, texts, [case.noise_seed for case in todo], settings, description=f"evaluation images, {name}")
 
 
 def score(
@@ -79,6 +98,7 @@ def score(
             "kind": [case.kind for case in todo],
             "prompt": [case.personalised_prompt for case in todo],
             "seed": [case.seed for case in todo],
+            "noise_seed": [case.noise_seed for case in todo],
             "identity_base": floor.tolist(),
             "identity": identity.tolist(),
             "nearest_photo": near.photo.tolist(),
@@ -95,12 +115,10 @@ def summarise(
     Property prompts ("a red ...") should change the subject, so they stay out of the identity.
 
     Raises:
-        EvaluationError: fewer than two prompts count, or a number is missing.
+        EvaluationError: a number is missing.
     """
     counted = scores[scores["kind"] != "property"]
     by_prompt = counted.groupby("prompt", sort=False)[["identity_base", "identity"]].mean()
-    if len(by_prompt) < 2:
-        raise EvaluationError(f"{len(by_prompt)} prompts count for the identity; an interval needs at least 2")
     gain = torch.tensor((by_prompt["identity"] - by_prompt["identity_base"]).to_numpy())
     try:
         interval = fidelity.paired_interval(gain, confidence)
@@ -175,6 +193,7 @@ def sampler_settings(values: Any, resolution: int) -> SamplerSettings:
     )
 
 
-def as_dict(settings: SamplerSettings) -> dict[str, Any]:
-    """Return the settings for a manifest."""
-    return asdict(settings)
+def shrink(photo: Image.Image) -> Image.Image:
+    """Return a photo of at most PHOTO_SIDE pixels a side: more is not looked at, and hundreds have to fit."""
+    photo.thumbnail((PHOTO_SIDE, PHOTO_SIDE), Image.Resampling.LANCZOS)
+    return photo

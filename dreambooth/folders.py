@@ -45,6 +45,11 @@ def sha256_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def code_hash() -> str:
+    """Return the sha256 of this package's modules: other code, another result."""
+    return sha256_of({path.name: sha256_of_file(path) for path in sorted(Path(__file__).parent.glob("*.py"))})
+
+
 @contextmanager
 def new_folder(path: Path, about: Mapping[str, Any] | None = None) -> Iterator[Path]:
     """Fill a folder beside its place, write its manifest last, then rename it to `path`.

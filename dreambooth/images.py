@@ -5,7 +5,7 @@ Pictures are PIL images of mode RGB; W width, H height, in pixels.
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +25,16 @@ FOREIGN_SUFFIXES = frozenset({".avif", ".bmp", ".cr2", ".dng", ".eps", ".gif", "
     ".nef", ".psd", ".raw", ".svg", ".tga", ".tif", ".tiff"
 }  # fmt: skip
 _HASH_SIDE = 32  # pixels of the grey thumbnail that is transformed; the 8 x 8 lowest frequencies count
-_GPS = 0x8825  # EXIF tag of the position
+_GPS, _ORIENTATION = 0x8825, 0x0112  # EXIF tags
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -119,10 +128,11 @@ def require_usable(reports: Sequence[PhotoReport], folder: Path, limits: Photos)
     return usable
 
 
-def read_prepared(folder: Path) -> dict[str, Image.Image]:
-    """Read the pictures that `validate` has made, by name, in the order of its manifest."""
-    names = [entry["file"] for entry in read_manifest(folder)["photos"]]
-    return {name: Image.open(folder / name, formats=["PNG"]).convert("RGB") for name in names}
+def read_prepared(folder: Path) -> Iterator[tuple[str, Image.Image]]:
+    """Read the pictures that `validate` has made, one after the other, with their names, in its order."""
+    for entry in read_manifest(folder)["photos"]:
+        with Image.open(folder / entry["file"], formats=["PNG"]) as image:
+            yield entry["file"], image.convert("RGB")
 
 
 def to_square(image: Image.Image, resolution: int) -> Image.Image:
@@ -175,17 +185,16 @@ def _open(path: Path, limits: Photos) -> tuple[Image.Image, bool]:
         raise _UnusableError(f"has {size} bytes, more than photos.max_bytes {limits.max_bytes}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own cap follows, and is lower
+            warnings.simplefilter("ignore")  # of odd metadata, which is dropped; of bombs: our own cap is lower
             with Image.open(path, formats=FORMATS) as image:
                 _check_size(image, limits)
                 image.load()
-                has_gps = bool(image.getexif().get_ifd(_GPS))
-                return _upright_rgb(image), has_gps
+                return _upright_rgb(image), _has_gps(image)
     except UnidentifiedImageError:
         raise _UnusableError(f"is no JPEG, PNG or WEBP {_looks_like(path)}; convert it or take it away") from None
     except Image.DecompressionBombError:
         raise _UnusableError(f"has more pixels than photos.max_pixels {limits.max_pixels}; scale it down") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except Exception as error:  # decoders raise whatever a damaged file leads them to, struct.error for one
         raise _UnusableError(f"cannot be decoded ({str(error) or type(error).__name__}); copy it again") from None
 
 
@@ -199,20 +208,28 @@ def _check_size(image: Image.Image, limits: Photos) -> None:
         raise _UnusableError(f"is {width} x {height} pixels, its shorter side under photos.min_side {limits.min_side}")
 
 
+def _has_gps(image: Image.Image) -> bool:
+    try:
+        return bool(image.getexif().get_ifd(_GPS))
+    except Exception:  # an EXIF block that cannot be read tells no place
+        return False
+
+
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    upright = ImageOps.exif_transpose(image)
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    upright = image.transpose(turn) if turn is not None else image
     if upright.mode.startswith("I"):  # 16 bits of grey: keep the high byte
         upright = Image.fromarray((np.asarray(upright).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
-    if upright.has_transparency_data:
-        layer = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    else:
-        upright = _to_srgb(upright)
-    return Image.fromarray(np.asarray(upright))  # of pixels alone: no comment or profile survives
+    alpha = upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None
+    colours = _to_srgb(upright, image.info.get("icc_profile"))
+    if alpha is not None:
+        colours = Image.composite(colours, Image.new("RGB", colours.size, "white"), alpha)
+    return Image.fromarray(np.asarray(colours))  # of pixels alone: no comment or profile survives
 
 
-def _to_srgb(image: Image.Image) -> Image.Image:
-    profile = image.info.get("icc_profile")
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    if image.mode in ("RGBA", "LA", "P", "PA"):
+        image = image.convert("RGBA").convert("RGB")
     if profile and image.mode in ("RGB", "CMYK"):
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))

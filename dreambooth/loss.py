@@ -43,7 +43,9 @@ def min_snr_weights(prediction_type: PredictionType, alpha_bar: Tensor, gamma: f
     if gamma is None:
         return torch.ones_like(alpha_bar)
     snr = alpha_bar / (1 - alpha_bar)
-    return snr.clamp(max=gamma) / (snr if prediction_type == "epsilon" else snr + 1)
+    if prediction_type == "epsilon":
+        return (gamma / snr).clamp(max=1)  # min(snr, gamma) / snr, and its limit 1 where snr is 0
+    return snr.clamp(max=gamma) / (snr + 1)
 
 
 def row_losses(model_pred: Tensor, target: Tensor) -> Tensor:

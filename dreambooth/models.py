@@ -1,9 +1,12 @@
 """Load, identify and save the parts of a Stable Diffusion pipeline; safetensors only, never code from its folder."""
 
+import errno
 import json
+import platform
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,13 @@ transformers_logging.disable_progress_bar()  # bars for milliseconds hide those 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+LOCAL_MODELS = "data/base"  # what the stages depend on, see dvc.yaml
 PIPELINE_CLASS = "StableDiffusionPipeline"
 _CONTENT_SUFFIXES = (".safetensors", ".json", ".txt")
 # What is fetched from the hub: the five parts, not the same weights again as pickles, fp16 or one file.
 _HUB_FILES = ["model_index.json", *(f"{part}/*{suffix}" for part in COMPONENTS for suffix in _CONTENT_SUFFIXES)]
 _HUB_DUPLICATES = ["*.fp16.*", "*non_ema*", "*.ema.*"]
+_HUB_INCLUDE = " ".join(f"--include '{pattern}'" for pattern in _HUB_FILES)
 
 
 @dataclass
@@ -45,6 +50,18 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def device_name(device: torch.device) -> str:
+    """Name the hardware as far as it decides about the last bits of a result: the GPU, or the CPU's instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that compute."""
+    return {package: version(package) for package in ("torch", "diffusers", "transformers", "accelerate")}
+
+
 def resolve_model(name_or_path: str, revision: str | None, root: Path) -> Path:
     """Return the folder of a model: one of the project, or the local copy of a hub model, fetched when it is missing.
 
@@ -58,6 +75,13 @@ def resolve_model(name_or_path: str, revision: str | None, root: Path) -> Path:
     """
     folder = root / name_or_path
     if folder.is_dir():
+        if not folder.absolute().is_relative_to(root.absolute() / LOCAL_MODELS):
+            raise ModelError(
+                f"base.pretrained_model_name_or_path: {name_or_path} is not in {LOCAL_MODELS}, where its changes would "
+                "be seen; move or copy it there"
+            )
+        if revision is not None:
+            raise ModelError(f"base.revision: {name_or_path} is a folder, which has no revision; write null")
         return folder
     if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/")):
         raise ModelError(
@@ -135,7 +159,7 @@ def check_model_folder(folder: Path) -> None:
 
 def model_hash(folder: Path, parts: Sequence[str] = COMPONENTS) -> str:
     """Return one sha256 over the weights and configurations of a pipeline's parts, wherever the folder lies."""
-    files = [path for part in parts for path in sorted((folder / part).rglob("*")) if path.suffix in _CONTENT_SUFFIXES]
+    files = [path for part in parts for path in _content_files(folder, part)]
     return sha256_of({path.relative_to(folder).as_posix(): sha256_of_file(path) for path in files})
 
 
@@ -149,10 +173,13 @@ def save_trained(model: Model, folder: Path, dtype: torch.dtype, text_encoder: b
         text_encoder: whether it was trained too.
     """
     model.unet.save_config(folder / "unet")
-    _save_weights(model.unet, folder / "unet/diffusion_pytorch_model.safetensors", dtype)
-    if text_encoder:
-        model.text_encoder.config.save_pretrained(folder / "text_encoder")
-        _save_weights(model.text_encoder, folder / "text_encoder/model.safetensors", dtype)
+    weights = _cast_weights(model.unet, dtype)
+    safetensors.torch.save_file(weights, folder / "unet/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    _forget_origin(folder / "unet/config.json")
+    if text_encoder:  # transformers gives the weights the names they have on the hub, which are not those in memory
+        weights = _cast_weights(model.text_encoder, dtype)
+        model.text_encoder.save_pretrained(folder / "text_encoder", state_dict=weights)
+        _forget_origin(folder / "text_encoder/config.json")
 
 
 def write_pipeline(base: Path, trained: Path, folder: Path) -> None:
@@ -163,7 +190,7 @@ def write_pipeline(base: Path, trained: Path, folder: Path) -> None:
     """
     for part in COMPONENTS:
         source = trained / part if (trained / part).is_dir() else base / part
-        for file in sorted(path for path in source.rglob("*") if path.suffix in _CONTENT_SUFFIXES):
+        for file in _content_files(source.parent, part):
             target = folder / part / file.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
@@ -174,28 +201,45 @@ def write_pipeline(base: Path, trained: Path, folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
-def _save_weights(module: torch.nn.Module, path: Path, dtype: torch.dtype) -> None:
-    """Write a state dict, and take the place where the base was loaded from out of the config beside it."""
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in module.state_dict().items()}
-    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-    config = _read_json(path.parent / "config.json")
+def _cast_weights(module: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return a state dict on the CPU, its floating-point tensors in another precision."""
+    return {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def _forget_origin(path: Path) -> None:
+    """Take the folder that the base was loaded from out of a config: equal trainings, equal bytes."""
+    config = _read_json(path)
     config.pop("_name_or_path", None)
-    (path.parent / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _content_files(folder: Path, part: str) -> list[Path]:
+    """List what counts of one part of a pipeline, without the same weights again in another precision."""
+    files = sorted((folder / part).rglob("*"))
+    return [
+        path
+        for path in files
+        if path.suffix in _CONTENT_SUFFIXES and not any(path.match(pattern) for pattern in _HUB_DUPLICATES)
+    ]
 
 
 def _fetch(repo_id: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(
             repo_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # the hub raises errors of its own, of its HTTP client, and ValueError
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"{repo_id} at {revision} is neither on this machine nor to be had from the hub ({first_line}); "
-            f"where there is a network: hf download {repo_id} --revision {revision}"
+            f"where there is a network: hf download {repo_id} --revision {revision} {_HUB_INCLUDE}"
         ) from error
     return Path(folder)
 

@@ -5,7 +5,7 @@ Ranges are part of the types; units and sources stand under each field. Values l
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -79,13 +79,13 @@ class SubjectParams(Section):
 class Photos(Section):
     """Which photos `validate` accepts."""
 
-    min_count: Annotated[int, Field(ge=1)]
-    """Fewest usable photos of a subject (Ruiz et al. 2022 use 3 to 5)."""
-    max_count: Annotated[int, Field(ge=1, le=10_000)]
+    min_count: Annotated[int, Field(ge=2)]
+    """Fewest usable photos of a subject (Ruiz et al. 2022 use 3 to 5); one alone has no likeness to compare with."""
+    max_count: Annotated[int, Field(ge=2, le=10_000)]
     """Most photos of a subject."""
     max_bytes: Annotated[int, Field(ge=1024)]
     """Largest file, in bytes."""
-    max_pixels: Annotated[int, Field(ge=4096)]
+    max_pixels: Annotated[int, Field(ge=4096, le=178_000_000)]
     """Most pixels (width x height), checked before any pixel is decoded."""
     min_side: Annotated[int, Field(ge=8)]
     """Shortest side that is not refused, in pixels."""
@@ -98,11 +98,11 @@ class Photos(Section):
 class Prior(Section):
     """How the class images are drawn from the base model."""
 
-    num_class_images: Annotated[int, Field(ge=1, le=100_000)]
-    """How many; 200 is the choice of the paper's authors for photo-scale models."""
+    num_class_images: Annotated[int, Field(ge=0, le=100_000)]
+    """How many; 200 is the choice of the paper's authors for photo-scale models, 0 goes with prior_loss_weight 0."""
     scheduler: Scheduler
     """Solver of the sampler."""
-    num_inference_steps: Annotated[int, Field(ge=1, le=1000)]
+    num_inference_steps: Annotated[int, Field(ge=1, le=999)]
     """Steps of the sampler; DPM-Solver++ needs 20-25 (Lu et al. 2022)."""
     guidance_scale: Annotated[float, Field(ge=0, le=50)]
     """Weight of classifier-free guidance (Ho & Salimans 2022); 1 switches it off."""
@@ -164,7 +164,7 @@ class Evaluate(Section):
     """Every prompt is drawn once with each seed, by the base and by the personalised model."""
     scheduler: Scheduler
     """Solver of the sampler."""
-    num_inference_steps: Annotated[int, Field(ge=1, le=1000)]
+    num_inference_steps: Annotated[int, Field(ge=1, le=999)]
     """Steps of the sampler."""
     guidance_scale: Annotated[float, Field(ge=0, le=50)]
     """Weight of classifier-free guidance."""
@@ -208,6 +208,8 @@ class _StrictLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a map as a key", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} stands twice", key_node.start_mark
@@ -228,8 +230,8 @@ def load_params(path: Path) -> Params:
         loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except FileNotFoundError:
         raise ParamsError([f"{path} does not exist; run this in the folder of a project, beside dvc.yaml"]) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ParamsError([f"{path}: not valid YAML: {' '.join(str(error).split())}"]) from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ParamsError([f"{path}: cannot be read: {' '.join(str(error).split())}"]) from None
     if not isinstance(loaded, dict):
         raise ParamsError([f"{path}: should be a map of sections (got {type(loaded).__name__})"])
     return parse_params(loaded, path.name)
@@ -267,6 +269,13 @@ def _contradictions(params: Params) -> Iterator[str]:
     photos = params.photos
     if photos.max_count < photos.min_count:
         yield f"photos.max_count: should be at least photos.min_count {photos.min_count} (got {photos.max_count})"
+    if params.train.prior_loss_weight > 0 and params.prior.num_class_images == 0:
+        yield "prior.num_class_images: 0 leaves train.prior_loss_weight without images; draw some, or write weight 0"
+    if params.train.max_train_steps is not None and params.train.lr_warmup_steps >= params.train.max_train_steps:
+        yield (
+            f"train.lr_warmup_steps: {params.train.lr_warmup_steps} leave none of the {params.train.max_train_steps} "
+            "steps at the full rate"
+        )
     if len(set(params.evaluate.seeds)) != len(params.evaluate.seeds):
         yield f"evaluate.seeds: the same seed stands twice in {params.evaluate.seeds}"
 

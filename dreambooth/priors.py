@@ -7,10 +7,8 @@ channels, h and w height and width of the latents.
 
 import hashlib
 import json
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from dreambooth.dataset import Posterior
 from dreambooth.errors import PriorError
 from dreambooth.folders import sha256_of, write_file
 from dreambooth.images import png_bytes
-from dreambooth.models import Model
+from dreambooth.models import Model, library_versions
 from dreambooth.params import Prior
 from dreambooth.progress import progress_bar
 from dreambooth.sampling import Drawing, SamplerSettings, batches, draw_batch
@@ -48,8 +46,17 @@ class PriorReport:
         return f"{self.reused} reused, {self.generated} generated{rejected}"
 
 
-def prior_key(base_hash: str, prompt: str, settings: Prior, resolution: int, dtype: str, device_type: str) -> str:
-    """Return the key of a store: equal keys, equal images."""
+def prior_key(base_hash: str, prompt: str, settings: Prior, resolution: int, dtype: str, device: str) -> str:
+    """Return the key of a store: equal keys, equal images, to the last bit on one machine.
+
+    Args:
+        base_hash: of the model's files.
+        prompt: of the class.
+        settings: of the sampler; the number of images is left out.
+        resolution: side of the pictures in pixels.
+        dtype: of the drawing.
+        device: from `models.device_name`.
+    """
     return sha256_of(
         {
             "base": base_hash,
@@ -57,9 +64,8 @@ def prior_key(base_hash: str, prompt: str, settings: Prior, resolution: int, dty
             "settings": settings.model_dump(exclude={"num_class_images"}),
             "resolution": resolution,
             "dtype": dtype,
-            "device": device_type,
-            "machine": platform.machine(),
-            "versions": {package: version(package) for package in ("torch", "diffusers", "transformers")},
+            "device": device,
+            "versions": library_versions(),
         }
     )
 

@@ -1,9 +1,9 @@
 """The sentences a model is trained and tested with, made from an identifier and a class noun."""
 
+import csv
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
-
-import pandas as pd
+from typing import Any, NamedTuple
 
 from dreambooth.errors import EvaluationError
 
@@ -49,13 +49,24 @@ def load_templates(path: Path) -> list[Template]:
     """
     if not path.is_file():
         raise EvaluationError(f"{path} does not exist; write a CSV with the columns kind and prompt")
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    missing = {"kind", "prompt"} - set(table.columns)
-    if missing:
-        raise EvaluationError(f"{path}: no column {', '.join(sorted(missing))}; the first line should be kind,prompt")
-    faults = [f"kind {kind!r} is none of {', '.join(KINDS)}" for kind in table["kind"] if kind not in KINDS]
-    faults += [f"the prompt {text!r} should have one {{}}" for text in table["prompt"] if text.count(PLACEHOLDER) != 1]
-    faults += [f"the prompt {text!r} stands twice" for text in table["prompt"][table["prompt"].duplicated()]]
-    if faults or table.empty:
-        raise EvaluationError(f"{path}: {'; '.join(faults) or 'has no prompts'}")
-    return [Template(kind, prompt) for kind, prompt in zip(table["kind"], table["prompt"], strict=True)]
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{path}: {error}; write a CSV in UTF-8") from None
+    faults = [fault for row in rows for fault in _faults(row)]
+    texts = [row.get("prompt") for row in rows]
+    faults += [f"the prompt {text!r} stands twice" for text in dict.fromkeys(texts) if texts.count(text) > 1]
+    if faults or not rows:
+        raise EvaluationError(f"{path}: {'; '.join(faults) or 'has no prompts under a first line kind,prompt'}")
+    return [Template(row["kind"], row["prompt"]) for row in rows]
+
+
+def _faults(row: dict[str | Any, Any]) -> Iterator[str]:
+    if set(row) != {"kind", "prompt"}:
+        yield f"{list(row.values())} is not kind,prompt (quotes around a prompt with a comma)"
+        return
+    if row["kind"] not in KINDS:
+        yield f"kind {row['kind']!r} is none of {', '.join(KINDS)}"
+    if (row["prompt"] or "").count(PLACEHOLDER) != 1:
+        yield f"the prompt {row['prompt']!r} should have one {{}}"

@@ -145,10 +145,12 @@ def tokenize(model: Model, prompts: Sequence[str]) -> Tensor:
 def decode(model: Model, latents: Tensor) -> list[Image.Image]:
     """Turn (B, C, h, w) latents in units of the UNet into B pictures.
 
-    A picture that is not finite comes back black, and is rejected where it matters.
+    One at a time: the autoencoder needs many times the memory of the UNet. A picture that is not finite comes back
+    black, and is rejected where it matters.
     """
-    scaled = (latents / model.vae.config.scaling_factor).to(model.dtype)
-    pixels = model.vae.decode(scaled).sample.float().nan_to_num(-1)
+    scale, shift = model.vae.config.scaling_factor, model.vae.config.get("shift_factor") or 0.0
+    scaled = (latents / scale + shift).to(model.dtype)
+    pixels = torch.cat([model.vae.decode(row[None]).sample for row in scaled]).float().nan_to_num(-1)
     levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(np.ascontiguousarray(array)) for array in levels.permute(0, 2, 3, 1).cpu().numpy()]
 

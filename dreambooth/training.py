@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 
 from dreambooth import dataset, loss
@@ -28,7 +29,7 @@ FLUSH_EVERY = 10  # steps between two reads of the losses: reading one waits for
 
 @dataclass(frozen=True)
 class StepRecord:
-    """The numbers of one optimizer step; losses are means over their rows, before any weight."""
+    """The numbers of one optimizer step: the weighted loss, and the means of the losses by role, before any weight."""
 
     step: int
     loss: float
@@ -117,10 +118,10 @@ def train(
         TrainingError: the loss is not finite any more; the last checkpoint is from before.
         Interrupted: a signal asked to stop; the state is saved.
     """
-    trainer = prepare(model, [*instance, *prior], settings)
-    history = resume(trainer, checkpoints)
     steps = max_train_steps(settings, len(instance))
     try:
+        trainer = prepare(model, [*instance, *prior], settings)
+        history = resume(trainer, checkpoints)
         with stop_request() as stop:
             for records in _loop(trainer, instance, prior, range(len(history), steps), stop):
                 history += records
@@ -132,7 +133,7 @@ def train(
                     saved = "saved" if checkpoints else "lost"
                     raise Interrupted(f"stopped by {stop.signal!r} after step {len(history)} of {steps}, state {saved}")
     finally:
-        _restore(trainer, model)
+        _restore(model)
     return history
 
 
@@ -179,7 +180,7 @@ def _loop(
             if len(pending) == FLUSH_EVERY or step == steps[-1] or stop or _is_due(step + 1, settings):
                 records = [_to_record(entry) for entry in pending]
                 pending.clear()
-                _require_finite(records)
+                _require_finite(records, settings)
                 bar.set_postfix(loss=f"{records[-1].loss:.4f}", refresh=False)
                 yield records
 
@@ -193,6 +194,10 @@ def prepare(model: Model, samples: Sequence[Sample], settings: Train) -> Trainer
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         cpu=model.device.type == "cpu",
     )
+    if accelerator.num_processes > 1:
+        raise TrainingError(
+            f"started as {accelerator.num_processes} processes; one trains, start it without a launcher"
+        )
     trained = {"unet": model.unet} | ({"text_encoder": model.text_encoder} if settings.train_text_encoder else {})
     for module in trained.values():
         module.requires_grad_(True).train()
@@ -250,7 +255,7 @@ def train_step(trainer: Trainer, batches: Iterator[Batch], learning_rate: float)
 def forward(trainer: Trainer, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the loss of a micro-batch, and the (B,) losses of its rows before any weight."""
     device = trainer.accelerator.device
-    latents, noise = batch.latents.to(device, non_blocking=True), batch.noise.to(device, non_blocking=True)
+    latents, noise = batch.latents.to(device), batch.noise.to(device)
     alpha_bar = trainer.alphas_cumprod[batch.timesteps].to(device)
     noisy_latents = loss.add_noise(latents, noise, alpha_bar).contiguous(memory_format=torch.channels_last)
     encoder_hidden_states = trainer.text.encode(batch.prompts, trainer.text_encoder)
@@ -279,11 +284,12 @@ def _is_due(steps_done: int, settings: Train) -> bool:
 
 
 def _means(step_loss: Tensor, losses: Tensor, is_instance: Tensor) -> dict[str, Tensor]:
-    """Means of the losses by role; NaN where a batch has no prior rows."""
+    """Means of the losses by role; NaN where a batch has no prior rows. Without indexing, which waits for a GPU."""
+    mask = is_instance.to(losses.dtype)
     return {
         "loss": step_loss.detach(),
-        "loss_instance": losses[is_instance].mean(),
-        "loss_prior": losses[~is_instance].mean(),
+        "loss_instance": (losses * mask).sum() / mask.sum(),
+        "loss_prior": (losses * (1 - mask)).sum() / (1 - mask).sum(),
     }
 
 
@@ -294,23 +300,26 @@ def _to_record(entry: dict[str, Tensor | float | int]) -> StepRecord:
     return StepRecord(**values)
 
 
-def _require_finite(records: Sequence[StepRecord]) -> None:
+def _require_finite(records: Sequence[StepRecord], settings: Train) -> None:
+    """Refuse a loss or a gradient that is not finite; under fp16 the scaler skips such a gradient by itself."""
     for record in records:
-        if not math.isfinite(record.loss):
+        if not math.isfinite(record.loss) or not (
+            math.isfinite(record.grad_norm) or settings.mixed_precision == "fp16"
+        ):
             raise TrainingError(
-                f"the loss is {record.loss} at step {record.step}: the training diverged; lower train.learning_rate "
-                f'(it was {record.learning_rate:g}) or set train.mixed_precision to "no"'
+                f"the loss is {record.loss}, the gradient's norm {record.grad_norm} at step {record.step}: "
+                f'lower train.learning_rate (it was {record.learning_rate:g}) or set train.mixed_precision to "no"'
             )
 
 
-def _restore(trainer: Trainer, model: Model) -> None:
-    """Take the wrappers of precision and processes off again, and put the parts into evaluation mode."""
-    model.unet = trainer.accelerator.unwrap_model(trainer.unet, keep_fp32_wrapper=False)
-    model.text_encoder = trainer.accelerator.unwrap_model(trainer.text_encoder, keep_fp32_wrapper=False)
+def _restore(model: Model) -> None:
+    """Take the wrapper of precision off again, and put the parts into evaluation mode."""
+    model.unet = extract_model_from_parallel(model.unet, keep_fp32_wrapper=False)
+    model.text_encoder = extract_model_from_parallel(model.text_encoder, keep_fp32_wrapper=False)
     for module in (model.unet, model.text_encoder):
         module.requires_grad_(False).eval()
-    trainer.accelerator.free_memory()
-    AcceleratorState._reset_state()  # else the next training of this process could not choose another precision
+    # Else the next training of this process could choose neither another precision nor another device.
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def _prediction_type(name: str) -> loss.PredictionType:

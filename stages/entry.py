@@ -1,6 +1,9 @@
 """What every stage does when it is called as a program: read its id and the parameters, run, explain a mistake."""
 
+import errno
+import io
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +15,16 @@ from dreambooth.errors import DreamboothError
 from dreambooth.interruption import die_with_parent
 from dreambooth.params import Params, check_id, load_params
 
+MACHINE_FAULT = 71  # EX_OSERR of sysexits.h
 Run = Callable[[Params, str, Path], None]
 
 
 def main(run: Run) -> None:
     """Run a stage in the current folder with the id on the command line; exit with the code of a user's mistake."""
     die_with_parent()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file name may hold bytes that are no text
+            stream.reconfigure(errors="backslashreplace")
     try:
         if len(sys.argv) != 2:
             raise SystemExit(f"usage: python -m {run.__module__ if run.__module__ != '__main__' else 'stages.NAME'} ID")
@@ -28,6 +35,29 @@ def main(run: Run) -> None:
             raise
         sys.stderr.writelines(f"{error.code}: {line}\n" for line in str(error).splitlines())
         raise SystemExit(error.exit_code) from None
+    except (OSError, RuntimeError) as error:
+        if os.environ.get("DREAMBOOTH_DEBUG") or not (told := _machine_fault(error)):
+            raise
+        sys.stderr.write(f"{told}\n")
+        raise SystemExit(MACHINE_FAULT) from None
+
+
+def _machine_fault(error: Exception) -> str:
+    """Explain what the machine lacks in one line; empty for a fault of ours, whose traceback is wanted."""
+    if isinstance(error, OSError):
+        if error.errno == errno.ENOSPC:
+            free = shutil.disk_usage(error.filename or ".").free
+            return (
+                f"E_DISK_FULL: {error.filename or 'the disk'}: no space left ({free} bytes free); make room, run again"
+            )
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return f"E_PERMISSION: {error.filename}: {error.strerror}; make it writable for this user"
+    if type(error).__name__ == "OutOfMemoryError":
+        first_line = str(error).splitlines()[0]
+        return (
+            f"E_OUT_OF_MEMORY: {first_line}; lower batch_size of the stage, or set train.gradient_checkpointing: true"
+        )
+    return ""
 
 
 def say(line: str) -> None:

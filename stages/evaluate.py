@@ -1,14 +1,23 @@
 """Turn a trained model into pictures beside those of the base model, their scores, and one table of metrics."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dreambooth import evaluation, prompts
 from dreambooth.encoders import Lite0Encoder
-from dreambooth.folders import new_folder, read_manifest, sha256_of, write_file
+from dreambooth.folders import code_hash, new_folder, read_manifest, sha256_of, write_file
 from dreambooth.images import png_bytes, read_prepared
-from dreambooth.models import DTYPES, load_model, model_hash, resolve_model
+from dreambooth.models import (
+    DTYPES,
+    default_device,
+    device_name,
+    library_versions,
+    load_model,
+    model_hash,
+    resolve_model,
+)
 from dreambooth.params import Params
 from dreambooth.tracking import open_run
 from stages.entry import main, say
@@ -30,15 +39,25 @@ def run(params: Params, subject_id: str, root: Path) -> None:
     base_texts, texts = [case.base_prompt for case in todo], [case.personalised_prompt for case in todo]
     before = evaluation.draw_cases(load_model(base, dtype), base_texts, todo, settings, "base")
     after = evaluation.draw_cases(load_model(base, dtype, trained=trained), texts, todo, settings, "personalised")
-    photos = list(read_prepared(root / INPUTS[1].format(id=subject_id)).values())
+    prepared = root / INPUTS[1].format(id=subject_id)
+    photos = [evaluation.shrink(photo) for _, photo in read_prepared(prepared)]
     encoder = Lite0Encoder()
     scores = evaluation.score(todo, before, after, photos, encoder)
     metrics = evaluation.summarise(scores, photos, encoder, params.evaluate.confidence)
     sheet = evaluation.comparison_grid(todo, before, after, photos, scores)
-    about = {
-        "fingerprint": sha256_of([model_hash(base), evaluation.as_dict(settings), todo_key(todo), metrics["encoder"]]),
-        "model": manifest["fingerprint"],
+    how = {
+        "base": model_hash(base),
+        "cases": [asdict(case) for case in todo],
+        "code": code_hash(),
+        "device": device_name(default_device()),
+        "dtype": params.base.inference_dtype,
+        "encoder": metrics["encoder"],
+        "photos": sha256_of(read_manifest(prepared)["files"]),
+        "settings": asdict(settings),
+        "versions": library_versions(),
     }
+    about = {"fingerprint": sha256_of(how), "model": manifest["fingerprint"]}
+    metrics |= about
     with new_folder(root / OUTPUTS[0].format(id=subject_id), about) as target:
         for name, images in (("base", before), ("personalised", after)):
             (target / name).mkdir()
@@ -51,11 +70,6 @@ def run(params: Params, subject_id: str, root: Path) -> None:
     write_file(path, json.dumps(metrics, indent=1).encode() + b"\n")
     _track(root, subject_id, manifest["fingerprint"], metrics)
     say(f"evaluate {subject_id}: {evaluation.verdict(metrics)}")
-
-
-def todo_key(todo: list[evaluation.Case]) -> list[list[Any]]:
-    """Return what the cases are, for the fingerprint of an evaluation."""
-    return [[case.base_prompt, case.personalised_prompt, case.seed] for case in todo]
 
 
 def _track(root: Path, subject_id: str, fingerprint: str, metrics: dict[str, Any]) -> None:

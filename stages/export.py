@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from dreambooth.errors import EvaluationError
 from dreambooth.export import write_export
 from dreambooth.folders import new_folder, read_manifest
 from dreambooth.models import model_hash, resolve_model
@@ -19,6 +20,11 @@ def run(params: Params, subject_id: str, root: Path) -> None:
     trained = root / INPUTS[0].format(id=subject_id)
     fingerprint = read_manifest(trained)["fingerprint"]
     metrics = json.loads((root / INPUTS[1].format(id=subject_id)).read_text(encoding="utf-8"))
+    if metrics["model"] != fingerprint:
+        raise EvaluationError(
+            f"{INPUTS[1].format(id=subject_id)} was measured on another model than {INPUTS[0].format(id=subject_id)}; "
+            f"run the evaluation first: dvc repro evaluate@{subject_id}"
+        )
     base_hash = model_hash(base)
     about = {"base": base_hash, "model": fingerprint, "subject": subject_id}
     with new_folder(root / OUTPUTS[0].format(id=subject_id), about) as target:

@@ -7,7 +7,7 @@ import torch
 
 from dreambooth.errors import SubjectError
 from dreambooth.folders import cache_folder, new_folder
-from dreambooth.models import DTYPES, default_device, load_model, model_hash, resolve_model
+from dreambooth.models import DTYPES, default_device, device_name, load_model, model_hash, resolve_model
 from dreambooth.params import Params
 from dreambooth.priors import ensure_class_images, prior_key, read_class_images
 from dreambooth.prompts import class_prompt
@@ -24,7 +24,7 @@ def run(params: Params, class_id: str, root: Path) -> None:
     base = resolve_model(params.base.pretrained_model_name_or_path, params.base.revision, root)
     base_hash, prompt = model_hash(base), class_prompt(params.classes[class_id].class_noun)
     resolution, dtype, device = params.base.resolution, params.base.inference_dtype, default_device()
-    key = prior_key(base_hash, prompt, params.prior, resolution, dtype, device.type)
+    key = prior_key(base_hash, prompt, params.prior, resolution, dtype, device_name(device))
     store = cache_folder() / "priors" / key
     report = ensure_class_images(
         store, prompt, lambda: load_model(base, DTYPES[dtype], device), params.prior, resolution
@@ -34,8 +34,9 @@ def run(params: Params, class_id: str, root: Path) -> None:
     with new_folder(root / OUTPUTS[0].format(id=class_id), about) as target:
         for number, image in enumerate(images):
             (target / f"{number:05d}.png").write_bytes(image)
-        latents = torch.stack([posterior.mean for posterior in posteriors])
-        safetensors.torch.save_file({"latents": latents}, target / "latents.safetensors")
+        if posteriors:
+            latents = torch.stack([posterior.mean for posterior in posteriors])
+            safetensors.torch.save_file({"latents": latents}, target / "latents.safetensors")
     say(f"prior {class_id}: {report}")
 
 

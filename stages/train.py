@@ -10,10 +10,19 @@ import safetensors.torch
 from dreambooth import prompts
 from dreambooth.checkpoint import Checkpoints
 from dreambooth.dataset import Sample
-from dreambooth.folders import new_folder, read_manifest, scratch_folder, sha256_of
+from dreambooth.folders import code_hash, new_folder, read_manifest, scratch_folder, sha256_of
 from dreambooth.images import read_prepared, to_square
 from dreambooth.latents import encode_images
-from dreambooth.models import DTYPES, Model, load_model, model_hash, resolve_model, save_trained
+from dreambooth.models import (
+    DTYPES,
+    Model,
+    device_name,
+    library_versions,
+    load_model,
+    model_hash,
+    resolve_model,
+    save_trained,
+)
 from dreambooth.params import Params
 from dreambooth.priors import as_posterior
 from dreambooth.tracking import open_run
@@ -27,8 +36,8 @@ OUTPUTS = ("models/{id}",)
 def run(params: Params, subject_id: str, root: Path) -> None:
     """Write models/<id>/: unet/, text_encoder/ where it was trained, loss.csv, manifest with the fingerprint."""
     base = resolve_model(params.base.pretrained_model_name_or_path, params.base.revision, root)
-    about = _inputs(params, subject_id, root, model_hash(base))
     model = load_model(base)
+    about = _inputs(params, subject_id, root, model_hash(base), device_name(model.device))
     instance = _instance_samples(params, subject_id, root, model, model_hash(base, ["vae"]))
     prior = _prior_samples(params, subject_id, root) if params.train.prior_loss_weight > 0 else []
     folder = scratch_folder(root) / "checkpoints" / f"{subject_id}-{about['fingerprint'][:16]}"
@@ -49,7 +58,7 @@ def run(params: Params, subject_id: str, root: Path) -> None:
     checkpoints.remove()
 
 
-def _inputs(params: Params, subject_id: str, root: Path, base_hash: str) -> dict[str, Any]:
+def _inputs(params: Params, subject_id: str, root: Path, base_hash: str, device: str) -> dict[str, Any]:
     """Say what the training depends on; its hash is the fingerprint that later stages find the run by."""
     subject = params.subject(subject_id)
     folders = {"instance": root / INPUTS[0].format(id=subject_id)}
@@ -62,18 +71,27 @@ def _inputs(params: Params, subject_id: str, root: Path, base_hash: str) -> dict
         "class_noun": params.class_of(subject_id).class_noun,
         "resolution": params.base.resolution,
         "train": params.train.model_dump(exclude={"checkpointing_steps"}),  # says how often, not what
+        "code": code_hash(),
+        "device": device,
+        "versions": library_versions(),
         **{name: sha256_of(read_manifest(folder)["files"]) for name, folder in folders.items()},
     }
     return {"fingerprint": sha256_of(inputs), "inputs": inputs}
 
 
 def _instance_samples(params: Params, subject_id: str, root: Path, model: Model, vae_hash: str) -> list[Sample]:
-    pictures = read_prepared(root / INPUTS[0].format(id=subject_id))
-    images = [to_square(picture, params.base.resolution) for picture in pictures.values()]
+    resolution = params.base.resolution
+    names, images, small = [], [], 0
+    for name, picture in read_prepared(root / INPUTS[0].format(id=subject_id)):
+        names.append(name)
+        images.append(to_square(picture, resolution))
+        small += min(picture.size) < resolution
+    if small:
+        say(f"train {subject_id}: warning: {small} photos are smaller than {resolution} pixels and were enlarged")
     posteriors, reused = encode_images(model, images, vae_hash, scratch_folder(root) / "latents" / subject_id)
     say(f"train {subject_id}: latents: {reused} reused, {len(images) - reused} encoded")
     prompt = prompts.instance_prompt(params.subject(subject_id).identifier, params.class_of(subject_id).class_noun)
-    return [Sample(name, posterior, prompt, "instance") for name, posterior in zip(pictures, posteriors, strict=True)]
+    return [Sample(name, posterior, prompt, "instance") for name, posterior in zip(names, posteriors, strict=True)]
 
 
 def _prior_samples(params: Params, subject_id: str, root: Path) -> list[Sample]:

@@ -34,7 +34,7 @@ def run(params: Params, subject_id: str, root: Path) -> None:
         for original, name in names.items():
             (target / name).write_bytes(png_bytes(open_image(folder / original, params.photos)))
         table = {"photos": [asdict(report) for report in reports], "ignored": files.ignored}
-        (target / "photos.json").write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (target / "photos.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     say(f"validate {subject_id}: {len(usable)} photos, {len(reports) - len(usable)} dropped")
 
 

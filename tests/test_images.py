@@ -142,13 +142,29 @@ def test_every_mode_becomes_rgb_by_a_stated_rule(
     assert np.allclose(np.asarray(image)[40, 40], expected, atol=2)
 
 
-def test_colours_are_converted_to_srgb(tmp_path: Path, limits: Photos) -> None:
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_colours_are_converted_to_srgb(tmp_path: Path, limits: Photos, mode: str) -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = srgb.replace(b"rXYZ", b"temp").replace(b"bXYZ", b"rXYZ").replace(b"temp", b"bXYZ")
+    Image.new("RGB", (80, 80), (255, 0, 0)).convert(mode).save(tmp_path / "a.png", icc_profile=swapped)
+    assert np.allclose(np.asarray(open_image(tmp_path / "a.png", limits)), (0, 0, 255), atol=2)
+
+
+def test_a_profile_of_another_kind_of_colours_is_passed_over(tmp_path: Path, limits: Photos) -> None:
     photo = make_photo(3)
-    photo.save(tmp_path / "broken.png", icc_profile=profile.tobytes())  # a profile of another colour space
-    photo.save(tmp_path / "srgb.png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    for name in ("broken.png", "srgb.png"):
-        assert np.allclose(np.asarray(open_image(tmp_path / name, limits)), np.asarray(photo), atol=1)
+    photo.save(tmp_path / "a.png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes())
+    assert np.array_equal(np.asarray(open_image(tmp_path / "a.png", limits)), np.asarray(photo))
+
+
+def test_an_odd_exif_block_hides_neither_the_photo_nor_the_next_one(tmp_path: Path, limits: Photos) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    content = exif.tobytes().replace(b"\x06\x00\x00\x00\x00\x00", b"\x06\x00\xff\xff\xff\xff")
+    make_photo(0).save(tmp_path / "a.jpg", exif=content + b"\xff" * 40)
+    make_photo(1).save(tmp_path / "b.jpg")
+    reports = check_photos(tmp_path, limits)
+    assert [report.file for report in reports] == ["a.jpg", "b.jpg"]
+    assert reports[1].usable
 
 
 def test_nothing_but_pixels_survives(tmp_path: Path, limits: Photos) -> None:

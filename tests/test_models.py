@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from dreambooth.errors import ModelError
 from dreambooth.models import load_model, model_hash, resolve_model, save_trained, write_pipeline
@@ -85,6 +86,34 @@ def test_trained_parts_stand_in_for_those_of_the_base(tiny_model_folder: Path, t
     again = load_model(tiny_model_folder, trained=tmp_path / "trained")
     assert torch.equal(again.unet.conv_in.bias, torch.full_like(again.unet.conv_in.bias, 3.0))
     assert again.unet.dtype == torch.float32
+
+
+def test_a_trained_text_encoder_has_the_names_of_its_base(tiny_model_folder: Path, tmp_path: Path) -> None:
+    """Other programs look for the names of the hub, which differ from those in memory."""
+    base = Path(shutil.copytree(tiny_model_folder, tmp_path / "base"))
+    file = base / "text_encoder/model.safetensors"
+    plain = {name.removeprefix("text_model."): weight for name, weight in load_file(file).items()}
+    save_file({f"text_model.{name}": weight for name, weight in plain.items()}, file, metadata={"format": "pt"})
+    model = load_model(base)
+    save_trained(model, tmp_path / "trained", torch.float16, text_encoder=True)
+    saved = load_file(tmp_path / "trained/text_encoder/model.safetensors")
+    assert set(saved) == set(load_file(file))
+    assert {weight.dtype for weight in saved.values()} == {torch.float16}
+
+
+def test_the_same_weights_in_another_precision_do_not_count(copy: Path, tmp_path: Path) -> None:
+    before = model_hash(copy)
+    weights = copy / "unet/diffusion_pytorch_model.safetensors"
+    shutil.copy(weights, weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert model_hash(copy) == before
+    (tmp_path / "export").mkdir()
+    write_pipeline(copy, tmp_path / "nothing", tmp_path / "export")
+    assert not list(tmp_path.glob("export/unet/*fp16*"))
+
+
+def test_a_folder_outside_of_data_base_is_refused(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is not in data/base"):
+        resolve_model(str(copy), None, tmp_path / "project")
 
 
 def test_the_written_pipeline_is_one_that_diffusers_loads(tiny_model_folder: Path, tmp_path: Path) -> None:

@@ -95,9 +95,10 @@ def test_an_id_that_could_be_a_path_or_a_command_is_refused(bad: str, values: di
     [
         ("train: {seed: 1, seed: 2}", "'seed' stands twice"),
         ("a: &x [1]\nb: *x", "aliases"),
-        ("a: !!python/object/apply:os.system ['true']", "not valid YAML"),
+        ("a: !!python/object/apply:os.system ['true']", "cannot be read"),
         ("- 1", "should be a map"),
-        ("a: [", "not valid YAML"),
+        ("a: [", "cannot be read"),
+        ("a: {{sks}}", "a map as a key"),
     ],
 )
 def test_yaml_that_hides_what_it_does_is_refused(tmp_path: Path, text: str, said: str) -> None:

@@ -128,13 +128,13 @@ def test_everything_an_image_depends_on_is_in_the_key_and_the_count_is_not() -> 
     def key(**changes: object) -> str:
         values = {
             "base_hash": "a", "prompt": PROMPT, "settings": settings(4), "resolution": 64, "dtype": "float32",
-            "device_type": "cpu",
+            "device": "cpu",
         }  # fmt: skip
         return prior_key(**values | changes)  # type: ignore[arg-type]
 
     changed = [
         {"base_hash": "b"}, {"prompt": "a photo of a cat"}, {"resolution": 32}, {"dtype": "float16"},
-        {"device_type": "cuda"}, {"settings": settings(4, scheduler="ddim")}, {"settings": settings(4, seed=1)},
+        {"device": "cuda"}, {"settings": settings(4, scheduler="ddim")}, {"settings": settings(4, seed=1)},
         {"settings": settings(4, num_inference_steps=3)}, {"settings": settings(4, guidance_scale=2.0)},
         {"settings": settings(4, negative_prompt="blurred")}, {"settings": settings(4, batch_size=2)},
     ]  # fmt: skip

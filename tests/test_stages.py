@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from conftest import REPOSITORY, TINY_RESOLUTION, add_photos, write_params
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from dreambooth.errors import PhotosError, SubjectError
+from dreambooth.errors import EvaluationError, PhotosError, SubjectError
 from dreambooth.folders import TornFolderError, content_hash, read_manifest
 from dreambooth.params import load_params
 from stages import evaluate, export, prior, train, validate
@@ -102,17 +103,33 @@ def test_the_same_inputs_give_the_same_bytes(done: Path, project: Path) -> None:
         assert content_hash(project / name) == content_hash(done / name), name
 
 
-def test_a_second_subject_of_the_class_reuses_its_images(
+def test_class_images_that_were_drawn_before_come_from_the_store(
     project: Path, params_values: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    params_values["subjects"]["rex"] = {"class_id": "dog", "identifier": "zwx", "kind": "live"}
+    prior.run(load_params(project / "params.yaml"), "dog", project)
+    params_values["prior"]["num_class_images"] = 7
     write_params(project, params_values)
-    params = load_params(project / "params.yaml")
-    prior.run(params, "dog", project)
-    prior.run(params, "dog", project)
+    prior.run(load_params(project / "params.yaml"), "dog", project)
     said = capsys.readouterr().out
     assert "prior dog: 0 reused, 5 generated" in said
-    assert "prior dog: 5 reused, 0 generated" in said
+    assert "prior dog: 5 reused, 2 generated" in said
+
+
+def test_without_a_prior_nothing_is_drawn_and_the_rest_works(project: Path, params_values: dict[str, Any]) -> None:
+    params_values["train"]["prior_loss_weight"] = 0
+    params_values["prior"]["num_class_images"] = 0
+    write_params(project, params_values)
+    run_all(project)
+    assert not list((project / "build/classes/dog").glob("*.png"))
+    assert pd.read_csv(project / "models/biscuit/loss.csv")["loss_prior"].isna().all()
+
+
+def test_scores_of_another_model_do_not_reach_the_card(done: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(done, tmp_path / "copy"))
+    metrics = json.loads((root / "metrics/biscuit.json").read_text())
+    (root / "metrics/biscuit.json").write_text(json.dumps(metrics | {"model": "another"}))
+    with pytest.raises(EvaluationError, match="measured on another model"):
+        export.run(load_params(root / "params.yaml"), "biscuit", root)
 
 
 def test_validate_names_every_bad_file_and_writes_nothing(project: Path) -> None:

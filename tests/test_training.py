@@ -17,7 +17,7 @@ from dreambooth.errors import TrainingError
 from dreambooth.latents import encode_image
 from dreambooth.models import Model, load_model
 from dreambooth.params import Train, load_params
-from dreambooth.training import StepRecord, learning_rate_at, max_train_steps, prepare, require_float32, train
+from dreambooth.training import StepRecord, learning_rate_at, max_train_steps, require_float32, train
 
 GOLDEN = Path(__file__).parent / "golden/training.json"
 
@@ -140,7 +140,16 @@ def test_the_weight_of_the_prior_changes_the_training(tiny_model_folder: Path) -
 def test_a_loss_that_is_not_finite_stops_the_training_with_its_step(model: Model) -> None:
     with torch.no_grad():
         model.unet.conv_out.bias.fill_(float("nan"))
-    with pytest.raises(TrainingError, match=r"the loss is nan at step 0: .*learning_rate"):
+    with pytest.raises(TrainingError, match=r"the loss is nan, .* at step 0: .*learning_rate"):
+        run(model)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_training(model: Model) -> None:
+    def spoil(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        output.register_hook(lambda gradient: gradient * float("inf"))
+
+    model.unet.conv_in.register_forward_hook(spoil)
+    with pytest.raises(TrainingError, match=r"the gradient's norm (nan|inf) at step 0"):
         run(model)
 
 
@@ -150,7 +159,10 @@ def test_weights_below_float32_are_refused() -> None:
 
 
 def test_bfloat16_autocast_keeps_float32_weights_and_noise(model: Model) -> None:
+    dtypes: set[tuple[torch.dtype, torch.dtype]] = set()
+    model.unet.conv_in.register_forward_hook(lambda _, inputs, output: dtypes.add((inputs[0].dtype, output.dtype)))
     history = run(model, mixed_precision="bf16")
+    assert dtypes == {(torch.float32, torch.bfloat16)}
     assert {parameter.dtype for parameter in model.unet.parameters()} == {torch.float32}
     assert all(math.isfinite(record.loss) for record in history)
 
@@ -161,10 +173,14 @@ def test_half_precision_without_a_gpu_is_refused(model: Model) -> None:
 
 
 def test_gradient_checkpointing_gives_the_same_training(tiny_model_folder: Path) -> None:
-    histories = []
+    histories, calls = [], []
     for checkpointing in (False, True):
         model = load_model(tiny_model_folder, device="cpu")
+        seen: list[int] = []
+        model.unet.down_blocks[0].resnets[0].conv1.register_forward_hook(lambda *_, seen=seen: seen.append(1))
         histories.append(run(model, gradient_checkpointing=checkpointing))
+        calls.append(len(seen))
+    assert calls == [4, 8]  # once in the forward pass, once more in the backward pass
     for plain, recomputed in zip(*histories, strict=True):
         assert plain.loss == pytest.approx(recomputed.loss, rel=1e-5)
 
@@ -202,13 +218,24 @@ def test_a_frozen_text_encoder_runs_once(model: Model, monkeypatch: pytest.Monke
     assert calls == [2]
 
 
-def test_v_prediction_is_read_from_the_model(tiny_model_folder: Path) -> None:
-    model = load_model(tiny_model_folder, device="cpu")
-    model.scheduler_config["prediction_type"] = "v_prediction"
-    assert prepare(model, make_samples(model, 1, "instance", "a"), settings()).prediction_type == "v_prediction"
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_target_is_the_one_that_the_model_predicts(
+    model: Model, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dreambooth import loss
+
+    targets: list[str] = []
+    original = loss.prediction_target
+    monkeypatch.setattr(loss, "prediction_target", lambda *given: (targets.append(given[0]), original(*given))[1])
+    model.scheduler_config["prediction_type"] = kind
+    run(model)
+    assert targets == [kind] * 4
+
+
+def test_a_model_that_predicts_anything_else_is_refused(model: Model) -> None:
     model.scheduler_config["prediction_type"] = "sample"
     with pytest.raises(TrainingError, match="predicts 'sample'"):
-        prepare(model, make_samples(model, 1, "instance", "a"), settings())
+        run(model)
 
 
 @pytest.mark.parametrize(
