@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from dreambooth.errors import TrainingError
-from dreambooth.folders import TornFolderError, new_folder, read_manifest
+from dreambooth.folders import TornFolderError, new_folder, read_manifest, require_space
 
 WEIGHTS, OPTIMIZER, RECORDS = "weights.safetensors", "optimizer.pt", "records.json"
+BYTES_PER_WEIGHT = 12  # the weight and both moments of Adam in float32
 KEEP = 2  # the newest may be found torn by a dying disk; the one before it is the way back
 _TORN = "torn-"
 
@@ -33,6 +34,13 @@ class State:
     optimizer: Mapping[str, Any]
     """State dicts of the optimizer and of the gradient scaler: tensors and plain values."""
     records: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Bytes of its tensors."""
+        moments = self.optimizer.get("optimizer", {}).get("state", {})
+        held = [value for entry in moments.values() for value in entry.values() if isinstance(value, Tensor)]
+        return sum(tensor.nbytes for tensor in [*self.weights.values(), *held])
 
 
 class Checkpoints:
@@ -50,6 +58,8 @@ class Checkpoints:
 
     def save(self, state: State) -> Path:
         """Write a checkpoint beside its place, rename it, read it back, then remove the oldest ones."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        require_space(self.folder, state.size, "a checkpoint")
         path = self.folder / f"step-{state.step:07d}"
         with new_folder(path, {"step": state.step}) as temporary:
             safetensors.torch.save_file(dict(state.weights), temporary / WEIGHTS)

@@ -5,6 +5,10 @@ DreamboothError                 every error below; printed as one line, never as
 ├── SubjectError                a subject that is not in params.yaml, an id that is no id, a missing folder
 │   └── PhotosError             photos that cannot be used (all of them at once)
 ├── ModelError                  a base or trained model that is missing, torn, or of the wrong kind
+├── TornFolderError             a folder whose files are not what its manifest says (folders.py)
+├── DiskFullError               not enough space for what is about to begin (folders.py)
+├── AlreadyRunningError         another process does this work (locks.py)
+├── Interrupted                 told to stop, state saved (interruption.py)
 ├── PriorError                  class images that cannot be drawn
 ├── TrainingError               a training that diverged or cannot start
 ├── EvaluationError             an evaluation without the prompts or the numbers it needs

@@ -1,4 +1,4 @@
-"""Folders that are whole or not there at all, and proven so by a manifest of every file's sha256."""
+"""Folders that are whole or not there at all, and proven so by a manifest of every file's sha256, and of its own."""
 
 import hashlib
 import json
@@ -22,6 +22,23 @@ class TornFolderError(DreamboothError):
     """Refuse a folder whose files are not what its manifest says."""
 
     code = "E_TORN"
+
+
+class DiskFullError(DreamboothError):
+    """Refuse to begin what the disk has no room for."""
+
+    code = "E_DISK_FULL"
+    exit_code = 71  # EX_OSERR of sysexits.h
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Raise DiskFullError when fewer than `needed` bytes are free where `folder` lies."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DiskFullError(
+            f"{folder}: {what} needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; make room, or set "
+            "DREAMBOOTH_SCRATCH to another disk"
+        )
 
 
 def scratch_folder(root: Path) -> Path:
@@ -78,8 +95,9 @@ def new_folder(path: Path, about: Mapping[str, Any] | None = None) -> Iterator[P
 def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
     """Write the manifest of all files in a folder, and make both reach the disk."""
     files = {name: _describe(folder / name) for name in _content(folder)}
-    text = json.dumps({"version": MANIFEST_VERSION, **about, "files": files}, indent=1)
-    write_file(folder / MANIFEST, text.encode() + b"\n")
+    manifest = json.loads(json.dumps({"version": MANIFEST_VERSION, **about, "files": files}))
+    manifest["sha256"] = sha256_of(manifest)
+    write_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
 
 
 def read_manifest(folder: Path, verify: bool = True) -> dict[str, Any]:
@@ -96,8 +114,10 @@ def read_manifest(folder: Path, verify: bool = True) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise TornFolderError(f"{folder} has no {MANIFEST}; run the stage that makes it (dvc repro)") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise TornFolderError(f"{folder / MANIFEST} is not JSON ({error}); run the stage that makes it again") from None
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != sha256_of(manifest):
+        raise TornFolderError(f"{folder / MANIFEST} was changed (other sha256); run the stage that makes it again")
     if manifest.get("version") != MANIFEST_VERSION:
         raise TornFolderError(
             f"{folder / MANIFEST} has version {manifest.get('version')}, this program reads {MANIFEST_VERSION}; "

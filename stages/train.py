@@ -8,11 +8,12 @@ import pandas as pd
 import safetensors.torch
 
 from dreambooth import prompts
-from dreambooth.checkpoint import Checkpoints
+from dreambooth.checkpoint import BYTES_PER_WEIGHT, KEEP, Checkpoints
 from dreambooth.dataset import Sample
-from dreambooth.folders import code_hash, new_folder, read_manifest, scratch_folder, sha256_of
+from dreambooth.folders import code_hash, new_folder, read_manifest, require_space, scratch_folder, sha256_of
 from dreambooth.images import read_prepared, to_square
 from dreambooth.latents import encode_images
+from dreambooth.locks import only_one
 from dreambooth.models import (
     DTYPES,
     Model,
@@ -42,12 +43,15 @@ def run(params: Params, subject_id: str, root: Path) -> None:
     prior = _prior_samples(params, subject_id, root) if params.train.prior_loss_weight > 0 else []
     folder = scratch_folder(root) / "checkpoints" / f"{subject_id}-{about['fingerprint'][:16]}"
     checkpoints = Checkpoints(folder, lambda line: say(f"train {subject_id}: {line}"))
+    weights = sum(parameter.numel() for parameter in model.unet.parameters())
+    require_space(scratch_folder(root), weights * BYTES_PER_WEIGHT * (KEEP + 1), "training with checkpoints")
     model.vae = None  # all latents are known: its memory is free for the training
     say(
         f"train {subject_id}: {len(instance)} photos, {len(prior)} class images, "
         f"{max_train_steps(params.train, len(instance))} steps on {model.device}"
     )
     with (
+        only_one(scratch_folder(root) / "locks", f"train-{subject_id}", f"the training of {subject_id}"),
         open_run(root, key=about["fingerprint"], name=subject_id, tags={"subject": subject_id}) as tracked,
         new_folder(root / OUTPUTS[0].format(id=subject_id), about) as target,
     ):

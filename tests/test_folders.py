@@ -5,7 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth.folders import TornFolderError, content_hash, new_folder, read_manifest, scratch_folder, write_file
+from dreambooth.folders import (
+    TornFolderError,
+    content_hash,
+    new_folder,
+    read_manifest,
+    scratch_folder,
+    sha256_of,
+    write_file,
+)
+
+
+def signed(manifest: dict[str, object]) -> str:
+    return json.dumps(manifest | {"sha256": sha256_of(manifest)})
 
 
 def make(folder: Path, text: str = "one") -> Path:
@@ -58,7 +70,11 @@ def test_equal_content_makes_equal_bytes(tmp_path: Path) -> None:
         (lambda folder: (folder / "c.txt").write_text(""), "c.txt is not in the manifest"),
         (lambda folder: (folder / "manifest.json").unlink(), "has no manifest.json"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "is not JSON"),
-        (lambda folder: (folder / "manifest.json").write_text(json.dumps({"version": 0})), "has version 0"),
+        (
+            lambda folder: (folder / "manifest.json").write_text(json.dumps({"version": 1, "files": {}})),
+            "manifest.json was changed",
+        ),
+        (lambda folder: (folder / "manifest.json").write_text(signed({"version": 0, "files": {}})), "has version 0"),
     ],
 )
 def test_any_damage_is_found_and_named(tmp_path: Path, damage: object, said: str) -> None:

@@ -23,6 +23,7 @@ WITHOUT_EFFECT = {
     "dreambooth/__init__.py",
     "dreambooth/errors.py",
     "dreambooth/interruption.py",
+    "dreambooth/locks.py",
     "dreambooth/params.py",  # the values are declared one by one, under params
     "dreambooth/progress.py",
     "dreambooth/tracking.py",

@@ -1,30 +1,32 @@
-"""The command, the flow, the real stages and a real registry, on a pipeline so small that it takes no time."""
+"""The command, the flow, the real stages, a real registry and the bundled model, with a few steps of everything."""
 
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 from toy_project import REPOSITORY, dvc, make_photos, quiet
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture
-def real_project(tmp_path: Path, tiny_model_folder: Path, params_values: dict[str, Any]) -> Path:
-    """Return a project with this repository's dvc.yaml, code and prompts, and no subject."""
+def real_project(tmp_path: Path) -> Path:
+    """Return a project with this repository's dvc.yaml, code, prompts and bundled model, and no subject."""
     from dvc.repo import Repo
 
     root = tmp_path / "project"
-    for folder in ("dreambooth", "stages", "data/prompts"):
+    for folder in ("dreambooth", "stages", "data/prompts", "data/base/emoji64"):
         shutil.copytree(REPOSITORY / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(tiny_model_folder, root / "data/base/tiny")
     shutil.copy(REPOSITORY / "dvc.yaml", root)
-    params = yaml.safe_dump(params_values | {"subjects": {}, "classes": {}}, sort_keys=False)
-    (root / "params.yaml").write_text(params)
+    values = yaml.safe_load((REPOSITORY / "params.yaml").read_text()) | {"subjects": {}, "classes": {}}
+    values["prior"] |= {"num_class_images": 5, "num_inference_steps": 4, "batch_size": 4}
+    values["train"] |= {"max_train_steps": 4}
+    values["evaluate"] |= {"seeds": [1], "num_inference_steps": 4}
+    (root / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     Repo.init(str(root), no_scm=True).close()
     return root
 
@@ -54,5 +56,7 @@ def test_from_photos_to_pictures_by_three_commands(real_project: Path, tmp_path:
         "sheet.png",
     ]
     assert all(path.is_file() for path in pictures)
+    with Image.open(pictures[0]) as drawn:
+        assert drawn.size == (64, 64)
     assert "v1" in dreambooth("status")
     assert "as before" in dreambooth("register", "tom")
