@@ -19,7 +19,7 @@ demo: .venv/ready          ## photos -> evaluated, exported and registered model
 	$(BIN)/dreambooth run biscuit
 
 test: .venv/ready          ## all tests, the slow ones too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadscope
 
 check: .venv/ready         ## ruff and mypy
 	$(BIN)/ruff check .
