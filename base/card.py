@@ -54,9 +54,10 @@ The identifiers {identifiers} are one token each and in no caption.
 * Pictures: an icon, turned, mirrored and scaled, on a colour, a scene (an icon too) or white; composed as needed.
 * Autoencoder: {vae_parameters:.2f} M parameters, L1 of values and edges, {vae_rows:,} pictures in {vae_minutes:.0f}
   minutes.
-* Text encoder and UNet together: {parameters:.1f} M parameters, v-prediction, min-SNR weights (5), 10 % empty captions,
-  bf16, averaged weights; first at 32 px, then at 64 px: {rows:,} pictures (batch {batch}) in {minutes:.0f} minutes on
-  two CPU cores that other work shared.
+* Text encoder: first taught to name the noun, the context and the words of a caption, then frozen.
+* UNet: with the text encoder {parameters:.1f} M parameters, v-prediction, 10 % empty captions, averaged weights;
+  {rows:,} pictures in {minutes:.0f} minutes on two CPU cores that other work shared, at 32 px and at 64 px.
+{history}
 
 ## Licences and attribution
 The weights are published under the Apache License 2.0. They were trained on drawings from these icon sets, taken from
@@ -72,6 +73,10 @@ CC BY 4.0 (the same address).
 The drawings were changed: rendered, scaled, turned, tinted and put together.
 Kept out of all training: {held_out} (the demo subjects in `data/subjects`, and what looks nearly the same).
 """
+
+
+HISTORY = """* Of these, the first {rows_before:,} went to a UNet with a text encoder that learned beside it, and min-SNR
+  weights (5): the backgrounds came, the nouns did not. That UNet was kept, the text encoder replaced by the taught one."""
 
 
 def contact_sheet(values: Recipe, pipeline: StableDiffusionPipeline, seed: int = 0) -> Image.Image:
@@ -129,6 +134,7 @@ def card(values: Recipe, folder: Path) -> str:
         identifiers=", ".join(f"`{word}`" for word in tokenizer.IDENTIFIERS),
         quality=quality_text(folder / quality.FILE),
         sets=sets,
+        history=HISTORY.format(**training) if training["rows_before"] else "",
         held_out=", ".join(f"`{name}`" for name in values.held_out),
         batch=values.denoiser.phases[-1].batch_size,
         **training,

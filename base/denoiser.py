@@ -1,4 +1,4 @@
-"""Train the text encoder and the UNet on the latents of captioned pictures, and put the pipeline together.
+"""Train the UNet on the latents of captioned pictures, and put the pipeline together.
 
 B rows, C latent channels, H height and W width of the latents, L tokens.
 """
@@ -18,9 +18,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from base import autoencoder, compose, loop, parallel, recipe, sprites, tokenizer
+from base import autoencoder, compose, loop, parallel, recipe, sprites, text_encoder, tokenizer
 from base.parallel import Group
 from base.recipe import Denoiser, Phase, Recipe
 from base.sprites import Sprites
@@ -31,24 +31,6 @@ TRAINING = "training.json"
 ALONE = Group()
 ENCODED = 64
 """Pictures that are encoded at once."""
-
-
-def build_text_encoder(values: Recipe, words: CLIPTokenizer) -> CLIPTextModel:
-    """Make the text encoder for the tokenizer's ids."""
-    section = values.text_encoder
-    config = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=section.hidden_size,
-        intermediate_size=4 * section.hidden_size,
-        projection_dim=section.hidden_size,
-        num_hidden_layers=section.layers,
-        num_attention_heads=section.heads,
-        max_position_embeddings=section.max_length,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-    )
-    return CLIPTextModel(config)
 
 
 def build_unet(values: Recipe, latent_size: int) -> UNet2DConditionModel:
@@ -104,13 +86,14 @@ def encode(
         both = torch.stack([posterior.mean, posterior.std], 1) * vae.config["scaling_factor"]
         moments.append(both.to(torch.float16).numpy())
         captions += [caption for _, caption in pairs]
-    return Pool(np.concatenate(moments), tokenize(words, captions))
+    return Pool(np.concatenate(moments), text_encoder.tokenize(words, captions))
 
 
 def fingerprint(values: Recipe, vae: AutoencoderKL, drawn: Sprites) -> str:
     """Give a name to everything that the encoded pool depends on."""
-    drawing = values.model_dump_json(exclude={"autoencoder", "packages", "denoiser", "subjects"})
-    digest = hashlib.sha256(f"{drawing} {values.denoiser.pool}".encode())
+    drawing = values.model_dump_json(exclude={"autoencoder", "packages", "denoiser", "subjects", "text_encoder"})
+    size = (values.denoiser.pool, values.text_encoder.vocab_size, values.text_encoder.max_length)
+    digest = hashlib.sha256(f"{drawing} {size}".encode())
     digest.update(drawn.pixels.tobytes())
     for value in vae.state_dict().values():
         digest.update(value.contiguous().numpy().tobytes())
@@ -140,23 +123,21 @@ def encode_pool(
     return Pool(moments, torch.cat([state["input_ids"] for state in parts]))
 
 
-def tokenize(words: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    """Give the ids of captions, padded to the full length: (B, L)."""
-    length: int = words.model_max_length
-    encoded = words(captions, padding="max_length", truncation=True, max_length=length)
-    input_ids: torch.Tensor = torch.tensor(encoded["input_ids"], dtype=torch.long)
-    return input_ids
-
-
 def min_snr_weights(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Give the loss weight of each row for v-prediction, min(SNR, gamma) / (SNR + 1): (B,). Hang et al. 2023."""
+    """Give the loss weight of each row for v-prediction, min(SNR, gamma) / (SNR + 1): (B,). Hang et al. 2023.
+
+    Gamma 0: all weights are 1.
+    """
+    if gamma == 0:
+        return torch.ones(len(timesteps))
     alpha = alphas_cumprod[timesteps]
     snr = alpha / (1 - alpha)
     return snr.clamp(max=gamma) / (snr + 1)
 
 
 def loss_of(
-    modules: dict[str, nn.Module],
+    unet: UNet2DConditionModel,
+    encoder: CLIPTextModel,
     scheduler: DDIMScheduler,
     pool: Pool,
     section: Denoiser,
@@ -176,8 +157,9 @@ def loss_of(
     input_ids = torch.where(dropped, empty_ids, pool.input_ids[rows])
     noisy_latents = scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
     target = scheduler.get_velocity(latents, noise, timesteps)
-    hidden = modules["text_encoder"](input_ids).last_hidden_state
-    pred = modules["unet"](noisy_latents, timesteps, hidden).sample
+    with torch.no_grad():
+        hidden = encoder(input_ids).last_hidden_state
+    pred = unet(noisy_latents, timesteps, hidden).sample
     weights = min_snr_weights(scheduler.alphas_cumprod, timesteps, section.snr_gamma)
     loss: torch.Tensor = (weights * (pred - target).square().mean(dim=(1, 2, 3))).mean()
     return loss
@@ -196,12 +178,13 @@ def phase_at(section: Denoiser, share: float) -> int:
 
 
 class Trainer:
-    """The networks in training, their averages, and how far they are."""
+    """The UNet in training, its average, and how far it is; the text encoder stays as it is."""
 
     def __init__(
         self,
         values: Recipe,
         words: CLIPTokenizer,
+        encoder: CLIPTextModel,
         latent_size: int,
         minutes: float | None = None,
         group: Group = ALONE,
@@ -209,16 +192,16 @@ class Trainer:
         self.group, self.latent_size = group, latent_size
         self.section = section = values.denoiser
         torch.manual_seed(section.seed)
-        unet = build_unet(values, latent_size).to(memory_format=torch.channels_last)
-        self.modules: dict[str, nn.Module] = {"text_encoder": build_text_encoder(values, words), "unet": unet}
-        self.parameters = [p for module in self.modules.values() for p in module.parameters()]
+        self.encoder = encoder.requires_grad_(False).eval()
+        self.unet = build_unet(values, latent_size).to(memory_format=torch.channels_last)
+        self.parameters = list(self.unet.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=section.learning_rate, weight_decay=1e-2, fused=True)
-        self.average = loop.Average(self.modules, section.ema_decay)
+        self.average = loop.Average({"unet": self.unet}, section.ema_decay)
         self.scheduler = build_scheduler()
         self.progress = loop.Progress(sum(work_of(section)), minutes)
         self.step = 0
         self.rows = 0
-        self.empty_ids = tokenize(words, [""])
+        self.empty_ids = text_encoder.tokenize(words, [""])
 
     def train_step(self, pool: Pool, batch_size: int, rate: float) -> float:
         """Make one step of this process alone; give its loss.
@@ -230,7 +213,7 @@ class Trainer:
             each["lr"] = rate
         generator = torch.Generator().manual_seed((section.seed * 1_000_003 + self.step) * group.size + group.rank)
         rows = group.part(batch_size)
-        loss = loss_of(self.modules, self.scheduler, pool, section, rows, self.empty_ids, generator)
+        loss = loss_of(self.unet, self.encoder, self.scheduler, pool, section, rows, self.empty_ids, generator)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.parameters, section.max_grad_norm)
@@ -258,19 +241,14 @@ class Trainer:
         return sum(losses) / len(losses)
 
     def start_from(self, folder: Path) -> None:
-        """Take the weights of a pipeline; the optimizer starts anew."""
-        parts = {
-            "text_encoder": CLIPTextModel.from_pretrained(folder / "text_encoder"),
-            "unet": UNet2DConditionModel.from_pretrained(folder / "unet"),
-        }
-        for name, module in self.modules.items():
-            module.load_state_dict(parts[name].state_dict())
-        self.average = loop.Average(self.modules, self.section.ema_decay)
+        """Take the UNet of a pipeline; the optimizer starts anew."""
+        self.unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder / "unet").state_dict())
+        self.average = loop.Average({"unet": self.unet}, self.section.ema_decay)
 
     def save(self, path: Path) -> None:
         """Write everything that a continued training needs."""
         state = {
-            "modules": {name: module.state_dict() for name, module in self.modules.items()},
+            "unet": self.unet.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict(),
             "work": self.progress.work,
@@ -284,8 +262,7 @@ class Trainer:
         """Continue from a checkpoint; say whether there was one."""
         if (state := loop.load(path)) is None:
             return False
-        for name, module in self.modules.items():
-            module.load_state_dict(state["modules"][name])
+        self.unet.load_state_dict(state["unet"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.load_state_dict(state["average"])
         self.progress.work, self.progress.elapsed_s = state["work"], state["elapsed_s"]
@@ -331,14 +308,11 @@ def train(
 
 def assemble(values: Recipe, trainer: Trainer, vae: AutoencoderKL, words: CLIPTokenizer) -> StableDiffusionPipeline:
     """Put the averaged weights into a pipeline."""
-    text_encoder = build_text_encoder(values, words)
-    unet = build_unet(values, trainer.latent_size)
-    for name, module in (("text_encoder", text_encoder), ("unet", unet)):
-        module.load_state_dict(trainer.average.weights[name])
-        module.eval()
+    unet = build_unet(values, trainer.latent_size).eval()
+    unet.load_state_dict(trainer.average.weights["unet"])
     return StableDiffusionPipeline(
         vae=vae,
-        text_encoder=text_encoder,
+        text_encoder=trainer.encoder,
         tokenizer=words,
         unet=unet,
         scheduler=build_scheduler(),
@@ -372,15 +346,18 @@ def publish(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     part.rmdir()
 
 
-def describe(trainer: Trainer, vae: AutoencoderKL) -> dict[str, float]:
-    """Say how the model was trained, for its card."""
+def describe(trainer: Trainer, vae: AutoencoderKL, start: Path | None) -> dict[str, float]:
+    """Say how the model was trained, for its card; rows and minutes include those of the start."""
     state = loop.load(autoencoder.CHECKPOINT) or {}
+    before = {"rows": 0, "minutes": 0.0}
+    if start is not None and (start / TRAINING).exists():
+        before = json.loads((start / TRAINING).read_text(encoding="utf-8"))
     return {
-        "rows": trainer.rows,
-        "steps_trained": trainer.step,
-        "minutes": trainer.progress.elapsed_s / 60,
+        "rows": trainer.rows + before["rows"],
+        "rows_before": before["rows"],
+        "minutes": trainer.progress.elapsed_s / 60 + before["minutes"],
         "share": trainer.progress.share,
-        "parameters": sum(p.numel() for p in trainer.parameters) / 1e6,
+        "parameters": sum(p.numel() for part in (trainer.unet, trainer.encoder) for p in part.parameters()) / 1e6,
         "vae_parameters": sum(p.numel() for p in vae.parameters()) / 1e6,
         "vae_rows": int(state.get("rows", 0)),
         "vae_minutes": state.get("elapsed_s", 0.0) / 60,
@@ -398,14 +375,16 @@ def work(group: Group, minutes: float | None, export_minutes: float, start: Path
 
     vae = open_vae().to(memory_format=torch.channels_last)
     factor = 2 ** (len(values.autoencoder.block_out_channels) - 1)
-    trainer = Trainer(values, words, values.resolution // factor, minutes, group)
+    taught = text_encoder.FOLDER if start is None or text_encoder.FOLDER.exists() else start / "text_encoder"
+    encoder = CLIPTextModel.from_pretrained(taught)
+    trainer = Trainer(values, words, encoder, values.resolution // factor, minutes, group)
     if start is not None:
         trainer.start_from(start)
 
     def export(state: Trainer) -> None:
         copy = open_vae()
         publish(assemble(values, state, copy, words), recipe.MODEL)
-        text = json.dumps(describe(state, copy), indent=1)
+        text = json.dumps(describe(state, copy, start), indent=1)
         (recipe.MODEL / TRAINING).write_text(text + "\n", encoding="utf-8")
 
     def pool_of(resolution: int) -> Pool:
@@ -420,7 +399,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="end by then, the rate falling in time")
     parser.add_argument("--export-minutes", type=float, default=10.0)
     parser.add_argument("--processes", type=int, default=1, help="that share each batch, one thread each")
-    parser.add_argument("--start", type=Path, help="a pipeline of this recipe whose weights the training starts from")
+    parser.add_argument("--start", type=Path, help="a pipeline of this recipe whose UNet and autoencoder to begin with")
     arguments = parser.parse_args()
     job = functools.partial(
         work, minutes=arguments.minutes, export_minutes=arguments.export_minutes, start=arguments.start

@@ -93,6 +93,11 @@ class TextEncoder(Strict):
     hidden_size: Positive
     layers: Positive
     heads: Positive
+    captions: Positive
+    steps: Positive
+    batch_size: Positive
+    learning_rate: Rate
+    seed: int
 
 
 class Phase(Strict):
@@ -117,7 +122,8 @@ class Denoiser(Strict):
     round_steps: Positive
     """Steps between two averagings of the processes' weights."""
     caption_dropout: Share
-    snr_gamma: Annotated[float, Field(gt=0)]
+    snr_gamma: Annotated[float, Field(ge=0)]
+    """Hang et al. 2023; 0: every timestep weighs the same."""
     ema_decay: Share
     max_grad_norm: Annotated[float, Field(gt=0)]
     seed: int

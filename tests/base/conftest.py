@@ -25,6 +25,7 @@ def values() -> Recipe:
         "warmup_steps": 2,
     }
     data["text_encoder"] |= {"hidden_size": 16, "layers": 1, "heads": 2, "max_length": 16}
+    data["text_encoder"] |= {"captions": 200, "steps": 60, "batch_size": 16, "learning_rate": 1e-2}
     data["denoiser"] |= {
         "block_out_channels": [32, 32],
         "attention_head_dim": 2,

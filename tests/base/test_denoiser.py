@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from base import autoencoder, denoiser, tokenizer
+from base import autoencoder, denoiser, text_encoder, tokenizer
 from base.recipe import Recipe
 from base.sprites import Sprites
 
@@ -16,6 +16,12 @@ from base.sprites import Sprites
 def words(values: Recipe) -> CLIPTokenizer:
     """Give a tokenizer of few captions."""
     return tokenizer.build(["a photo of a dog in space", "a fox"], ["sks"], values.text_encoder)
+
+
+@pytest.fixture(scope="module")
+def encoder(values: Recipe, words: CLIPTokenizer) -> CLIPTextModel:
+    """Give an untrained text encoder."""
+    return text_encoder.build(values, words)
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +52,18 @@ def test_pool_holds_every_picture_at_its_size(values: Recipe, pools: dict[int, d
 
 
 def test_training_cut_in_two_gives_the_same_weights(
-    values: Recipe, words: CLIPTokenizer, pools: dict[int, denoiser.Pool], tmp_path: Path
+    values: Recipe,
+    words: CLIPTokenizer,
+    encoder: CLIPTextModel,
+    pools: dict[int, denoiser.Pool],
+    tmp_path: Path,
 ) -> None:
-    whole = denoiser.Trainer(values, words, 4)
+    whole = denoiser.Trainer(values, words, encoder, 4)
     denoiser.train(whole, pools.__getitem__, tmp_path / "whole.pt")
-    first = denoiser.Trainer(values, words, 4)
+    first = denoiser.Trainer(values, words, encoder, 4)
     first.train_round(pools[8], values.denoiser.phases[0], 0.0)
     first.save(tmp_path / "cut.pt")
-    second = denoiser.Trainer(values, words, 4)
+    second = denoiser.Trainer(values, words, encoder, 4)
     denoiser.train(second, pools.__getitem__, tmp_path / "cut.pt")
     assert whole.rows == second.rows == 24
     assert torch.equal(weights(whole), weights(second))
@@ -65,6 +75,10 @@ def test_min_snr_weights_are_those_of_the_paper() -> None:
     assert torch.allclose(got, torch.tensor([5 / 10, 1 / 2]))
 
 
+def test_without_gamma_every_timestep_weighs_the_same() -> None:
+    assert denoiser.min_snr_weights(torch.tensor([0.9, 0.5]), torch.tensor([0, 1, 0]), 0.0).tolist() == [1, 1, 1]
+
+
 def test_phases_follow_each_other_by_work(values: Recipe) -> None:
     small, large = 16 * 8**2, 8 * 16**2
     assert denoiser.phase_at(values.denoiser, 0.0) == 0
@@ -73,9 +87,9 @@ def test_phases_follow_each_other_by_work(values: Recipe) -> None:
 
 
 def test_published_pipeline_loads_and_draws(
-    values: Recipe, words: CLIPTokenizer, vae: AutoencoderKL, tmp_path: Path
+    values: Recipe, words: CLIPTokenizer, encoder: CLIPTextModel, vae: AutoencoderKL, tmp_path: Path
 ) -> None:
-    trainer = denoiser.Trainer(values, words, 4)
+    trainer = denoiser.Trainer(values, words, encoder, 4)
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "README.md").write_text("kept")
@@ -88,7 +102,7 @@ def test_published_pipeline_loads_and_draws(
     assert not list(tmp_path.glob("*.part"))
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    other = denoiser.Trainer(values, words, 4)
+    other = denoiser.Trainer(values, words, encoder, 4)
     other.start_from(folder)
     assert torch.allclose(weights(other), weights(trainer), atol=1e-3)
     images = pipeline(["a fox", "zürich in 東京"], num_inference_steps=2, output_type="np").images

@@ -40,7 +40,7 @@ def test_every_noun_is_asked_for_on_a_colour_and_in_a_scene(values: Recipe) -> N
 
 def test_card_names_every_set_and_licence(values: Recipe, tmp_path: Path) -> None:
     training = (
-        '{"rows": 1, "steps_trained": 1, "minutes": 1, "share": 1, "parameters": 1, '
+        '{"rows": 2, "rows_before": 1, "minutes": 1, "share": 1, "parameters": 1, '
         '"vae_parameters": 1, "vae_rows": 1, "vae_minutes": 1}'
     )
     (tmp_path / "training.json").write_text(training)
