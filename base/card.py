@@ -75,8 +75,8 @@ Kept out of all training: {held_out} (the demo subjects in `data/subjects`, and 
 """
 
 
-HISTORY = """  Of these, the first {rows_before:,} went to a UNet with a text encoder that learned beside it, and min-SNR
-  weights: the backgrounds came, the nouns did not. That UNet was kept, its text encoder replaced by the taught one."""
+HISTORY = """  Of these, the first {rows_before:,} went to a UNet with a text encoder that learned beside it, and
+  min-SNR weights: the backgrounds came, the nouns did not. The UNet was kept, its text encoder replaced."""
 
 
 def contact_sheet(values: Recipe, pipeline: StableDiffusionPipeline, seed: int = 0) -> Image.Image:
