@@ -77,8 +77,8 @@ Kept out of all training: {held_out} (the demo subjects in `data/subjects`, and 
 """
 
 
-SEEN = """Chance is .03 for nouns, .07 for scenes. The bars of this project, .80 for nouns and colours and .70 for scenes,
-are reached for colours alone: this is a first version.
+SEEN = """Chance is .03 for nouns, .07 for scenes. The bars of this project, .80 for nouns and colours and .70 for
+scenes, are reached for colours alone: this is a first version.
 
 By eye, on the contact sheet: backgrounds and scenes are right; pandas, foxes, penguins, apples and teddy bears are
 recognisable, which the judge does not see in pandas and foxes; dogs, cats and rockets have their colours but not yet
