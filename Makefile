@@ -11,12 +11,12 @@ export DO_NOT_TRACK := 1
 
 .PHONY: help
 help:
-	@echo "make demo    personalise the demo subject on the bundled model (minutes, no GPU, no network)"
+	@echo "make demo    personalise the demo subjects on the bundled model (minutes, no GPU, no network)"
 	@echo "make test    pass the tests"
 	@echo "make check   style and types"
 
 demo: .venv/ready          ## photos -> evaluated, exported and registered model
-	$(BIN)/dreambooth run biscuit
+	$(BIN)/dreambooth run
 
 test: .venv/ready          ## all tests, the slow ones too
 	$(BIN)/python -m pytest --numprocesses auto --dist loadscope

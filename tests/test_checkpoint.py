@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, make_project, tiny_values
 from test_training import largest_difference, make_samples, settings, weights
+from tiny_project import REPOSITORY, make_project, tiny_values
 
 from dreambooth import training
 from dreambooth.checkpoint import KEEP, Checkpoints, State

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, add_photos, make_photo
 from PIL import Image, ImageCms, ImageOps
+from tiny_project import REPOSITORY, add_photos, make_photo
 
 from dreambooth.errors import PhotosError, SubjectError
 from dreambooth.images import (

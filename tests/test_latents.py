@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_photo
+from tiny_project import make_photo
 
 from dreambooth import latents
 from dreambooth.latents import cache_key, encode_image, encode_images

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from tiny_project import REPOSITORY
 
 from dreambooth.locks import AlreadyRunningError, only_one
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import REPOSITORY
+from tiny_project import REPOSITORY
 
 from dreambooth.errors import ParamsError, SubjectError
 from dreambooth.params import Params, check_id, load_params, parse_params

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import REPOSITORY, make_project, tiny_values
+from tiny_project import REPOSITORY, make_project, tiny_values
 
 from dreambooth.params import ID_PATTERN, Section, load_params, parse_params
 

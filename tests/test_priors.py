@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
 from PIL import Image
+from tiny_project import REPOSITORY
 
 from dreambooth import priors
 from dreambooth.errors import PriorError

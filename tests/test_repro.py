@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import REPOSITORY, add_photos, make_project, tiny_values, write_params
+from tiny_project import REPOSITORY, add_photos, make_project, tiny_values, write_params
 
 from flows.graph import Graph
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from conftest import REPOSITORY, TINY_RESOLUTION, add_photos, write_params
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from tiny_project import REPOSITORY, TINY_RESOLUTION, add_photos, write_params
 
 from dreambooth.errors import EvaluationError, PhotosError, SubjectError
 from dreambooth.folders import TornFolderError, content_hash, read_manifest
@@ -32,7 +32,7 @@ def run_all(root: Path, subject: str = "biscuit") -> None:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
     """Return a project in which all stages ran once; the tests that use it only look."""
-    from conftest import make_project, tiny_values
+    from tiny_project import make_project, tiny_values
 
     folder = tmp_path_factory.mktemp("done")
     with pytest.MonkeyPatch.context() as patch:

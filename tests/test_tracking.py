@@ -331,7 +331,8 @@ def test_importing_it_does_not_import_mlflow() -> None:
 
 
 @pytest.mark.slow
-def test_three_processes_may_meet_a_new_database(tmp_path: Path) -> None:
+def test_three_processes_may_meet_a_new_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DREAMBOOTH_TRACKING")
     program = """
 import sys
 from pathlib import Path

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, make_photo
+from tiny_project import REPOSITORY, make_photo
 
 from dreambooth.dataset import Sample
 from dreambooth.errors import TrainingError
