@@ -24,6 +24,7 @@ from base import autoencoder, compose, loop, parallel, recipe, sprites, text_enc
 from base.parallel import Group
 from base.recipe import Denoiser, Phase, Recipe
 from base.sprites import Sprites
+from dreambooth import loss as training_loss
 
 FOLDER = recipe.SCRATCH / "denoiser"
 CHECKPOINT = FOLDER / "checkpoint.pt"
@@ -124,15 +125,8 @@ def encode_pool(
 
 
 def min_snr_weights(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Give the loss weight of each row for v-prediction, min(SNR, gamma) / (SNR + 1): (B,). Hang et al. 2023.
-
-    Gamma 0: all weights are 1.
-    """
-    if gamma == 0:
-        return torch.ones(len(timesteps))
-    alpha = alphas_cumprod[timesteps]
-    snr = alpha / (1 - alpha)
-    return snr.clamp(max=gamma) / (snr + 1)
+    """Give the loss weight of each row, (B,), as the training of a subject does; gamma 0: all weights are 1."""
+    return training_loss.min_snr_weights("v_prediction", alphas_cumprod[timesteps], gamma or None)
 
 
 def loss_of(

@@ -182,17 +182,6 @@ def comparison_grid(
     return grid(rows, labels, columns, captions, tile=GRID_TILE)
 
 
-def sampler_settings(values: Any, resolution: int) -> SamplerSettings:
-    """Take the sampler's part out of params.evaluate."""
-    return SamplerSettings(
-        scheduler=values.scheduler,
-        num_inference_steps=values.num_inference_steps,
-        guidance_scale=values.guidance_scale,
-        resolution=resolution,
-        batch_size=values.batch_size,
-    )
-
-
 def shrink(photo: Image.Image) -> Image.Image:
     """Return a photo of at most PHOTO_SIDE pixels a side: more is not looked at, and hundreds have to fit."""
     photo.thumbnail((PHOTO_SIDE, PHOTO_SIDE), Image.Resampling.LANCZOS)

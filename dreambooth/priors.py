@@ -26,7 +26,7 @@ from dreambooth.images import png_bytes
 from dreambooth.models import Model, library_versions
 from dreambooth.params import Prior
 from dreambooth.progress import progress_bar
-from dreambooth.sampling import Drawing, SamplerSettings, batches, draw_batch
+from dreambooth.sampling import Drawing, SamplerSettings, batches, draw_batch, settings_of
 
 INDEX = "index.json"
 MAX_ATTEMPTS = 5
@@ -93,7 +93,7 @@ def ensure_class_images(
         index = _read_index(store)
         missing = {i for i in range(count) if not _is_valid(store, index.get(str(i)), i)}
         if missing:
-            model, sampler = load(), _sampler(settings, resolution)
+            model, sampler = load(), settings_of(settings, resolution)
             with progress_bar(len(missing), "class images", unit="image") as bar:
                 for block in batches(count, settings.batch_size):
                     if todo := sorted(missing.intersection(block)):
@@ -117,17 +117,6 @@ def as_posterior(latents: Any) -> Posterior:
 def is_flat(image: Image.Image) -> bool:
     """Whether a picture shows nothing: black, white or one colour, which is what NaN latents decode to."""
     return float(np.asarray(image.convert("L"), dtype=np.float32).std()) < _FLAT
-
-
-def _sampler(settings: Prior, resolution: int) -> SamplerSettings:
-    return SamplerSettings(
-        scheduler=settings.scheduler,
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
-        resolution=resolution,
-        negative_prompt=settings.negative_prompt,
-        batch_size=settings.batch_size,
-    )
 
 
 def _draw_block(

@@ -4,7 +4,7 @@ B images of a batch, C latent channels, h and w height and width of the latents,
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dreambooth.models import Model
+from dreambooth.params import Evaluate, Prior
 from dreambooth.progress import progress_bar
 
 # All of them deterministic: the only noise of an image is its first latent, so that a seed is a picture.
@@ -36,6 +37,12 @@ class SamplerSettings:
     resolution: int
     negative_prompt: str = ""
     batch_size: int = 16
+
+
+def settings_of(section: Prior | Evaluate, resolution: int) -> SamplerSettings:
+    """Take the sampler's part out of a section of params.yaml."""
+    names = {field.name for field in fields(SamplerSettings)}
+    return SamplerSettings(resolution=resolution, **section.model_dump(include=names))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from dreambooth.models import (
     resolve_model,
 )
 from dreambooth.params import Params
+from dreambooth.sampling import settings_of
 from dreambooth.tracking import open_run
 from stages.entry import main, say
 
@@ -34,7 +35,7 @@ def run(params: Params, subject_id: str, root: Path) -> None:
     manifest = read_manifest(trained)
     templates = prompts.load_templates(root / INPUTS[3] / f"{subject.kind}.csv")
     todo = evaluation.cases(templates, subject.identifier, class_noun, params.evaluate.seeds)
-    settings = evaluation.sampler_settings(params.evaluate, params.base.resolution)
+    settings = settings_of(params.evaluate, params.base.resolution)
     dtype = DTYPES[params.base.inference_dtype]
     base_texts, texts = [case.base_prompt for case in todo], [case.personalised_prompt for case in todo]
     before = evaluation.draw_cases(load_model(base, dtype), base_texts, todo, settings, "base")

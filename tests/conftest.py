@@ -2,13 +2,11 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
-from tiny_project import TINY_RESOLUTION, make_photo, make_project, tiny_values, write_tokenizer
+from tiny_project import TINY_RESOLUTION, make_project, tiny_values, write_tokenizer
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -69,12 +67,6 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
-
-
-@pytest.fixture
-def photo() -> Callable[[int, int], Image.Image]:
-    """Return a maker of photos: number i shows a disc on a slope, elsewhere and in other colours each time."""
-    return make_photo
 
 
 @pytest.fixture
