@@ -140,7 +140,7 @@ def card(values: Recipe, folder: Path) -> str:
         nouns=", ".join(values.nouns),
         colours=", ".join(values.colours),
         scenes=", ".join(values.scenes),
-        identifiers=", ".join(f"`{word}`" for word in tokenizer.IDENTIFIERS),
+        identifiers=", ".join(f"`{word}`" for word in recipe.IDENTIFIERS),
         quality=quality_text(folder / quality.FILE),
         seen=SEEN,
         sets=sets,

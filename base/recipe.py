@@ -1,7 +1,7 @@
 """The values of the recipe: ``base/params.yaml`` as strict, frozen models, and where its files lie."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,9 +13,13 @@ MODEL = Path("data/base/emoji64")
 SUBJECTS = Path("data/subjects")
 """The demo subjects, in git."""
 PARAMS = Path(__file__).with_name("params.yaml")
+IDENTIFIERS = ("sks", "zwx", "ohwx", "bnha")
+"""Rare words in use as identifiers, in no caption; the first is that of the paper's reference implementations."""
 
 Channel = Annotated[int, Field(ge=0, le=255)]
 Positive = Annotated[int, Field(gt=0)]
+Precision = Literal["no", "bf16"]
+"""Of the matrix products; weights, losses and optimizer stay in float32."""
 Rate = Annotated[float, Field(gt=0, le=0.1)]
 RGB = tuple[Channel, Channel, Channel]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -65,6 +69,13 @@ class Pictures(Strict):
     """"a red dog": the hue shifted, of pictures that are not on white."""
     accessory_share: Share
     neighbour_share: Share
+    size_share: Share
+    """"a small dog", "a large dog"."""
+    style_share: Share
+    """"a 3d dog", of the drawings whose hand has a word in `styles`."""
+    rare_share: Share
+    """"a qvx dog": a made-up word before the noun that changes nothing, so that an identifier which no caption
+    contains leaves the noun what it is."""
 
 
 class Autoencoder(Strict):
@@ -82,6 +93,7 @@ class Autoencoder(Strict):
     warmup_steps: Positive
     kl_weight: Annotated[float, Field(ge=0)]
     ema_decay: Share
+    mixed_precision: Precision
     seed: int
 
 
@@ -125,6 +137,7 @@ class Denoiser(Strict):
     snr_gamma: Annotated[float, Field(ge=0)]
     """Hang et al. 2023; 0: every timestep weighs the same."""
     ema_decay: Share
+    mixed_precision: Precision
     max_grad_norm: Annotated[float, Field(gt=0)]
     seed: int
 
@@ -144,6 +157,8 @@ class Recipe(Strict):
     colours: dict[str, RGB]
     accessories: dict[str, str]
     neighbours: dict[str, str]
+    styles: dict[str, str]
+    """The word for how a package draws, where it has one."""
     faces: list[str]
     """Icons whose head fills the drawing: only they wear accessories."""
     extra_icons: list[str]
