@@ -140,6 +140,7 @@ def loss_of(
     generator: torch.Generator,
 ) -> torch.Tensor:
     """Draw rows, noise and timesteps, and give the weighted mean of the squared errors of v."""
+    device = unet.device
     rows = torch.randint(len(pool.moments), (batch_size,), generator=generator)
     moments = torch.from_numpy(pool.moments[rows.numpy()]).float()
     mean, std = moments[:, 0], moments[:, 1]
@@ -150,12 +151,13 @@ def loss_of(
     dropped = torch.rand(batch_size, 1, generator=generator) < section.caption_dropout
     input_ids = torch.where(dropped, empty_ids, pool.input_ids[rows])
     noisy_latents = scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
-    target = scheduler.get_velocity(latents, noise, timesteps)
+    target = scheduler.get_velocity(latents, noise, timesteps).to(device)
     with torch.no_grad():
-        hidden = encoder(input_ids).last_hidden_state
-    pred = unet(noisy_latents, timesteps, hidden).sample
-    weights = min_snr_weights(scheduler.alphas_cumprod, timesteps, section.snr_gamma)
-    loss: torch.Tensor = (weights * (pred - target).square().mean(dim=(1, 2, 3))).mean()
+        hidden = encoder(input_ids.to(device)).last_hidden_state
+    with loop.autocast(device, section.mixed_precision):
+        pred = unet(noisy_latents.to(device), timesteps.to(device), hidden).sample
+    weights = min_snr_weights(scheduler.alphas_cumprod, timesteps, section.snr_gamma).to(device)
+    loss: torch.Tensor = (weights * (pred.float() - target).square().mean(dim=(1, 2, 3))).mean()
     return loss
 
 
@@ -186,8 +188,9 @@ class Trainer:
         self.group, self.latent_size = group, latent_size
         self.section = section = values.denoiser
         torch.manual_seed(section.seed)
-        self.encoder = encoder.requires_grad_(False).eval()
-        self.unet = build_unet(values, latent_size).to(memory_format=torch.channels_last)
+        device = loop.device(group.size)
+        self.encoder = encoder.requires_grad_(False).eval().to(device)
+        self.unet = build_unet(values, latent_size).to(device=device, memory_format=torch.channels_last)
         self.parameters = list(self.unet.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=section.learning_rate, weight_decay=1e-2, fused=True)
         self.average = loop.Average({"unet": self.unet}, section.ema_decay)
@@ -343,7 +346,7 @@ def publish(pipeline: StableDiffusionPipeline, folder: Path) -> None:
 def describe(trainer: Trainer, vae: AutoencoderKL, start: Path | None) -> dict[str, float]:
     """Say how the model was trained, for its card; rows and minutes include those of the start."""
     state = loop.load(autoencoder.CHECKPOINT) or {}
-    before = {"rows": 0, "minutes": 0.0}
+    before: dict[str, float] = {"rows": 0, "minutes": 0.0}
     if start is not None and (start / TRAINING).exists():
         before = json.loads((start / TRAINING).read_text(encoding="utf-8"))
     return {
@@ -353,15 +356,16 @@ def describe(trainer: Trainer, vae: AutoencoderKL, start: Path | None) -> dict[s
         "share": trainer.progress.share,
         "parameters": sum(p.numel() for part in (trainer.unet, trainer.encoder) for p in part.parameters()) / 1e6,
         "vae_parameters": sum(p.numel() for p in vae.parameters()) / 1e6,
-        "vae_rows": int(state.get("rows", 0)),
-        "vae_minutes": state.get("elapsed_s", 0.0) / 60,
+        "vae_rows": int(state.get("rows", before.get("vae_rows", 0))),
+        "vae_minutes": state.get("elapsed_s", 60 * before.get("vae_minutes", 0.0)) / 60,
     }
 
 
 def work(group: Group, minutes: float | None, export_minutes: float, start: Path | None) -> None:
     """Train, and export the pipeline now and then."""
     values, drawn = recipe.load(), sprites.load(recipe.SCRATCH / "sprites")
-    words = CLIPTokenizer.from_pretrained(tokenizer.FOLDER if start is None else start / "tokenizer")
+    own = start is None or text_encoder.FOLDER.exists()  # a taught text encoder comes with its tokenizer
+    words = CLIPTokenizer.from_pretrained(tokenizer.FOLDER if own or start is None else start / "tokenizer")
     vae_folder = autoencoder.FOLDER / "vae" if start is None else start / "vae"
 
     def open_vae() -> AutoencoderKL:
@@ -369,8 +373,7 @@ def work(group: Group, minutes: float | None, export_minutes: float, start: Path
 
     vae = open_vae().to(memory_format=torch.channels_last)
     factor = 2 ** (len(values.autoencoder.block_out_channels) - 1)
-    taught = text_encoder.FOLDER if start is None or text_encoder.FOLDER.exists() else start / "text_encoder"
-    encoder = CLIPTextModel.from_pretrained(taught)
+    encoder = CLIPTextModel.from_pretrained(text_encoder.FOLDER if own or start is None else start / "text_encoder")
     trainer = Trainer(values, words, encoder, values.resolution // factor, minutes, group)
     if start is not None:
         trainer.start_from(start)

@@ -23,6 +23,8 @@ have been in its training; those that look nearly the same were kept out too (`h
 |---|---|---|---|---|
 {rows}
 
+Beside each picture stands its caption, which says what is not the subject.
+
 The backgrounds are drawings of the same icon sets. Pictures were changed from the originals: rendered, turned,
 mirrored and put together. The text of the Apache License 2.0 is in `LICENSE` at the root of the repository.
 """
@@ -67,6 +69,8 @@ def main() -> None:
         drawn = drawings(values, subject, recipe.SCRATCH / "icons")
         for number, image in enumerate(pictures(values, subject, drawn)):
             image.save(folder / f"{number:02d}.png", optimize=True)
+            words = f"a photo of {{}} {compose.phrase(values, subject.contexts[number])}\n"
+            (folder / f"{number:02d}.txt").write_text(words, encoding="utf-8")
     rows = "\n".join(row(values, *item) for item in values.subjects.items())
     (recipe.SUBJECTS / "README.md").write_text(README.format(rows=rows), encoding="utf-8")
 

@@ -24,6 +24,7 @@ PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 FOREIGN_SUFFIXES = frozenset({".avif", ".bmp", ".cr2", ".dng", ".eps", ".gif", ".heic", ".heif", ".jp2", ".jxl"}) | {
     ".nef", ".psd", ".raw", ".svg", ".tga", ".tif", ".tiff"
 }  # fmt: skip
+CAPTION_SUFFIX = ".txt"
 _HASH_SIDE = 32  # pixels of the grey thumbnail that is transformed; the 8 x 8 lowest frequencies count
 _GPS, _ORIENTATION = 0x8825, 0x0112  # EXIF tags
 _TURNS = {
@@ -39,10 +40,12 @@ _TURNS = {
 
 @dataclass(frozen=True)
 class PhotoFiles:
-    """What lies in a folder: files that should be photos, and names that are passed over."""
+    """What lies in a folder: files that should be photos, their captions, and names that are passed over."""
 
     photos: list[Path]
     ignored: list[str]
+    captions: dict[str, Path] = field(default_factory=dict)
+    """The caption file, 00.txt, of a photo, 00.jpg, by the photo's name."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +73,17 @@ def find_photos(folder: Path) -> PhotoFiles:
     """List a subject's folder: the photos by name, and what is passed over (hidden files, notes, folders, links)."""
     if not folder.is_dir():
         raise SubjectError(f"{folder} does not exist; put the photos there, or: dreambooth add ID PHOTOS --class-noun")
-    photos, ignored = [], []
+    photos: list[Path] = []
+    others: list[Path] = []
     for path in sorted(folder.iterdir()):
         is_photo = path.suffix.lower() in PHOTO_SUFFIXES | FOREIGN_SUFFIXES and not path.name.startswith(".")
         if is_photo and path.is_file() and not path.is_symlink():
             photos.append(path)
         else:
-            ignored.append(path.name)
-    return PhotoFiles(photos, ignored)
+            others.append(path)
+    texts = {path.stem: path for path in others if path.suffix == CAPTION_SUFFIX and path.is_file()}
+    captions = {photo.name: texts[photo.stem] for photo in photos if photo.stem in texts}
+    return PhotoFiles(photos, [path.name for path in others if path not in captions.values()], captions)
 
 
 def open_image(path: Path, limits: Photos) -> Image.Image:
@@ -133,6 +139,11 @@ def read_prepared(folder: Path) -> Iterator[tuple[str, Image.Image]]:
     for entry in read_manifest(folder)["photos"]:
         with Image.open(folder / entry["file"], formats=["PNG"]) as image:
             yield entry["file"], image.convert("RGB")
+
+
+def read_captions(folder: Path) -> dict[str, str | None]:
+    """Read the caption of each picture that `validate` has made, by its name; None where the photo has none."""
+    return {entry["file"]: entry.get("caption") for entry in read_manifest(folder)["photos"]}
 
 
 def to_square(image: Image.Image, resolution: int) -> Image.Image:

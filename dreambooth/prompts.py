@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dreambooth.errors import EvaluationError
+from dreambooth.errors import EvaluationError, PhotosError
 
 PLACEHOLDER = "{}"
+INSTANCE_TEMPLATE = "a photo of {}"
+MAX_CAPTION = 1000  # characters; CLIP reads 77 tokens
 KINDS = ("recontextualisation", "property", "accessory")
 
 
@@ -18,9 +20,32 @@ class Template(NamedTuple):
     prompt: str
 
 
-def instance_prompt(identifier: str, class_noun: str) -> str:
-    """Name the subject: "a photo of sks dog" (Ruiz et al. 2022, section 3.2)."""
-    return f"a photo of {identifier} {class_noun}"
+def instance_prompt(identifier: str, class_noun: str, caption: str | None = None) -> str:
+    """Name the subject: "a photo of sks dog" (Ruiz et al. 2022, section 3.2).
+
+    A photo with a caption of its own, "a photo of {} in a park", says with it what is not the subject.
+    """
+    return fill(caption or INSTANCE_TEMPLATE, f"{identifier} {class_noun}")
+
+
+def read_caption(path: Path) -> str:
+    """Read the caption of a photo: one line of text with one {} where the words for the subject go.
+
+    Raises:
+        PhotosError: no text, too much of it, or not one {}.
+    """
+    try:
+        caption = " ".join(path.read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise PhotosError([f"{path}: the caption cannot be read ({error}); write one line in UTF-8"]) from None
+    if caption.count(PLACEHOLDER) != 1 or len(caption) > MAX_CAPTION:
+        raise PhotosError(
+            [
+                f"{path}: the caption {caption[:60]!r} should have one {{}} for the subject and at most {MAX_CAPTION} "
+                "characters; for example: a photo of {} in a park"
+            ]
+        )
+    return caption
 
 
 def class_prompt(class_noun: str) -> str:

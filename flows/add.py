@@ -16,6 +16,7 @@ import yaml
 from dreambooth.errors import ParamsError, PhotosError, PipelineError, SubjectError
 from dreambooth.folders import write_file
 from dreambooth.images import (
+    CAPTION_SUFFIX,
     FOREIGN_SUFFIXES,
     PHOTO_SUFFIXES,
     PhotoReport,
@@ -24,6 +25,7 @@ from dreambooth.images import (
     require_usable,
 )
 from dreambooth.params import Params, Photos, check_id, load_params, parse_params
+from dreambooth.prompts import read_caption
 from flows.dvcrun import child_environment
 from flows.project import PARAMS
 
@@ -101,7 +103,8 @@ def collect(sources: Sequence[Path]) -> tuple[list[Path], list[str]]:
             photos.append(source)
         else:
             ignored.append(source.name)
-    return photos, ignored
+    captions = {photo.with_suffix(CAPTION_SUFFIX).name for photo in photos}
+    return photos, [name for name in ignored if name not in captions]
 
 
 def new_names(photos: Sequence[Path]) -> list[str]:
@@ -197,6 +200,9 @@ def _copy_and_check(photos: Sequence[Path], place: Path, folder: Path, limits: P
     given = dict(zip(new_names(photos), photos, strict=True))
     for name, photo in given.items():
         shutil.copyfile(photo, place / name)
+        if (caption := photo.with_suffix(CAPTION_SUFFIX)).is_file():
+            read_caption(caption)
+            shutil.copyfile(caption, (place / name).with_suffix(CAPTION_SUFFIX))
     reports = check_photos(place, limits)
     # A message names the files where the user has them, not their copies that are gone by then.
     located = [replace(report, file=str(given[report.file].absolute())) for report in reports]

@@ -11,7 +11,7 @@ from dreambooth import prompts
 from dreambooth.checkpoint import BYTES_PER_WEIGHT, KEEP, Checkpoints
 from dreambooth.dataset import Sample
 from dreambooth.folders import code_hash, new_folder, read_manifest, require_space, scratch_folder, sha256_of
-from dreambooth.images import read_prepared, to_square
+from dreambooth.images import read_captions, read_prepared, to_square
 from dreambooth.latents import encode_images
 from dreambooth.locks import only_one
 from dreambooth.models import (
@@ -78,6 +78,7 @@ def _inputs(params: Params, subject_id: str, root: Path, base_hash: str, device:
         "code": code_hash(),
         "device": device,
         "versions": library_versions(),
+        "captions": read_captions(folders["instance"]),
         **{name: sha256_of(read_manifest(folder)["files"]) for name, folder in folders.items()},
     }
     return {"fingerprint": sha256_of(inputs), "inputs": inputs}
@@ -94,8 +95,12 @@ def _instance_samples(params: Params, subject_id: str, root: Path, model: Model,
         say(f"train {subject_id}: warning: {small} photos are smaller than {resolution} pixels and were enlarged")
     posteriors, reused = encode_images(model, images, vae_hash, scratch_folder(root) / "latents" / subject_id)
     say(f"train {subject_id}: latents: {reused} reused, {len(images) - reused} encoded")
-    prompt = prompts.instance_prompt(params.subject(subject_id).identifier, params.class_of(subject_id).class_noun)
-    return [Sample(name, posterior, prompt, "instance") for name, posterior in zip(names, posteriors, strict=True)]
+    identifier, class_noun = params.subject(subject_id).identifier, params.class_of(subject_id).class_noun
+    captions = read_captions(root / INPUTS[0].format(id=subject_id))
+    return [
+        Sample(name, posterior, prompts.instance_prompt(identifier, class_noun, captions[name]), "instance")
+        for name, posterior in zip(names, posteriors, strict=True)
+    ]
 
 
 def _prior_samples(params: Params, subject_id: str, root: Path) -> list[Sample]:

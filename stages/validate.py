@@ -7,6 +7,7 @@ from pathlib import Path
 from dreambooth.folders import new_folder, sha256_of_file
 from dreambooth.images import check_photos, find_photos, open_image, png_bytes, require_usable
 from dreambooth.params import Params
+from dreambooth.prompts import read_caption
 from stages.entry import main, say
 
 INPUTS = ("data/subjects/{id}",)
@@ -25,9 +26,15 @@ def run(params: Params, subject_id: str, root: Path) -> None:
         for remark in report.warnings + ([f"is {report.duplicate_of} again, dropped"] if report.duplicate_of else []):
             say(f"validate {subject_id}: warning: {report.file}: {remark}")
     usable = require_usable(reports, folder.relative_to(root), params.photos)
+    captions = {name: read_caption(path) for name, path in files.captions.items()}
     names = {report.file: f"{number:02d}.png" for number, report in enumerate(usable)}
     sources = [
-        {"file": name, "original": original, "sha256": sha256_of_file(folder / original)}
+        {
+            "file": name,
+            "original": original,
+            "sha256": sha256_of_file(folder / original),
+            "caption": captions.get(original),
+        }
         for original, name in names.items()
     ]
     with new_folder(root / OUTPUTS[0].format(id=subject_id), {"photos": sources}) as target:
@@ -35,7 +42,11 @@ def run(params: Params, subject_id: str, root: Path) -> None:
             (target / name).write_bytes(png_bytes(open_image(folder / original, params.photos)))
         table = {"photos": [asdict(report) for report in reports], "ignored": files.ignored}
         (target / "photos.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    say(f"validate {subject_id}: {len(usable)} photos, {len(reports) - len(usable)} dropped")
+    with_caption = sum(report.file in captions for report in usable)
+    say(
+        f"validate {subject_id}: {len(usable)} photos, {len(reports) - len(usable)} dropped, "
+        f"{with_caption} with a caption"
+    )
 
 
 if __name__ == "__main__":

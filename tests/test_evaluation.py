@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from dreambooth import evaluation
-from dreambooth.errors import EvaluationError
+from dreambooth.errors import EvaluationError, PhotosError
 from dreambooth.evaluation import cases, comparison_grid, score, summarise, verdict
-from dreambooth.prompts import Template, class_prompt, instance_prompt, load_templates, with_article
+from dreambooth.prompts import Template, class_prompt, instance_prompt, load_templates, read_caption, with_article
 
 TEMPLATES = [Template("recontextualisation", "a photo of {} in space"), Template("property", "a red {}")]
 PLACES = [Template("recontextualisation", f"a photo of {{}} in place {i}") for i in range(3)]
@@ -103,6 +103,19 @@ def test_a_faulty_prompt_file_is_refused(tmp_path: Path, text: str, said: str) -
 
 def test_prompts_are_the_sentences_of_the_paper() -> None:
     assert instance_prompt("sks", "teddy bear") == "a photo of sks teddy bear"
+    assert instance_prompt("sks", "dog", "a drawing of {} in space") == "a drawing of sks dog in space"
     assert class_prompt("dog") == "a photo of a dog"
     assert class_prompt("elephant") == "a photo of an elephant"
     assert with_article("apple") == "an apple"
+
+
+@pytest.mark.parametrize("text", [b"a photo in a park", b"{} beside {}", b"{} \xff", b"{}" + b"a" * 1000])
+def test_a_faulty_caption_is_refused_with_its_file(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "00.txt").write_bytes(text)
+    with pytest.raises(PhotosError, match=r"00\.txt: the caption"):
+        read_caption(tmp_path / "00.txt")
+
+
+def test_a_caption_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "00.txt").write_text("a photo of {}\n  in a park\n")
+    assert read_caption(tmp_path / "00.txt") == "a photo of {} in a park"

@@ -40,6 +40,15 @@ def test_junk_is_passed_over_and_named(tmp_path: Path) -> None:
     assert found.ignored == [".DS_Store", ".ipynb_checkpoints", "Thumbs.db", "captions.txt", "link.jpg"]
 
 
+def test_a_text_of_the_same_name_is_the_caption_of_a_photo(tmp_path: Path) -> None:
+    add_photos(tmp_path, 2)
+    (tmp_path / "01.txt").write_text("a photo of {} in a park")
+    (tmp_path / "02.txt").write_text("of no photo")
+    found = find_photos(tmp_path)
+    assert found.captions == {"01.png": tmp_path / "01.txt"}
+    assert found.ignored == ["02.txt"]
+
+
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SubjectError, match="does not exist"):
         find_photos(tmp_path / "none")

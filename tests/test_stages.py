@@ -16,6 +16,7 @@ from tiny_project import REPOSITORY, TINY_RESOLUTION, add_photos, write_params
 
 from dreambooth.errors import EvaluationError, PhotosError, SubjectError
 from dreambooth.folders import TornFolderError, content_hash, read_manifest
+from dreambooth.models import load_model
 from dreambooth.params import load_params
 from stages import evaluate, export, prior, train, validate
 
@@ -154,6 +155,17 @@ def test_validate_stores_photos_under_generated_names_and_keeps_the_original_in_
     manifest = read_manifest(project / "build/biscuit/instance")
     assert manifest["photos"][0]["file"] == "00.png"
     assert manifest["photos"][0]["original"] == "-rf $(touch x) é.png"
+
+
+def test_a_photo_is_trained_with_its_caption_and_the_others_with_the_instance_prompt(project: Path) -> None:
+    (project / "data/subjects/biscuit/01.txt").write_text("a drawing of {} in a park\n")
+    params = load_params(project / "params.yaml")
+    validate.run(params, "biscuit", project)
+    model = load_model(project / "data/base/tiny")
+    samples = train._instance_samples(params, "biscuit", project, model, "hash")
+    assert [sample.prompt for sample in samples] == [
+        "a drawing of sks dog in a park" if sample.id == "01.png" else "a photo of sks dog" for sample in samples
+    ]
 
 
 def test_an_edited_picture_is_refused_by_the_training(project: Path) -> None:

@@ -142,6 +142,24 @@ def test_junk_is_passed_over_and_named(tmp_path: Path) -> None:
     assert (found, ignored) == (photos, [".DS_Store", "Thumbs.db", "captions.txt"])
 
 
+def test_captions_come_along_under_the_names_of_their_photos(project: Path, tmp_path: Path) -> None:
+    make_photos(tmp_path / "camera", 3)
+    (tmp_path / "camera" / "photo 0.txt").write_text("a photo of {} in a park")
+    added = add_subject(project, Wish("tom", "cat", "sks", "live"), sorted((tmp_path / "camera").iterdir()))
+    assert added.ignored == []
+    texts = list(added.folder.glob("*.txt"))
+    assert [text.read_text() for text in texts] == ["a photo of {} in a park"]
+    assert texts[0].with_suffix(".png").exists()
+
+
+def test_a_caption_without_the_subject_leaves_nothing_behind(project: Path, tmp_path: Path) -> None:
+    make_photos(tmp_path / "camera", 3)
+    (tmp_path / "camera" / "photo 0.txt").write_text("a dog in a park")
+    with pytest.raises(PhotosError, match=r"photo 0\.txt: the caption"):
+        add_subject(project, Wish("tom", "cat", "sks", "live"), [tmp_path / "camera"])
+    assert not (project / "data/subjects/tom").exists()
+
+
 def test_every_missing_source_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(PhotosError) as caught:
         collect([tmp_path / "a.jpg", tmp_path / "b.jpg"])
