@@ -5,14 +5,14 @@ Ranges are part of the types; units and sources stand under each field. Values l
 
 import difflib
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from dreambooth.errors import ParamsError, SubjectError
+from dreambooth.yaml12 import YamlError, load_yaml
 
 ID_PATTERN = r"^[a-z0-9][a-z0-9-]{0,40}$"
 MAX_BYTES = 1 << 20
@@ -196,28 +196,6 @@ class Params(Section):
         return self.classes[self.subject(subject_id).class_id]
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without tags, aliases or duplicate keys: each of them hides what a run will do."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not allowed", None)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, "a map as a key", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def load_params(path: Path) -> Params:
     """Read and check a params.yaml.
 
@@ -227,10 +205,10 @@ def load_params(path: Path) -> Params:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ParamsError([f"{path}: larger than {MAX_BYTES} bytes; it should hold parameters only"])
-        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        loaded = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ParamsError([f"{path} does not exist; run this in the folder of a project, beside dvc.yaml"]) from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (YamlError, UnicodeDecodeError, OSError) as error:
         raise ParamsError([f"{path}: cannot be read: {' '.join(str(error).split())}"]) from None
     if not isinstance(loaded, dict):
         raise ParamsError([f"{path}: should be a map of sections (got {type(loaded).__name__})"])
@@ -295,8 +273,7 @@ def _explain(fault: Any) -> str:
     if kind == "missing":
         return f"{where}: missing; add it (its meaning stands in dreambooth/params.py)"
     if isinstance(got, str) and kind in ("float_type", "int_type") and _is_number(got):
-        remedy = f"YAML wants a dot before the e: write {_yaml_float(got)}" if "e" in got.lower() else "drop the quotes"
-        return f"{where}: should be a number (got the text {got!r}; {remedy})"
+        return f"{where}: should be a number (got the text {got!r}; drop the quotes)"
     message = re.sub(r"^(Value error, |Input |String )", "", fault["msg"])
     return f"{where}: {message} (got {_short(got)})"
 
@@ -329,12 +306,6 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _yaml_float(text: str) -> str:
-    mantissa, e, exponent = text.lower().partition("e")
-    exponent = exponent if exponent[:1] in ("+", "-") else f"+{exponent}"
-    return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{exponent}" if e else text
 
 
 def _short(value: Any) -> str:

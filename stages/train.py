@@ -9,7 +9,7 @@ import safetensors.torch
 
 from dreambooth import prompts
 from dreambooth.checkpoint import BYTES_PER_WEIGHT, KEEP, Checkpoints
-from dreambooth.dataset import Sample
+from dreambooth.dataset import Sample, as_posterior
 from dreambooth.folders import code_hash, new_folder, read_manifest, require_space, scratch_folder, sha256_of
 from dreambooth.images import read_captions, read_prepared, to_square
 from dreambooth.latents import encode_images
@@ -25,7 +25,6 @@ from dreambooth.models import (
     save_trained,
 )
 from dreambooth.params import Params
-from dreambooth.priors import as_posterior
 from dreambooth.tracking import open_run
 from dreambooth.training import StepRecord, max_train_steps, train
 from stages.entry import main, say
