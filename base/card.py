@@ -7,7 +7,7 @@ from pathlib import Path
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
-from base import compose, denoiser, icons, quality, recipe, tokenizer
+from base import compose, denoiser, icons, quality, recipe
 from base.recipe import Recipe
 
 NOUNS = ("dog", "cat", "fox", "panda", "penguin", "backpack", "teddy bear", "apple", "teapot", "rocket")
