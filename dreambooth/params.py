@@ -73,7 +73,7 @@ class SubjectParams(Section):
     identifier: Annotated[str, Field(pattern=r"^\S{1,40}$")]
     """The rare word that will mean this subject (Ruiz et al. 2022, section 3.2)."""
     kind: Literal["live", "object"]
-    """Chooses the evaluation prompts, data/prompts/<kind>.csv."""
+    """Chooses the evaluation prompts, data/prompts/bundled/<kind>.csv."""
 
 
 class Photos(Section):

@@ -23,7 +23,7 @@ from dreambooth.sampling import settings_of
 from dreambooth.tracking import open_run
 from stages.entry import main, say
 
-INPUTS = ("models/{id}", "build/{id}/instance", "data/base", "data/prompts")
+INPUTS = ("models/{id}", "build/{id}/instance", "data/base", "data/prompts/bundled")
 OUTPUTS = ("build/{id}/evaluation", "metrics/{id}.json")
 
 

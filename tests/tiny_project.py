@@ -59,10 +59,10 @@ def tiny_values() -> dict[str, Any]:
 def make_project(root: Path, base: Path, values: dict[str, Any]) -> Path:
     """Make a project around a base model."""
     shutil.copytree(base, root / "data/base/tiny")
-    (root / "data/prompts").mkdir()
+    (root / "data/prompts/bundled").mkdir(parents=True)
     for kind in ("live", "object"):
         lines = [f"recontextualisation,a photo of {{}} {place}" for place in ("in space", "on a beach", "at home")]
-        (root / f"data/prompts/{kind}.csv").write_text("\n".join(["kind,prompt", *lines]) + "\n")
+        (root / f"data/prompts/bundled/{kind}.csv").write_text("\n".join(["kind,prompt", *lines]) + "\n")
     add_photos(root / "data/subjects/biscuit", 5)
     write_params(root, values)
     return root
