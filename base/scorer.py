@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from base import compose, hands, loop, recipe, sprites
+from base import compose, hands, loop, recipe
 from base.compose import Plan
 from base.recipe import Precision, Recipe
 from base.soften import soften

@@ -13,7 +13,9 @@ INSTANCE_TEMPLATE = "a photo of {}"
 MAX_CAPTION = 1000  # characters; CLIP reads 77 tokens
 ARTICLE = re.compile(r"\b(?:an?|the) ", re.IGNORECASE)
 # after these a new noun phrase begins
-PREPOSITION = re.compile(r"\b(?:and|at|behind|beside|by|for|from|in|like|near|of|on|over|to|under|with) ", re.IGNORECASE)
+PREPOSITION = re.compile(
+    r"\b(?:and|at|behind|beside|by|for|from|in|like|near|of|on|over|to|under|with) ", re.IGNORECASE
+)
 KINDS = ("recontextualisation", "property", "accessory")
 
 
