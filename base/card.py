@@ -83,17 +83,19 @@ BY_EYE = ""
 
 def contact_sheet(values: Recipe, pipeline: StableDiffusionPipeline, seed: int = 0) -> Image.Image:
     """Draw a row for each noun and a column for each context."""
-    prompts = [f"a photo of {compose.article(n)} {compose.phrase(values, c)}".strip() for n in NOUNS for c in CONTEXTS]
+    nouns = [noun for noun in NOUNS if noun in values.nouns]
+    contexts = [context for context in CONTEXTS if not context or context in {*values.colours, *values.scenes}]
+    prompts = [f"a photo of {compose.article(n)} {compose.phrase(values, c)}".strip() for n in nouns for c in contexts]
     images = quality.draw(pipeline, prompts, [seed + k for k in range(len(prompts))])
-    sheet = Image.new("RGB", (LABEL + TILE * len(CONTEXTS), 14 + TILE * len(NOUNS)), "white")
+    sheet = Image.new("RGB", (LABEL + TILE * len(contexts), 14 + TILE * len(nouns)), "white")
     pen = ImageDraw.Draw(sheet)
-    for column, context in enumerate(CONTEXTS):
+    for column, context in enumerate(contexts):
         pen.text((LABEL + column * TILE + 2, 1), context or "(nothing)", fill="black")
     for k, image in enumerate(images):
-        row, column = divmod(k, len(CONTEXTS))
+        row, column = divmod(k, len(contexts))
         sheet.paste(image, (LABEL + column * TILE, 14 + row * TILE))
         if column == 0:
-            pen.text((2, 14 + row * TILE + TILE // 2 - 6), NOUNS[row], fill="black")
+            pen.text((2, 14 + row * TILE + TILE // 2 - 6), nouns[row], fill="black")
     return sheet
 
 

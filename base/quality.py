@@ -281,7 +281,10 @@ def main() -> None:
     values, drawn = recipe.load(), sprites.load(recipe.SCRATCH / "sprites")
     result = measure(values, drawn, open_model(folder), BundledScorer(recipe.SCORER), judge.load(values))
     result["judge_on_fresh_composed"] = json.loads((judge.FOLDER / judge.FRESH).read_text(encoding="utf-8"))
-    (folder / FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(result, indent=1) + "\n"
+    (folder / FILE).write_text(text, encoding="utf-8")
+    if folder == recipe.MODEL:  # what the stage of the card waits for: the model's own folder is no output of a stage
+        (recipe.SCRATCH / FILE).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

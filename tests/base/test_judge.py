@@ -50,7 +50,7 @@ def test_judge_learns_and_continues_where_it_was(values: Recipe, drawn: Sprites,
 
 
 def test_trained_judge_beats_chance_on_fresh_pictures(values: Recipe, drawn: Sprites, tmp_path: Path) -> None:
-    section = values.judge.model_copy(update={"pool": 200, "rows": 1600, "batch_size": 16, "fresh_rows": 60})
+    section = values.judge.model_copy(update={"pool": 200, "rows": 4000, "batch_size": 16, "fresh_rows": 60})
     values = values.model_copy(update={"judge": section})
     net = judge.train(values, drawn, tmp_path / "checkpoint.pt")
     shares = judge.measure(values, drawn, net)

@@ -129,7 +129,9 @@ def test_features_are_read_where_the_same_pictures_were_seen(tmp_path: Path) -> 
 
 
 def test_training_puts_pictures_near_their_words_and_is_reproducible(words: Vocabulary) -> None:
-    section = recipe.load().scorer.model_copy(update={"steps": 60, "batch_size": 32, "hidden_size": 32, "width": 16})
+    section = recipe.load().scorer.model_copy(
+        update={"learning_rate": 1e-2, "dropout": 0.0, "steps": 80, "batch_size": 32, "hidden_size": 32, "width": 16}
+    )
     bags = torch.zeros(64, len(words.tokens))
     nouns = torch.arange(64) % 4
     bags[torch.arange(64), nouns] = 1
