@@ -11,7 +11,9 @@ from dreambooth.errors import EvaluationError
 PLACEHOLDER = "{}"
 ARTICLE = re.compile(r"\b(?:an?|the) ", re.IGNORECASE)
 # after these a new noun phrase begins
-PREPOSITION = re.compile(r"\b(?:and|at|behind|beside|by|for|from|in|like|near|of|on|over|to|under|with) ", re.IGNORECASE)
+PREPOSITION = re.compile(
+    r"\b(?:and|at|behind|beside|by|for|from|in|like|near|of|on|over|to|under|with) ", re.IGNORECASE
+)
 KINDS = ("recontextualisation", "property", "accessory")
 
 
