@@ -328,9 +328,9 @@ It stands where CLIP stands for photos. `dreambooth/scorer.py` uses it, `base/sc
 * A word that is not in `vocabulary.json` is refused, since a low score would be no answer.
 
 ## Measured
-On {pictures} composed pictures of Emoji One, a hand that it never saw, as {soft_pictures} of them blurred, noisy and
-recompressed as well ("soft"): a small diffusion model draws soft pictures. Exchanged is one word of the caption, the
-rest stays.
+On {pictures} composed pictures of Emoji One, a hand that it never saw: sharp, and the same spoiled a little as in
+training ("soft"), since a small diffusion model draws soft pictures. One word of the caption is exchanged, the rest
+stays. A few settings were compared on these pictures too (docs/log.md), so the numbers are a little kind.
 
 | | sharp | soft | wanted |
 |---|---|---|---|
@@ -348,9 +348,9 @@ What a cosine means, on the same pictures (mean):
 | another scene | {sharp[cosine_wrong_scene]:.3f} | {soft[cosine_wrong_scene]:.3f} |
 | no word in common | {sharp[cosine_all_wrong]:.3f} | {soft[cosine_all_wrong]:.3f} |
 
-So a difference of .03 between two models is {noun_share:.0%} of what a wrong noun costs: as if one picture in
-{one_in:.0f} had lost its subject. The cosines of CLIP lie closer together (.15 to .35); the numbers of the two are not
-to be compared, nor those of two revisions of this one.
+So a difference of .03 between two models is {noun_share:.0%} of what a wrong noun costs, as if one picture in {one_in:.0f}
+had lost its subject; .01 is a third of that. The cosines of CLIP lie closer together (.15 to .35): compare neither its
+numbers with these, nor those of two revisions of this scorer.
 
 ## Vocabulary
 * Nouns of `emoji64`: {nouns}.
@@ -406,7 +406,6 @@ def card(values: Recipe, folder: Path) -> str:
         tokens=len(scorer.vocabulary.tokens),
         width=section.width,
         pictures=sharp["pictures"],
-        soft_pictures=soft["pictures"],
         candidates=min(values.quality.candidates, len(values.nouns)),
         colours=len(values.colours),
         scenes=len(values.scenes),
