@@ -70,15 +70,24 @@ def targets(values: Recipe, plans: Sequence[Plan]) -> Tensor:
     return torch.tensor(rows)
 
 
-def batch(values: Recipe, drawn: Sprites, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Compose pictures from index `first` on, most of them a little spoiled: (B, 3, S, S) and their answers (3, B)."""
-    seed = values.judge.seed
-    plans = [compose.plan(values, drawn, seed, index) for index in range(first, first + count)]
-    pixels = [
-        soften(compose.paint(drawn, plan, values.resolution), np.random.default_rng([seed, 1, first + k]))
-        for k, plan in enumerate(plans)
-    ]
-    return to_tensor(np.stack(pixels)), targets(values, plans)
+def pool(values: Recipe, drawn: Sprites) -> tuple[Tensor, Tensor]:
+    """Compose the pictures to learn from, most of them a little spoiled: (N, S, S, 3) bytes and answers (3, N)."""
+    seed, size = values.judge.seed, values.resolution
+    plans = [compose.plan(values, drawn, seed, index) for index in range(values.judge.pool)]
+    pixels = np.empty((len(plans), size, size, 3), np.uint8)
+    for k, plan in enumerate(tqdm(plans, desc="pictures", unit="pictures", mininterval=10)):
+        pixels[k] = soften(compose.paint(drawn, plan, size), np.random.default_rng([seed, 1, k]))
+    return torch.from_numpy(pixels), targets(values, plans)
+
+
+def batch(pixels: Tensor, right: Tensor, seed: int, step: int, count: int) -> tuple[Tensor, Tensor]:
+    """Choose and mirror at random: (B, 3, S, S) in [-1, 1] and answers (3, B), a function of the seed and the step."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    rows = torch.randint(len(pixels), (count,), generator=generator)
+    chosen = pixels[rows]
+    mirrored = torch.rand(count, generator=generator) < 0.5
+    chosen[mirrored] = chosen[mirrored].flip(2)
+    return to_tensor(chosen.numpy()), right[:, rows]
 
 
 def loss(logits: Sequence[Tensor], right: Tensor) -> Tensor:
@@ -96,13 +105,14 @@ def train(values: Recipe, drawn: Sprites, checkpoint: Path) -> Net:
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
+    pixels, answers_of_pool = pool(values, drawn)
     steps, timer = -(-section.rows // section.batch_size), loop.Every(1)
     bar = tqdm(desc="judge", initial=step, total=steps, unit="steps", mininterval=10)
     while step < steps:
         for group in optimizer.param_groups:
             group["lr"] = loop.rate_at(step / steps, step, section.learning_rate, section.learning_rate / 100, 50)
-        pixels, right = batch(values, drawn, step * section.batch_size, section.batch_size)
-        value = loss(net(pixels), right)
+        images, right = batch(pixels, answers_of_pool, section.seed, step, section.batch_size)
+        value = loss(net(images), right)
         optimizer.zero_grad(set_to_none=True)
         value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

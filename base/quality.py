@@ -1,107 +1,98 @@
-"""Measure what the base model draws: is the noun right, is the background right.
+"""Measure what the base model draws: is the noun right, is the background colour right, is the scene right.
 
-The judge is not part of the model: features of EfficientNet-Lite0, made Gaussian classes with one covariance (linear
-discriminant analysis) fitted on composed pictures, encoded and decoded by the autoencoder. Its own accuracy on such
-pictures that it was not fitted on is reported beside the model's: no model can be expected above it.
-
-N pictures, D features, K classes.
+Two judges look at each picture: the scorer of the evaluation (Lite0 features) and a CNN of its own (base/judge.py).
+Beside the model stand a pipeline with random weights, as published for tests, and composed pictures that went through
+the model's autoencoder: no picture of the model can be expected to be better.
+N pictures, K candidates.
 """
 
-import hashlib
+import argparse
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from base import compose, recipe, sprites
+from base import compose, judge, recipe, sprites
 from base.autoencoder import to_tensor
 from base.recipe import Recipe
 from base.sprites import Sprites
-from dreambooth.encoders import Lite0Encoder
+from dreambooth.scorer import BundledScorer
 
-Features = NDArray[np.float64]
-
-FITTED, HELD_OUT = 1700, 300
-"""Composed pictures that the judge is fitted on, and that measure it."""
-JUDGE_SEED = 77
-SEEDS = 2
 STEPS, GUIDANCE = 25, 4.0
-SHRINKAGE = 0.1
-"""The share of the identity in the covariance: there are nearly as many features as pictures."""
 FILE = "quality.json"
+BARS = {"noun": 0.8, "colour": 0.8, "scene": 0.7}
+"""What the base model has to reach."""
 
 
-@dataclass(frozen=True)
-class Judge:
-    """Linear discriminant analysis: the class of the nearest mean under a shared covariance."""
+class Asked(NamedTuple):
+    """One prompt, what has to be on its picture, and among which nouns the right one has to win."""
 
-    labels: list[str]
-    weights: Features
-    """(D, K)."""
-    bias: Features
-    """(K,)."""
+    prompt: str
+    noun: str
+    context: str
+    candidates: tuple[str, ...]
+    """The right noun and others, drawn at random."""
 
-    def __call__(self, features: Features) -> list[str]:
-        """Name the class of each row of (N, D)."""
-        return [self.labels[k] for k in (features @ self.weights + self.bias).argmax(1)]
+    def with_noun(self, values: Recipe, noun: str) -> str:
+        """Give the prompt with another noun."""
+        return words(values, noun, self.context)
 
-
-def fit(features: Features, labels: Sequence[str]) -> Judge:
-    """Fit the judge to (N, D) features and N labels; all classes are held equally likely."""
-    names = sorted(set(labels))
-    number = np.array([names.index(label) for label in labels])
-    means = np.stack([features[number == k].mean(0) for k in range(len(names))])
-    off = features - means[number]
-    covariance = off.T @ off / len(off)
-    size = len(covariance)
-    covariance = (1 - SHRINKAGE) * covariance + SHRINKAGE * np.trace(covariance) / size * np.eye(size)
-    weights = np.linalg.solve(covariance, means.T)
-    return Judge(names, weights, -0.5 * (means.T * weights).sum(0))
+    def with_context(self, values: Recipe, context: str) -> str:
+        """Give the prompt with another background."""
+        return words(values, self.noun, context)
 
 
-def nearest_colour(image: Image.Image, colours: dict[str, tuple[int, int, int]]) -> str:
-    """Name the colour that is nearest to the median of the four corners."""
-    pixels = np.asarray(image, np.float64)
-    edge = max(2, len(pixels) // 10)
-    corners = np.concatenate(
-        [
-            pixels[y, x].reshape(-1, 3)
-            for y in (slice(edge), slice(-edge, None))
-            for x in (slice(edge), slice(-edge, None))
-        ]
-    )
-    middle = np.median(corners, axis=0)
-    return min(colours, key=lambda name: float(np.square(middle - colours[name]).sum()))
+def words(values: Recipe, noun: str, context: str) -> str:
+    """Ask for a noun in a context: "a photo of a dog in space"."""
+    return f"a photo of {compose.article(noun)} {compose.phrase(values, context)}"
 
 
-def prompts(values: Recipe) -> list[tuple[str, str, str]]:
-    """List (prompt, noun, context): every noun once on a colour and once in a scene, the contexts in turn."""
-    rows = []
+def prompts(values: Recipe) -> list[Asked]:
+    """Choose the prompts: so many on colours, then as many in scenes.
+
+    The nouns come from one shuffled list of all, so each is equally likely and none comes twice before all have been;
+    the contexts come from shuffled lists in turn.
+    """
+    section = values.quality
+    rng = np.random.default_rng(section.seed)
+    nouns = [str(noun) for noun in rng.permutation(list(values.nouns))]
+    asked: list[Asked] = []
     for contexts in (list(values.colours), list(values.scenes)):
-        for number, noun in enumerate(values.nouns):
-            context = contexts[number % len(contexts)]
-            words = f"a photo of {compose.article(noun)} {compose.phrase(values, context)}"
-            rows.append((words, noun, context))
-    return rows
+        shuffled = [str(context) for context in rng.permutation(contexts)]
+        for number in range(section.prompts):
+            noun, context = nouns[len(asked) % len(nouns)], shuffled[number % len(shuffled)]
+            others = [other for other in values.nouns if other != noun]
+            drawn = rng.choice(others, min(section.candidates - 1, len(others)), replace=False)
+            asked.append(Asked(words(values, noun, context), noun, context, (noun, *map(str, drawn))))
+    return asked
+
+
+# --- pictures
 
 
 def draw(
-    pipeline: StableDiffusionPipeline, words: Sequence[str], seeds: Sequence[int], guidance: float = GUIDANCE
+    pipeline: StableDiffusionPipeline, texts: Sequence[str], seeds: Sequence[int], guidance: float = GUIDANCE
 ) -> list[Image.Image]:
     """Draw one picture for each pair of a prompt and a seed."""
     made: list[Image.Image] = []
-    for first in tqdm(range(0, len(words), 16), desc="draw", unit="batches", disable=len(words) < 32):
+    for first in tqdm(range(0, len(texts), 16), desc="draw", unit="batches", disable=len(texts) < 32):
         batch = slice(first, first + 16)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
         made += pipeline(
-            list(words[batch]), generator=generators, num_inference_steps=STEPS, guidance_scale=guidance
+            list(texts[batch]), generator=generators, num_inference_steps=STEPS, guidance_scale=guidance
         ).images
     return made
 
@@ -109,37 +100,76 @@ def draw(
 def open_model(folder: Path = recipe.MODEL) -> StableDiffusionPipeline:
     """Load the model with a fast solver."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    return with_solver(pipeline)
+
+
+def with_solver(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    """Put a solver of few steps in the place of the scheduler, and no bars."""
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def embed(images: Sequence[Image.Image]) -> Features:
-    """Give the features of pictures: (N, D)."""
-    encoder = Lite0Encoder()
-    parts = [encoder.embed(images[k : k + 64]) for k in tqdm(range(0, len(images), 64), desc="judge", unit="batches")]
-    return torch.cat(parts).double().numpy()
+def random_pipeline(model: StableDiffusionPipeline, resolution: int, seed: int) -> StableDiffusionPipeline:
+    """Make a pipeline of the same classes with random weights, of the size that is published for tests."""
+    torch.manual_seed(seed)
+    tokenizer: CLIPTokenizer = model.tokenizer
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=[32, 64],
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        latent_channels=4,
+        sample_size=resolution,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=resolution // 2,
+        block_out_channels=[32, 64],
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        layers_per_block=1,
+    )
+    parts = {name: None for name in ("safety_checker", "feature_extractor")}
+    pipeline = StableDiffusionPipeline(
+        vae=vae.eval(),
+        unet=unet.eval(),
+        text_encoder=CLIPTextModel(text).eval(),
+        tokenizer=tokenizer,
+        scheduler=model.scheduler,
+        requires_safety_checker=False,
+        **parts,
+    )
+    return with_solver(pipeline)
 
 
-def share(found: Sequence[str], expected: Sequence[str]) -> float:
-    """Give the share of equal pairs."""
-    return float(np.mean([a == b for a, b in zip(found, expected, strict=True)]))
-
-
-def composed_features(images: Sequence[Image.Image], folder: Path) -> Features:
-    """Give the features of composed pictures, from the file of an earlier call with the same pictures."""
-    digest = hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()[:12]
-    path = folder / f"features-{digest}.npy"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        np.save(path, embed(images))
-    features: Features = np.load(path)
-    return features
+def composed(values: Recipe, drawn: Sprites, asked: Sequence[Asked], seeds: Sequence[int]) -> list[Image.Image]:
+    """Compose a picture for each pair of a prompt and a seed, as those that the model learned from."""
+    made = []
+    for number, (row, seed) in enumerate(zip(asked, seeds, strict=True)):
+        rng = np.random.default_rng([values.quality.seed, number, seed])
+        placed = compose.place(int(rng.choice(drawn.rows("noun", row.noun))), rng)
+        plan = compose.Plan(
+            compose.background(values, drawn, row.context, rng), (placed,), row.noun, row.context, row.prompt
+        )
+        made.append(Image.fromarray(compose.paint(drawn, plan, values.resolution)))
+    return made
 
 
 @torch.inference_mode()
 def as_decoded(vae: AutoencoderKL, images: Sequence[Image.Image], batch_size: int = 32) -> list[Image.Image]:
-    """Encode and decode pictures: no picture of the model can be sharper, and the judge should know the difference."""
+    """Encode and decode pictures: no picture of the model can be sharper."""
     made: list[Image.Image] = []
     for first in range(0, len(images), batch_size):
         pixels = np.stack([np.asarray(image) for image in images[first : first + batch_size]])
@@ -149,56 +179,112 @@ def as_decoded(vae: AutoencoderKL, images: Sequence[Image.Image], batch_size: in
     return made
 
 
-def judges(values: Recipe, drawn: Sprites, vae: AutoencoderKL) -> tuple[Judge, Judge, dict[str, float]]:
-    """Fit the judges of nouns and of scenes on decoded composed pictures, and measure both on fresh ones."""
-    plans = [compose.plan(values, drawn, JUDGE_SEED, i) for i in range(FITTED + HELD_OUT)]
-    images = [Image.fromarray(compose.paint(drawn, plan, values.resolution)) for plan in plans]
-    features = composed_features(as_decoded(vae, images), recipe.SCRATCH / "judge")
-    fitted = slice(FITTED)
-    nouns = [plan.noun for plan in plans]
-    noun_judge = fit(features[fitted], nouns[fitted])
-    scenes = np.array([i for i, plan in enumerate(plans) if plan.context in values.scenes])
-    contexts = [plans[i].context for i in scenes]
-    known = int((scenes < FITTED).sum())
-    scene_judge = fit(features[scenes[:known]], contexts[:known])
-    ceiling = {
-        "noun": share(noun_judge(features[FITTED:]), nouns[FITTED:]),
-        "scene": share(scene_judge(features[scenes[known:]]), contexts[known:]),
-    }
-    return noun_judge, scene_judge, ceiling
+# --- the two judges
 
 
-def measure(values: Recipe, drawn: Sprites, pipeline: StableDiffusionPipeline) -> dict[str, object]:
-    """Draw every prompt with every seed and count what is right."""
-    noun_judge, scene_judge, ceiling = judges(values, drawn, pipeline.vae)
-    rows = [(*row, seed) for row in prompts(values) for seed in range(SEEDS)]
-    images = draw(pipeline, [row[0] for row in rows], [row[3] for row in rows])
-    features = embed(images)
-    nouns = noun_judge(features)
-    by_noun = {
-        noun: share([n for n, r in zip(nouns, rows, strict=True) if r[1] == noun], [noun] * (2 * SEEDS))
-        for noun in values.nouns
+class Verdict(NamedTuple):
+    """What one judge says of N pictures: True where the right answer wins; only the pictures that were asked."""
+
+    noun: list[bool]
+    colour: list[bool]
+    scene: list[bool]
+
+
+Answer = Callable[[int, str, Sequence[str]], NDArray[np.float64]]
+"""The score of each candidate on picture number n: (n, noun or colour or scene, candidates) -> (K,)."""
+
+
+def judged(values: Recipe, asked: Sequence[Asked], answer: Answer) -> Verdict:
+    """Let a judge choose a noun among the candidates, a colour among all, a scene among all."""
+    verdict = Verdict([], [], [])
+    for number, row in enumerate(asked):
+        verdict.noun.append(int(answer(number, "noun", row.candidates).argmax()) == 0)
+        for kind, names in (("colour", list(values.colours)), ("scene", list(values.scenes))):
+            if row.context in names:
+                best = names[int(answer(number, kind, names).argmax())]
+                getattr(verdict, kind).append(best == row.context)
+    return verdict
+
+
+def by_scorer(scorer: BundledScorer, values: Recipe, asked: Sequence[Asked], images: Sequence[Image.Image]) -> Verdict:
+    """Judge by the cosine of each picture with its prompt and with the prompt changed in one word."""
+    rows = scorer.embed_images(images)
+
+    def answer(number: int, kind: str, names: Sequence[str]) -> NDArray[np.float64]:
+        row = asked[number]
+        change = row.with_noun if kind == "noun" else row.with_context
+        return (scorer.embed_texts([change(values, name) for name in names]) @ rows[number]).double().numpy()
+
+    return judged(values, asked, answer)
+
+
+def by_judge(net: judge.Net, values: Recipe, asked: Sequence[Asked], images: Sequence[Image.Image]) -> Verdict:
+    """Judge by the CNN."""
+    found, names_of = judge.logits(net, images), judge.answers(values)
+
+    def answer(number: int, kind: str, names: Sequence[str]) -> NDArray[np.float64]:
+        return found[kind][number, [names_of[kind].index(name) for name in names]].double().numpy()
+
+    return judged(values, asked, answer)
+
+
+def shares(verdict: Verdict) -> dict[str, float]:
+    """Give the share of right answers of each kind."""
+    return {kind: float(np.mean(right)) for kind, right in verdict._asdict().items() if right}
+
+
+def measure(
+    values: Recipe, drawn: Sprites, pipeline: StableDiffusionPipeline, scorer: BundledScorer, net: judge.Net
+) -> dict[str, Any]:
+    """Draw every prompt with every seed, by the model and beside it, and let both judges look."""
+    section = values.quality
+    asked = [row for row in prompts(values) for _ in range(section.seeds)]
+    seeds = list(range(len(asked)))
+    texts = [row.prompt for row in asked]
+    random = random_pipeline(pipeline, values.resolution, section.seed)
+    sources = {
+        "model": draw(pipeline, texts, seeds),
+        "random weights": draw(random, texts, seeds),
+        "composed": as_decoded(pipeline.vae, composed(values, drawn, asked, seeds)),
     }
-    plain = [k for k, row in enumerate(rows) if row[2] in values.colours]
-    scenes = [k for k, row in enumerate(rows) if row[2] in values.scenes]
+    rows, by_noun = {}, {}
+    for name, images in sources.items():
+        verdicts = {"scorer": by_scorer(scorer, values, asked, images), "judge": by_judge(net, values, asked, images)}
+        rows[name] = {who: shares(verdict) for who, verdict in verdicts.items()}
+        if name == "model":
+            both = [np.mean(pair) for pair in zip(verdicts["scorer"].noun, verdicts["judge"].noun, strict=True)]
+            by_noun = {
+                noun: float(np.mean([b for b, row in zip(both, asked, strict=True) if row.noun == noun]))
+                for noun in dict.fromkeys(row.noun for row in asked)
+            }
     return {
-        "pictures": len(rows),
+        "on_colours": section.prompts,
+        "in_scenes": section.prompts,
+        "seeds": section.seeds,
         "nouns": len(values.nouns),
-        "noun_right": share(nouns, [row[1] for row in rows]),
-        "noun_right_composed": ceiling["noun"],
-        "colour_right": share([nearest_colour(images[k], values.colours) for k in plain], [rows[k][2] for k in plain]),
-        "scene_right": share(scene_judge(features[scenes]), [rows[k][2] for k in scenes]),
-        "scene_right_composed": ceiling["scene"],
-        "by_noun": by_noun,
+        "colours": len(values.colours),
+        "scenes": len(values.scenes),
+        "candidates": min(section.candidates, len(values.nouns)),
         "steps": STEPS,
         "guidance_scale": GUIDANCE,
+        "scorer": f"{scorer.name} {scorer.revision}",
+        "rows": rows,
+        "by_noun": by_noun,
     }
 
 
 def main() -> None:
-    """Measure the model and write the numbers beside it."""
-    result = measure(recipe.load(), sprites.load(recipe.SCRATCH / "sprites"), open_model())
-    (recipe.MODEL / FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    """Measure a model and write the numbers beside it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=recipe.MODEL, help="the folder of the pipeline")
+    folder: Path = parser.parse_args().model
+    values, drawn = recipe.load(), sprites.load(recipe.SCRATCH / "sprites")
+    result = measure(values, drawn, open_model(folder), BundledScorer(recipe.SCORER), judge.load(values))
+    result["judge_on_fresh_composed"] = json.loads((judge.FOLDER / judge.FRESH).read_text(encoding="utf-8"))
+    text = json.dumps(result, indent=1) + "\n"
+    (folder / FILE).write_text(text, encoding="utf-8")
+    if folder == recipe.MODEL:  # what the stage of the card waits for: the model's own folder is no output of a stage
+        (recipe.SCRATCH / FILE).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -176,7 +176,10 @@ class Judge(Strict):
     """Training of the judge: a CNN of its own, from nothing; source of the values: measured on one core."""
 
     block_out_channels: list[Positive]
+    pool: Positive
+    """Composed pictures that it learns from."""
     rows: Positive
+    """How many it is shown, each several times and half of them mirrored."""
     fresh_rows: Positive
     """Composed pictures that measure it."""
     batch_size: Positive

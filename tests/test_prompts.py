@@ -8,7 +8,8 @@ import pytest
 from tiny_project import REPOSITORY
 
 from dreambooth.errors import EvaluationError
-from dreambooth.prompts import fill, load_templates
+from dreambooth.prompts import fill, load_templates, with_article
+from dreambooth.scorer import VOCABULARY, read_vocabulary
 
 PROMPTS = REPOSITORY / "data/prompts"
 COUNTS = {
@@ -59,3 +60,20 @@ def test_property_changes_the_subject_and_nothing_else(scale: str, kind: str) ->
         is_property = re.fullmatch(r"a photo of an? [a-z -]+ \{\}", template.prompt) is not None
         assert is_property == (template.kind == "property"), template.prompt
         assert ("wearing" in template.prompt) == (template.kind == "accessory"), template.prompt
+
+
+@pytest.mark.parametrize(("kind", "noun"), [("live", "dog"), ("live", "cat"), ("object", "backpack")])
+def test_bundled_prompts_are_within_the_vocabulary_of_the_bundled_scorer(kind: str, noun: str) -> None:
+    path = REPOSITORY / "data/base/scorer" / VOCABULARY
+    vocabulary = read_vocabulary(path.read_bytes(), path)
+    for template in load_templates(PROMPTS / "bundled" / f"{kind}.csv"):
+        bag = vocabulary.bag(fill(template.prompt, with_article(noun)))
+        assert len(bag) >= 2, template.prompt
+
+
+def test_photo_prompts_are_not_those_of_the_bundled_model() -> None:
+    for kind in COUNTS:
+        bundled, photo = (
+            {t.prompt for t in load_templates(PROMPTS / scale / f"{kind}.csv")} for scale in ("bundled", "photo")
+        )
+        assert not bundled & photo

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_project import REPOSITORY
 
 from dreambooth import scorer
 from dreambooth.encoders import Lite0Encoder, lite0_pooled
@@ -201,3 +202,35 @@ def test_image_rows_by_hand() -> None:
     # (2.5, 0): standardised (3, 0), hidden (3, 1), out (3, 4); (0, -5): standardised (-2, -5), hidden (0, 0)
     rows = image_rows(torch.tensor([[2.5, 0.0], [0.0, -5.0]]), weights)
     torch.testing.assert_close(rows, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
+
+
+# --- the scorer in git
+
+CONTEXTS = {
+    "biscuit": ("dog", ["on a blue background", "in a park", "on a beach", "on a yellow background", "in a city"]),
+    "rucksack": (
+        "backpack",
+        ["on a green background", "in space", "on a white background", "on a snowy mountain", "on a purple background"],
+    ),
+}
+"""What is on the pictures of the demo subjects, drawings that the scorer never saw (base/params.yaml)."""
+
+
+@pytest.mark.parametrize("subject", CONTEXTS)
+def test_bundled_scorer_prefers_what_is_on_the_demo_pictures(subject: str) -> None:
+    noun, contexts = CONTEXTS[subject]
+    images = [
+        Image.open(path).convert("RGB") for path in sorted((REPOSITORY / "data/subjects" / subject).glob("*.png"))
+    ]
+    bundled = BundledScorer(REPOSITORY / "data/base/scorer")
+    rows = bundled.embed_images(images)
+    right = bundled.embed_texts([f"a photo of a {noun} {context}" for context in contexts])
+    wrong_noun = bundled.embed_texts([f"a photo of a banana {context}" for context in contexts])
+    wrong_context = bundled.embed_texts([f"a photo of a {noun} on a bridge at night"] * len(contexts))
+    cosines = (rows * right).sum(1)
+    assert (cosines > (rows * wrong_noun).sum(1)).all()
+    assert (cosines > (rows * wrong_context).sum(1)).all()
+
+
+def test_bundled_scorer_is_small_enough_for_git() -> None:
+    assert (REPOSITORY / "data/base/scorer" / scorer.WEIGHTS).stat().st_size < 4_000_000

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from toy_recipe import HANDS, toy
 
 from base import recipe
 from base.recipe import Recipe
@@ -11,36 +12,25 @@ from base.sprites import Sprite, Sprites, wanted
 @pytest.fixture(scope="session")
 def values() -> Recipe:
     """Give the recipe with three nouns, two scenes and trainings of a few steps."""
-    full = recipe.load()
-    data = full.model_dump()
-    data["nouns"] = {noun: data["nouns"][noun] for noun in ("dog", "fox", "apple")}
-    data["scenes"] = {phrase: data["scenes"][phrase] for phrase in ("in space", "on a beach")}
-    data["extra_icons"] = ["giraffe"]
-    data["resolution"], data["sprite_size"] = 16, 24
-    data["autoencoder"] |= {
-        "block_out_channels": [8, 8, 8],
-        "rows": 24,
-        "decoder_rows": 8,
-        "batch_size": 4,
-        "warmup_steps": 2,
-    }
-    data["text_encoder"] |= {"hidden_size": 16, "layers": 1, "heads": 2, "max_length": 16}
-    data["text_encoder"] |= {"captions": 200, "steps": 60, "batch_size": 16, "learning_rate": 1e-2}
-    data["denoiser"] |= {
-        "block_out_channels": [32, 32],
-        "attention_head_dim": 2,
-        "pool": 12,
-        "phases": [{"resolution": 8, "rows": 16, "batch_size": 4}, {"resolution": 16, "rows": 8, "batch_size": 4}],
-        "warmup_steps": 2,
-        "round_steps": 2,
-    }
-    return Recipe.model_validate(data)
+    return Recipe.model_validate(toy(recipe.load().model_dump()))
 
 
 @pytest.fixture(scope="session")
 def drawn(values: Recipe) -> Sprites:
     """Draw a disc of a colour of its own for every wanted drawing."""
-    table = [Sprite("toy", icon, kind, word) for kind, word, icon in wanted(values)]
+    return discs(values, ["toy"])
+
+
+@pytest.fixture(scope="session")
+def by_three_hands(values: Recipe) -> tuple[Recipe, Sprites]:
+    """Give drawings by several hands, and a recipe that knows them."""
+    pins = {hand: next(iter(values.packages.values())) for hand in HANDS}
+    return values.model_copy(update={"packages": pins}), discs(values, list(HANDS))
+
+
+def discs(values: Recipe, packages: list[str]) -> Sprites:
+    """Draw a disc for every wanted drawing of every package."""
+    table = [Sprite(package, icon, kind, word) for package in packages for kind, word, icon in wanted(values)]
     rng = np.random.default_rng(0)
     side = values.sprite_size
     y, x = np.mgrid[:side, :side] - side / 2

@@ -1,14 +1,12 @@
 """The icon packages, without a network: a package is written by hand and npm is away."""
 
-import io
-import json
-import tarfile
 from pathlib import Path
 
 import pytest
+from toy_recipe import pack, package
 
 from base import icons, recipe
-from base.recipe import Package, Recipe
+from base.recipe import Recipe
 
 ICONS = {
     "width": 32,
@@ -18,22 +16,6 @@ ICONS = {
 }
 
 
-def pack(folder: Path, package: Package) -> Path:
-    """Write an archive as npm does."""
-    path = icons.archive(folder, "toy", package)
-    content = json.dumps(ICONS).encode()
-    with tarfile.open(path, "w:gz") as tar:
-        info = tarfile.TarInfo("package/icons.json")
-        info.size = len(content)
-        tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-def package(integrity: str = "sha512-no") -> Package:
-    """Give a pin."""
-    return Package(version="1.0.0", integrity=integrity, licence="MIT", attribution="nobody")
-
-
 def test_missing_npm_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(icons.shutil, "which", lambda _: None)
     with pytest.raises(icons.IconError, match="npm is not installed"):
@@ -41,13 +23,13 @@ def test_missing_npm_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_package_that_is_not_the_pinned_one_is_refused(tmp_path: Path) -> None:
-    pack(tmp_path, package())
+    pack(tmp_path, "toy", ICONS)
     with pytest.raises(icons.IconError, match="should have sha512-no"):
         icons.download("toy", package(), tmp_path)
 
 
 def test_pinned_package_that_is_there_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = pack(tmp_path, package())
+    path = pack(tmp_path, "toy", ICONS)
     monkeypatch.setattr(icons.shutil, "which", lambda _: None)
     assert icons.download("toy", package(icons.integrity(path)), tmp_path) == path
     assert icons.read(path) == ICONS
