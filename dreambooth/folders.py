@@ -34,12 +34,17 @@ class DiskFullError(DreamboothError):
 
 def require_space(folder: Path, needed: int, what: str) -> None:
     """Raise DiskFullError when fewer than `needed` bytes are free where `folder` lies."""
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if free < needed:
         raise DiskFullError(
-            f"{folder}: {what} needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; make room, or set "
-            "DREAMBOOTH_SCRATCH to another disk"
+            f"{folder}: {what} needs {needed:,} bytes, {free:,} are free; make room, or set DREAMBOOTH_SCRATCH to "
+            "another disk"
         )
+
+
+def free_bytes(folder: Path) -> int:
+    """Return how many bytes are free where a folder lies."""
+    return shutil.disk_usage(folder).free
 
 
 def scratch_folder(root: Path) -> Path:
@@ -93,6 +98,12 @@ def new_folder(path: Path, about: Mapping[str, Any] | None = None) -> Iterator[P
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed writers of a folder left beside it; only for the one process that may write it."""
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:

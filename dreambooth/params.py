@@ -30,8 +30,15 @@ def _one_line(value: str) -> str:
     return value
 
 
+def _with_place(value: str) -> str:
+    if "{}" not in value:
+        raise ValueError("should hold {} where the subject stands")
+    return value
+
+
 Id = Annotated[str, Field(pattern=ID_PATTERN)]
 Words = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_one_line)]
+Template = Annotated[Words, AfterValidator(_with_place)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Scheduler = Literal["dpmsolver++", "ddim", "pndm", "euler"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -151,6 +158,23 @@ class Train(Section):
     """Autocast precision of the forward pass; weights, noise, target and loss stay in float32."""
     checkpointing_steps: Annotated[int, Field(ge=1)] | None
     """Optimizer steps between two checkpoints, the most that a killed training loses; null writes none."""
+    halve_batch_on_out_of_memory: bool
+    """Once, when the memory runs out: half the rows in a forward pass, twice as many passes; the same step within
+    rounding."""
+    evaluation_steps: Annotated[int, Field(ge=1)] | None
+    """Optimizer steps between two measurements of the loss at fixed noise and timesteps; null measures none. The best
+    so far is kept as a checkpoint of its own."""
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None
+    """Measurements without a better one after which the training ends; null never ends it early."""
+    load_best_model_at_end: bool
+    """Ship the weights of the best measurement instead of the last ones. Its loss says little about the pictures
+    (docs/decisions/0013)."""
+    preview_steps: Annotated[int, Field(ge=1)] | None
+    """Optimizer steps between two sets of previews, drawn from the weights in memory; null draws none."""
+    preview_prompts: Annotated[list[Template], Field(max_length=64)]
+    """What they show: sentences with {} for the subject. Each is drawn from a seed of its own, always the same."""
+    preview_guidance_scale: Annotated[float, Field(ge=0, le=50)]
+    """Weight of classifier-free guidance in previews."""
     gradient_checkpointing: bool
     """Trade a third more compute for the memory of the UNet's activations."""
     save_dtype: Dtype
@@ -254,8 +278,22 @@ def _contradictions(params: Params) -> Iterator[str]:
             f"train.lr_warmup_steps: {params.train.lr_warmup_steps} leave none of the {params.train.max_train_steps} "
             "steps at the full rate"
         )
+    yield from _needs_evaluation(params.train)
+    if params.train.preview_steps is not None and not params.train.preview_prompts:
+        yield f"train.preview_prompts: empty, but preview_steps is {params.train.preview_steps}; name one"
     if len(set(params.evaluate.seeds)) != len(params.evaluate.seeds):
         yield f"evaluate.seeds: the same seed stands twice in {params.evaluate.seeds}"
+
+
+def _needs_evaluation(train: Train) -> Iterator[str]:
+    """Faults of what hangs on the evaluation loss."""
+    if train.evaluation_steps is None:
+        if train.early_stopping_patience is not None:
+            yield "train.early_stopping_patience: needs train.evaluation_steps; set it, or write null here"
+        if train.load_best_model_at_end:
+            yield "train.load_best_model_at_end: needs train.evaluation_steps; set it, or write false here"
+    elif train.load_best_model_at_end and train.checkpointing_steps is None:
+        yield "train.load_best_model_at_end: needs checkpoints; set train.checkpointing_steps, or write false here"
 
 
 def _unknown(what: str, value: str, known: Mapping[str, Any], remedy: str) -> str:

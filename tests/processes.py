@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import sys
+from pathlib import Path
 from typing import Any
 
 # A server imports what takes seconds once; every process is forked from it, and from no thread of the tests.
@@ -20,3 +22,20 @@ def kill_this_process_in(place: Any, name: str, call: int, number: signal.Signal
         return original(*arguments, **named)
 
     setattr(place, name, deadly)
+
+
+def kill_this_process_at_write(folder: Path, write: int) -> None:
+    """Kill this process before the n-th (from 0) change that Python makes in a folder; note the change in `killed`."""
+    changes, note = iter(range(1_000_000)), os.open(folder / "killed", os.O_CREAT | os.O_WRONLY)
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, _, flags = arguments
+            changing = bool(flags & (os.O_WRONLY | os.O_RDWR))
+        else:
+            path, changing = next(iter(arguments), None), event in ("os.mkdir", "os.rename", "shutil.rmtree")
+        if changing and str(path).startswith(f"{folder}/") and next(changes) == write:
+            os.write(note, f"{event} {path}".encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
