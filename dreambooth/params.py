@@ -73,7 +73,7 @@ class SubjectParams(Section):
     identifier: Annotated[str, Field(pattern=r"^\S{1,40}$")]
     """The rare word that will mean this subject (Ruiz et al. 2022, section 3.2)."""
     kind: Literal["live", "object"]
-    """Chooses the evaluation prompts, data/prompts/<kind>.csv."""
+    """Chooses the evaluation prompts, <evaluate.prompts>/<kind>.csv."""
 
 
 class Photos(Section):
@@ -160,8 +160,16 @@ class Train(Section):
 class Evaluate(Section):
     """How the personalised model is compared with the base."""
 
+    prompts: Annotated[str, Field(pattern=r"^data/prompts(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")]
+    """Folder with live.csv and object.csv, in data/prompts."""
+    max_prompts: Annotated[int, Field(ge=2, le=1000)] | None
+    """At most so many, each kind in its share and in the order of its file; null takes all (25 are the standard)."""
     seeds: Annotated[list[Seed], Field(min_length=1, max_length=64)]
     """Every prompt is drawn once with each seed, by the base and by the personalised model."""
+    num_class_images: Annotated[int, Field(ge=0, le=1000)]
+    """Images of the class prompt by each model, for the prior drift (PRES); 50 are ample, 0 leaves it unmeasured."""
+    class_seed: Seed
+    """Class image i is drawn from the seed (class_seed, i); none of them is a class image of the training."""
     scheduler: Scheduler
     """Solver of the sampler."""
     num_inference_steps: Annotated[int, Field(ge=1, le=999)]
