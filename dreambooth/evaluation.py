@@ -5,7 +5,7 @@ P prompts, S seeds of a prompt, M class images, N real photos, D and E embedding
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -89,6 +89,20 @@ class Scores:
     """Mean cosine with the photos of each class image, in the order of their seeds."""
     class_embeddings: torch.Tensor
     """(M, D), of the class images."""
+
+
+class Measured(Protocol):
+    """What a comparison needs of a model's scores."""
+
+    @property
+    def prompts(self) -> pd.DataFrame:
+        """A row a prompt: kind, prompt, identity, prompt_fidelity, diversity."""
+        ...
+
+    @property
+    def pres(self) -> list[float]:
+        """Of each class image, in the order of their seeds."""
+        ...
 
 
 def cases(templates: Sequence[prompts.Template], identifier: str, class_noun: str, seeds: Sequence[int]) -> list[Case]:
@@ -191,15 +205,15 @@ def by_prompt(table: pd.DataFrame) -> pd.DataFrame:
     return means.join(worst).rename(columns={"copy": "copies"}).reset_index()
 
 
-def compare(model: Scores, other: Scores, confidence: float) -> dict[str, Any]:
+def compare(model: Measured, other: Measured, confidence: float) -> dict[str, Any]:
     """Bound the differences of two models over the prompts that they share: model - other, at the same seeds.
 
     Property prompts ("a red ...") should change the subject, so they stay out of the identity. What is missing in one
     of them is missing here.
 
     Returns:
-        By measure (identity, prompt, diversity): mean, low, high and n of the t interval over prompts; pres_rise: the
-        same over class images; mmd2 and p_value of the class images.
+        By measure (identity, prompt, diversity): mean, low, high, n and sd of the t interval over prompts; pres_rise:
+        the same over class images.
 
     Raises:
         EvaluationError: the identity cannot be measured.
@@ -221,7 +235,6 @@ def compare(model: Scores, other: Scores, confidence: float) -> dict[str, Any]:
     if len(model.pres) == len(other.pres) >= MIN_COUNTED:
         rise = _interval(np.subtract(model.pres, other.pres), confidence)
         found |= {"pres_rise": rise} if rise else {}
-        found["shift"] = fidelity.discrepancy(other.class_embeddings, model.class_embeddings)._asdict()
     return found
 
 
@@ -269,7 +282,7 @@ def summarise(base: Scores, personalised: Scores, photos: Reference, confidence:
             "high": rise["high"],
             "images": rise["n"],
         }
-        metrics["prior"] |= differences["shift"]
+        metrics["prior"] |= fidelity.discrepancy(base.class_embeddings, personalised.class_embeddings)._asdict()
     return metrics | {
         "safety": NOT_CHECKED,
         "prompts": differences["identity"]["n"],

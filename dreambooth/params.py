@@ -182,6 +182,34 @@ class Evaluate(Section):
     """Of the t interval over prompt means."""
 
 
+Margin = Annotated[float, Field(ge=0, le=1)]
+
+
+class Gate(Section):
+    """What a new model must show before it takes the place of the champion; cosines of the encoders in use."""
+
+    min_prompts: Annotated[int, Field(ge=6)]
+    """Fewest prompts that count for the identity; under 6 an interval says little."""
+    min_gain: Margin
+    """The identity's lower bound must be above it."""
+    identity_margin: Margin
+    """How much identity a model may lose whose prompt fidelity is better."""
+    prompt_min_gain: Margin
+    """The lower bound of the prompt fidelity of such a model must be above it."""
+    prompt_margin: Margin
+    """The lower bound of the prompt fidelity must be above minus this."""
+    diversity_margin: Margin
+    """The lower bound of the diversity must be above minus this."""
+    pres_margin: Margin
+    """The upper bound of the rise of PRES must be below this."""
+    copy_rate: Margin
+    """Largest share of images that repeat a photo."""
+    first_prompt_drop: Margin
+    """Largest mean loss of prompt fidelity of a first model against the base."""
+    first_copy_rate: Margin
+    """Largest share of images of a first model that repeat a photo."""
+
+
 class Params(Section):
     """Everything in params.yaml."""
 
@@ -192,6 +220,7 @@ class Params(Section):
     prior: Prior
     train: Train
     evaluate: Evaluate
+    gate: Gate
 
     def subject(self, subject_id: str) -> SubjectParams:
         """Return one subject; raise SubjectError with the known ones."""
@@ -327,6 +356,7 @@ def _keys_beside(location: tuple[Any, ...]) -> list[str]:
         "prior": Prior,
         "train": Train,
         "evaluate": Evaluate,
+        "gate": Gate,
     }
     return list(sections[location[0]].model_fields)
 

@@ -86,7 +86,12 @@ def run(params: Params, subject_id: str, root: Path) -> None:
     how = fingerprint(plan, encoders, read_manifest(prepared)["files"])
     about = {"fingerprint": sha256_of(how), "model": manifest["fingerprint"]}
     metrics |= encoders.describe() | about
-    with new_folder(root / OUTPUTS[0].format(id=subject_id), about | {"how": how}) as target:
+    models = {
+        "base": {"model": how["base"], "is_base": True, "safety": evaluation.NOT_CHECKED},
+        "personalised": {"model": manifest["fingerprint"], "is_base": False, "safety": evaluation.NOT_CHECKED},
+    }
+    with new_folder(root / OUTPUTS[0].format(id=subject_id), about) as target:
+        write_file(target / "evaluation.json", json.dumps({"how": how, "models": models}, indent=1).encode() + b"\n")
         _write_pictures(target, drawn, len(plan.cases))
         _write_scores(target, scores, plan)
         identities = {name: one.cases["identity"].to_list() for name, one in scores.items()}
