@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from dreambooth.models import (
     library_versions,
     load_model,
     model_hash,
+    peak_megabytes,
     resolve_model,
 )
 from dreambooth.params import Params
@@ -34,6 +36,7 @@ from stages.entry import main, say
 
 INPUTS = ("models/{id}", "build/{id}/instance", "data/base", "data/prompts")
 OUTPUTS = ("build/{id}/evaluation", "metrics/{id}.json")
+COST = ".cost.json"  # hidden: no part of the content, which is the same whenever it is made
 
 
 @dataclass(frozen=True)
@@ -75,13 +78,17 @@ def run(params: Params, subject_id: str, root: Path) -> None:
     manifest, encoders = read_manifest(trained), _encoders(root)
     squares = [evaluation.as_photo(photo) for _, photo in read_prepared(prepared)]
     photos, texts = evaluation.reference(squares, encoders.image), _embed_texts(plan, encoders, subject_id)
-    drawn = {"base": _base_pictures(plan), "personalised": draw_pictures(plan, trained, "personalised")}
+    drawn = {"base": _base_pictures(plan)}
+    begin = time.monotonic()
+    drawn["personalised"] = draw_pictures(plan, trained, "personalised")
+    drawn_at = time.monotonic()
     scores = {
         name: evaluation.score(
             plan.cases, images[: len(plan.cases)], images[len(plan.cases) :], photos, encoders, texts
         )
         for name, images in drawn.items()
     }
+    scored_at = time.monotonic()
     metrics = evaluation.summarise(scores["base"], scores["personalised"], photos, params.evaluate.confidence)
     how = fingerprint(plan, encoders, read_manifest(prepared)["files"])
     about = {"fingerprint": sha256_of(how), "model": manifest["fingerprint"]}
@@ -92,6 +99,12 @@ def run(params: Params, subject_id: str, root: Path) -> None:
     }
     with new_folder(root / OUTPUTS[0].format(id=subject_id), about) as target:
         write_file(target / "evaluation.json", json.dumps({"how": how, "models": models}, indent=1).encode() + b"\n")
+        cost = {
+            "seconds_per_image_drawn": (drawn_at - begin) / len(plan.texts),
+            "seconds_per_image_scored": (scored_at - drawn_at) / (2 * len(plan.texts)),
+            "megabytes_of_memory_at_the_peak": peak_megabytes(),
+        }
+        write_file(target / COST, json.dumps(cost).encode())
         _write_pictures(target, drawn, len(plan.cases))
         _write_scores(target, scores, plan)
         identities = {name: one.cases["identity"].to_list() for name, one in scores.items()}

@@ -17,7 +17,7 @@ from tiny_project import REPOSITORY, TINY_RESOLUTION, add_photos, tiny_values, w
 from dreambooth.errors import EvaluationError, PhotosError, SubjectError
 from dreambooth.folders import TornFolderError, content_hash, read_manifest
 from dreambooth.params import load_params
-from stages import evaluate, export, prior, train, validate
+from stages import evaluate, export, prior, report, train, validate
 
 
 def run_all(root: Path, subject: str = "biscuit") -> None:
@@ -26,6 +26,7 @@ def run_all(root: Path, subject: str = "biscuit") -> None:
     prior.run(params, params.subject(subject).class_id, root)
     train.run(params, subject, root)
     evaluate.run(params, subject, root)
+    report.run(params, subject, root)
     export.run(params, subject, root)
 
 
