@@ -75,11 +75,18 @@ class Trainer:
     With `start`, only the decoder of that autoencoder is trained: the latents that a denoiser knows stay as they are.
     """
 
-    def __init__(self, values: Recipe, minutes: float | None = None, start: AutoencoderKL | None = None) -> None:
+    def __init__(
+        self,
+        values: Recipe,
+        minutes: float | None = None,
+        start: AutoencoderKL | None = None,
+        group: Group = ALONE,
+    ) -> None:
         section = values.autoencoder
         torch.manual_seed(section.seed)
         model = build(section, values.resolution) if start is None else start
-        self.model = model.to(memory_format=torch.channels_last)
+        self.device = loop.device(group.size)
+        self.model = model.to(device=self.device, memory_format=torch.channels_last)
         self.trained: nn.Module = self.model
         self.rows, self.learning_rate, self.seen = section.rows, section.learning_rate, 0
         if start is not None:
@@ -115,10 +122,14 @@ class Trainer:
 
     def train_step(self, section: Autoencoder, target: torch.Tensor, group: Group) -> tuple[float, float]:
         """Make one step on this process's part of a batch, (B, 3, S, S); give both terms of its loss."""
-        generator = torch.Generator().manual_seed((section.seed * 1_000_003 + self.step) * group.size + group.rank)
-        posterior = self.model.encode(target).latent_dist
-        value_loss, edge_loss = loss_terms(self.model.decode(posterior.sample(generator)).sample, target)
-        loss = value_loss + edge_loss + section.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
+        target = target.to(self.device)
+        noise_seed = (section.seed * 1_000_003 + self.step) * group.size + group.rank
+        generator = torch.Generator(self.device).manual_seed(noise_seed)
+        with loop.autocast(self.device, section.mixed_precision):
+            posterior = self.model.encode(target).latent_dist
+            pred = self.model.decode(posterior.sample(generator)).sample
+        value_loss, edge_loss = loss_terms(pred.float(), target)
+        loss = value_loss + edge_loss + section.kl_weight * posterior.kl().float().mean() / posterior.mean[0].numel()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         group.average([p.grad for p in self.parameters if p.grad is not None])
@@ -140,7 +151,7 @@ def train(
 ) -> AutoencoderKL:
     """Train to the end of the rows or of the minutes, continuing from the checkpoint; give the averaged weights."""
     section = values.autoencoder
-    trainer = Trainer(values, minutes, start)
+    trainer = Trainer(values, minutes, start, group)
     trainer.load(checkpoint)
     timer, part = loop.Every(3), group.part(section.batch_size)
     bar = tqdm(desc="autoencoder", total=trainer.rows, unit="rows", mininterval=10, disable=not group.leads)
@@ -161,7 +172,7 @@ def train(
     if group.leads:
         trainer.save(checkpoint)
     trainer.trained.load_state_dict(trainer.average.weights["trained"])
-    return trainer.model.eval()
+    return trainer.model.float().cpu().eval()
 
 
 @torch.inference_mode()

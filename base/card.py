@@ -7,7 +7,7 @@ from pathlib import Path
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
-from base import compose, denoiser, icons, quality, recipe, tokenizer
+from base import compose, denoiser, icons, quality, recipe
 from base.recipe import Recipe
 
 NOUNS = ("dog", "cat", "fox", "panda", "penguin", "backpack", "teddy bear", "apple", "teapot", "rocket")
@@ -140,7 +140,7 @@ def card(values: Recipe, folder: Path) -> str:
         nouns=", ".join(values.nouns),
         colours=", ".join(values.colours),
         scenes=", ".join(values.scenes),
-        identifiers=", ".join(f"`{word}`" for word in tokenizer.IDENTIFIERS),
+        identifiers=", ".join(f"`{word}`" for word in recipe.IDENTIFIERS),
         quality=quality_text(folder / quality.FILE),
         seen=SEEN,
         sets=sets,

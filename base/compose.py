@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from base.recipe import RGB, Recipe
+from base.recipe import IDENTIFIERS, RGB, Recipe
 from base.sprites import Sprites
 
 Pixels = NDArray[np.uint8]
@@ -20,6 +20,9 @@ TEMPLATES = ("a photo of {}", "a picture of {}", "a drawing of {}", "{}")
 TEMPLATE_SHARES = (0.55, 0.15, 0.1, 0.2)
 PLAIN_PHRASES = ("on a {} background", "in front of a {} wall")
 PLAIN_SHARES = (0.85, 0.15)
+CONSONANTS = "bcdfghjklmnpqrstvwxz"
+SMALL, LARGE = (0.4, 0.52), (0.92, 1.0)
+"""Sizes of "a small dog" and "a large dog"."""
 BARE_SHARE = 0.1
 """Captions without the article, "a photo of dog", as in the usual instance prompt "a photo of sks dog"."""
 MARGIN = 0.12
@@ -102,12 +105,12 @@ def choose(values: Recipe, rng: np.random.Generator) -> tuple[str, bool]:
     return ("white" if rng.random() < 0.6 else str(rng.choice(colours))), False
 
 
-def place(sprite: int, rng: np.random.Generator, low: float = 0.6, high: float = 0.95) -> Placed:
+def place(sprite: int, rng: np.random.Generator, low: float = 0.65, high: float = 0.95) -> Placed:
     """Put a sprite anywhere that keeps nearly all of it on the picture."""
     size = rng.uniform(low, high)
     slack = abs(1 - size) / 2
     x, y = 0.5 + rng.uniform(-slack, slack, 2)
-    return Placed(sprite, x, y, size, float(np.clip(rng.normal(0, 6), -15, 15)), bool(rng.random() < 0.5))
+    return Placed(sprite, x, y, size, float(np.clip(rng.normal(0, 4), -10, 10)), bool(rng.random() < 0.5))
 
 
 def plan(values: Recipe, sprites: Sprites, seed: int, index: int) -> Plan:
@@ -130,26 +133,68 @@ def plan(values: Recipe, sprites: Sprites, seed: int, index: int) -> Plan:
 def dress(
     values: Recipe, sprites: Sprites, noun: str, main: Placed, rng: np.random.Generator
 ) -> tuple[str, tuple[Placed, ...]]:
-    """Add, seldom, a colour, something to wear or a neighbour; give the words for it and what is painted."""
-    shares = values.pictures
-    kind = rng.random()
-    if kind < shares.tint_share:
-        colour = str(rng.choice([name for name in values.colours if name != "white"]))
-        return article(f"{colour} {noun}"), (replace(main, tint=values.colours[colour]),)
-    kind -= shares.tint_share
-    if kind < shares.accessory_share and sprites.table[main.sprite].icon in values.faces:
-        worn = str(rng.choice(list(values.accessories)))
-        item = int(rng.choice(sprites.rows("accessory", worn)))
-        main = replace(main, size=min(main.size, 0.75), y=0.6, angle=main.angle / 3, wears=(worn, item))
-        return f"{article(noun)} wearing {worn}", (main,)
-    kind -= shares.accessory_share
-    if 0 <= kind < shares.neighbour_share and noun not in " ".join(values.neighbours):
-        other = str(rng.choice(list(values.neighbours)))
-        side = 1 if rng.random() < 0.5 else -1
-        main = replace(main, size=0.6, x=0.5 + side * 0.19, y=0.5 + float(rng.uniform(-0.1, 0.1)))
-        small = Placed(int(rng.choice(sprites.rows("neighbour", other))), 0.5 - side * 0.3, 0.68, 0.36)
-        return f"{article(noun)} next to {other}", (small, main)
-    return article(noun), (main,)
+    """Add, seldom, a colour, something to wear, a neighbour or another word; give the words and what is painted."""
+    kinds = {
+        tint: values.pictures.tint_share,
+        dress_up: values.pictures.accessory_share,
+        add_neighbour: values.pictures.neighbour_share,
+        resize: values.pictures.size_share,
+        name_style: values.pictures.style_share,
+        add_rare_word: values.pictures.rare_share,
+    }
+    ends = np.cumsum(list(kinds.values()))
+    number = int(np.searchsorted(ends, rng.random(), side="right"))
+    found = list(kinds)[number](values, sprites, noun, main, rng) if number < len(kinds) else None
+    return found or (article(noun), (main,))
+
+
+Dressed = tuple[str, tuple[Placed, ...]] | None
+"""The words and what is painted, or nothing where the kind does not fit the drawing."""
+
+
+def tint(values: Recipe, sprites: Sprites, noun: str, main: Placed, rng: np.random.Generator) -> Dressed:
+    """Paint "a red dog"."""
+    colour = str(rng.choice([name for name in values.colours if name != "white"]))
+    return article(f"{colour} {noun}"), (replace(main, tint=values.colours[colour]),)
+
+
+def dress_up(values: Recipe, sprites: Sprites, noun: str, main: Placed, rng: np.random.Generator) -> Dressed:
+    """Paint "a dog wearing a crown", where the drawing is a face."""
+    if sprites.table[main.sprite].icon not in values.faces:
+        return None
+    worn = str(rng.choice(list(values.accessories)))
+    item = int(rng.choice(sprites.rows("accessory", worn)))
+    main = replace(main, size=min(main.size, 0.75), y=0.6, angle=main.angle / 3, wears=(worn, item))
+    return f"{article(noun)} wearing {worn}", (main,)
+
+
+def add_neighbour(values: Recipe, sprites: Sprites, noun: str, main: Placed, rng: np.random.Generator) -> Dressed:
+    """Paint "a dog next to a ball"."""
+    if noun in " ".join(values.neighbours):
+        return None
+    other = str(rng.choice(list(values.neighbours)))
+    side = 1 if rng.random() < 0.5 else -1
+    main = replace(main, size=0.6, x=0.5 + side * 0.19, y=0.5 + float(rng.uniform(-0.1, 0.1)))
+    small = Placed(int(rng.choice(sprites.rows("neighbour", other))), 0.5 - side * 0.3, 0.68, 0.36)
+    return f"{article(noun)} next to {other}", (small, main)
+
+
+def resize(values: Recipe, sprites: Sprites, noun: str, main: Placed, rng: np.random.Generator) -> Dressed:
+    """Paint "a small dog" or "a large dog"."""
+    small = bool(rng.random() < 0.5)
+    return article(f"{'small' if small else 'large'} {noun}"), (place(main.sprite, rng, *(SMALL if small else LARGE)),)
+
+
+def name_style(values: Recipe, sprites: Sprites, noun: str, main: Placed, rng: np.random.Generator) -> Dressed:
+    """Name how the drawing is drawn: "a 3d dog"."""
+    style = values.styles.get(sprites.table[main.sprite].package)
+    return (article(f"{style} {noun}"), (main,)) if style else None
+
+
+def add_rare_word(values: Recipe, sprites: Sprites, noun: str, main: Placed, rng: np.random.Generator) -> Dressed:
+    """Put a word that means nothing before the noun: "a qvx dog"."""
+    word = "".join(rng.choice(list(CONSONANTS), int(rng.integers(3, 5))))
+    return None if word in IDENTIFIERS else (article(f"{word} {noun}"), (main,))
 
 
 def picture(sprites: Sprites, index: int) -> Image.Image:

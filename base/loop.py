@@ -10,6 +10,16 @@ import torch
 from torch import nn
 
 
+def device(processes: int = 1) -> torch.device:
+    """Choose a GPU for a training of one process where there is one; several processes share the CPU's cores."""
+    return torch.device("cuda" if processes == 1 and torch.cuda.is_available() else "cpu")
+
+
+def autocast(where: torch.device, mixed_precision: str) -> torch.autocast:
+    """Compute matrix products and convolutions in bfloat16, where the recipe says so."""
+    return torch.autocast(where.type, dtype=torch.bfloat16, enabled=mixed_precision == "bf16")
+
+
 class Progress:
     """How much of a training is done, from 0 to 1: by work, or by time where a budget ends it earlier.
 

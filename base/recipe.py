@@ -1,7 +1,7 @@
 """The values of the recipe: ``base/params.yaml`` as strict, frozen models, and where its files lie."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,12 +10,18 @@ SCRATCH = Path(".scratch/base")
 """Intermediate files: git-ignored, can be made again."""
 MODEL = Path("data/base/emoji64")
 """The pipeline that the recipe makes, in git."""
+SCORER = Path("data/base/scorer")
+"""The image-text head of the evaluation, in git."""
 SUBJECTS = Path("data/subjects")
 """The demo subjects, in git."""
 PARAMS = Path(__file__).with_name("params.yaml")
+IDENTIFIERS = ("sks", "zwx", "ohwx", "bnha")
+"""Rare words in use as identifiers, in no caption; the first is that of the paper's reference implementations."""
 
 Channel = Annotated[int, Field(ge=0, le=255)]
 Positive = Annotated[int, Field(gt=0)]
+Precision = Literal["no", "bf16"]
+"""Of the matrix products; weights, losses and optimizer stay in float32."""
 Rate = Annotated[float, Field(gt=0, le=0.1)]
 RGB = tuple[Channel, Channel, Channel]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -65,6 +71,13 @@ class Pictures(Strict):
     """"a red dog": the hue shifted, of pictures that are not on white."""
     accessory_share: Share
     neighbour_share: Share
+    size_share: Share
+    """"a small dog", "a large dog"."""
+    style_share: Share
+    """"a 3d dog", of the drawings whose hand has a word in `styles`."""
+    rare_share: Share
+    """"a qvx dog": a made-up word before the noun that changes nothing, so that an identifier which no caption
+    contains leaves the noun what it is."""
 
 
 class Autoencoder(Strict):
@@ -82,6 +95,7 @@ class Autoencoder(Strict):
     warmup_steps: Positive
     kl_weight: Annotated[float, Field(ge=0)]
     ema_decay: Share
+    mixed_precision: Precision
     seed: int
 
 
@@ -125,7 +139,60 @@ class Denoiser(Strict):
     snr_gamma: Annotated[float, Field(ge=0)]
     """Hang et al. 2023; 0: every timestep weighs the same."""
     ema_decay: Share
+    mixed_precision: Precision
     max_grad_norm: Annotated[float, Field(gt=0)]
+    seed: int
+
+
+class Scorer(Strict):
+    """Training of the image-text scorer; source of the values: measured on the held-out hand."""
+
+    held_out_package: str
+    """The hand that measures the scorer and that it never sees."""
+    held_out_rows: Positive
+    rows: Positive
+    pictures: Pictures
+    """More of what is rare in the training of the denoiser: every word needs its examples."""
+    extra_weight: Annotated[float, Field(gt=0)]
+    """How often an extra drawing is the noun; a noun of the recipe is 1."""
+    more_hands: Annotated[int, Field(ge=0)]
+    """Redrawn copies of every drawing, beside the drawing itself."""
+    mixed_precision: Precision
+    """Of the Lite0 features that it learns from; they are measured and used in float32."""
+    hidden_size: Positive
+    width: Positive
+    """Of the space in which pictures and texts meet."""
+    temperature: Annotated[float, Field(gt=0)]
+    label_smoothing: Share
+    dropout: Share
+    steps: Positive
+    batch_size: Positive
+    learning_rate: Rate
+    weight_decay: Annotated[float, Field(ge=0)]
+    seed: int
+
+
+class Judge(Strict):
+    """Training of the judge: a CNN of its own, from nothing; source of the values: measured on one core."""
+
+    block_out_channels: list[Positive]
+    rows: Positive
+    fresh_rows: Positive
+    """Composed pictures that measure it."""
+    batch_size: Positive
+    learning_rate: Rate
+    weight_decay: Annotated[float, Field(ge=0)]
+    seed: int
+
+
+class Quality(Strict):
+    """What the finished model is asked to draw."""
+
+    prompts: Positive
+    """On colours, and as many in scenes."""
+    seeds: Positive
+    candidates: Positive
+    """Nouns among which the right one has to win."""
     seed: int
 
 
@@ -144,6 +211,8 @@ class Recipe(Strict):
     colours: dict[str, RGB]
     accessories: dict[str, str]
     neighbours: dict[str, str]
+    styles: dict[str, str]
+    """The word for how a package draws, where it has one."""
     faces: list[str]
     """Icons whose head fills the drawing: only they wear accessories."""
     extra_icons: list[str]
@@ -155,6 +224,9 @@ class Recipe(Strict):
     autoencoder: Autoencoder
     text_encoder: TextEncoder
     denoiser: Denoiser
+    scorer: Scorer
+    judge: Judge
+    quality: Quality
 
 
 def load(path: Path = PARAMS) -> Recipe:

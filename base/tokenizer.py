@@ -19,8 +19,6 @@ FOLDER = recipe.SCRATCH / "tokenizer"
 START, END = "<|startoftext|>", "<|endoftext|>"
 SUFFIX = "</w>"
 CAPTIONS = 20_000
-IDENTIFIERS = ("sks", "zwx", "ohwx", "bnha")
-"""Rare words in use as identifiers; the first is that of the paper's reference implementations."""
 
 
 def learn_merges(words: Counter[str], vocab_size: int) -> list[tuple[str, str]]:
@@ -66,7 +64,7 @@ def main() -> None:
     """Learn the tokenizer of the recipe's captions."""
     values, drawn = recipe.load(), sprites.load(recipe.SCRATCH / "sprites")
     captions = [compose.plan(values, drawn, values.pictures.seed, i).caption for i in range(CAPTIONS)]
-    rare = [*IDENTIFIERS, *(word for icon in values.extra_icons for word in icon.split("-"))]
+    rare = [*recipe.IDENTIFIERS, *(word for icon in values.extra_icons for word in icon.split("-"))]
     tokenizer = build(captions, rare, values.text_encoder)
     Path(FOLDER).mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(FOLDER)

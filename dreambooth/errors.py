@@ -12,6 +12,7 @@ DreamboothError                 every error below; printed as one line, never as
 ├── PriorError                  class images that cannot be drawn
 ├── TrainingError               a training that diverged or cannot start
 ├── EvaluationError             an evaluation without the prompts or the numbers it needs
+│   └── UnknownWordError        a prompt with words that the image-text scorer never saw (all of them at once)
 ├── RegistryError               an export that cannot be registered, or a version that cannot be loaded
 └── PipelineError               a stage that failed, a checkout that is no project, DVC that is busy
 
@@ -92,6 +93,25 @@ class EvaluationError(DreamboothError):
 
     code = "E_EVALUATE"
     exit_code = 7
+
+
+class UnknownWordError(EvaluationError):
+    """Refuse to score a prompt whose words the image-text scorer never saw.
+
+    Args:
+        prompt: the whole prompt.
+        words: the unknown ones, in their order.
+    """
+
+    code = "E_UNKNOWN_WORD"
+
+    def __init__(self, prompt: str, words: Sequence[str]) -> None:
+        super().__init__(
+            f"the image-text scorer does not know {', '.join(map(repr, words))} in {prompt!r}; use the words of its "
+            "vocabulary.json, or another scorer"
+        )
+        self.prompt = prompt
+        self.words = tuple(words)
 
 
 class RegistryError(DreamboothError):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from dreambooth import fidelity, prompts, rng
-from dreambooth.encoders import FeatureReader, ImageEncoder, ImageTextEncoder, Lite0Encoder
+from dreambooth.encoders import FeatureReader, ImageEncoder, ImageTextEncoder, lite0_pooled
 from dreambooth.errors import EvaluationError
 from dreambooth.fidelity import Interval
 from dreambooth.images import both_hashes, hash_distance
@@ -149,12 +149,10 @@ def reference(photos: Sequence[Image.Image], encoder: ImageEncoder) -> Reference
 
 def look(pictures: Sequence[Image.Image], encoders: Encoders) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Embed pictures for the identity (N, D) and for the prompts (N, E); in one pass if the two share a network."""
-    features = encoders.image.embed(pictures)
-    if encoders.text is None:
-        return features, None
-    if isinstance(encoders.image, Lite0Encoder) and isinstance(encoders.text, FeatureReader):
-        return features, encoders.text.embed_features(features)
-    return features, encoders.text.embed_images(pictures)
+    if isinstance(encoders.image, FeatureReader) and isinstance(encoders.text, FeatureReader):
+        features = lite0_pooled(pictures)
+        return encoders.image.embed_features(features), encoders.text.embed_features(features)
+    return encoders.image.embed(pictures), encoders.text.embed_images(pictures) if encoders.text else None
 
 
 def score(

@@ -31,11 +31,13 @@ from dreambooth.models import (
 )
 from dreambooth.params import Params
 from dreambooth.sampling import SamplerSettings, draw, settings_of
+from dreambooth.scorer import BundledScorer
 from dreambooth.tracking import open_run
 from stages.entry import main, say
 
 INPUTS = ("models/{id}", "build/{id}/instance", "data/base", "data/prompts")
 OUTPUTS = ("build/{id}/evaluation", "metrics/{id}.json")
+SCORER = "data/base/scorer"
 COST = ".cost.json"  # hidden: no part of the content, which is the same whenever it is made
 
 
@@ -156,13 +158,14 @@ def _plan(params: Params, subject_id: str, root: Path) -> Plan:
 
 
 def _encoders(root: Path) -> Encoders:
-    return Encoders(Lite0Encoder(), None)
+    folder = root / SCORER
+    return Encoders(Lite0Encoder(), BundledScorer(folder) if folder.is_dir() else None)
 
 
 def _embed_texts(plan: Plan, encoders: Encoders, subject_id: str) -> torch.Tensor | None:
     """Embed the prompts without the identifier; None, said aloud, where the encoder refuses to judge one."""
     if encoders.text is None:
-        say(f"evaluate {subject_id}: no image-text encoder in data/base/scorer: prompt fidelity is not measured")
+        say(f"evaluate {subject_id}: no image-text encoder in {SCORER}: prompt fidelity is not measured")
         return None
     try:
         return encoders.text.embed_texts(list(dict.fromkeys(case.base_prompt for case in plan.cases)))

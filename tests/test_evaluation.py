@@ -101,7 +101,7 @@ def test_identity_is_averaged_over_seeds_then_prompts_and_property_prompts_stay_
 def test_prompt_fidelity_asks_for_the_prompt_without_the_identifier() -> None:
     todo = cases([Template("property", "a green {}"), *PLACES[:2]], "sks", "red dog", [1, 2])
     found = scored(todo, [GREEN, BLUE, RED, RED, RED, GREEN], text=ColourEncoder())
-    assert found.cases["prompt"][0] == "a green a red dog"
+    assert found.cases["prompt"][0] == "a green red dog"
     half = 0.5**0.5
     assert found.cases["prompt_fidelity"].tolist() == pytest.approx([half, 0, 1, 1, 1, 0])
     assert found.prompts["prompt_fidelity"].tolist() == pytest.approx([half / 2, 1, 0.5])
