@@ -32,6 +32,7 @@ REGION_MAPS = (0, 3, 5, 8, 11, 17)  # the stem, the last map of each size before
 BORDER = 7  # the border is the outer 1/7 of each side: one cell of the last map
 
 
+@runtime_checkable
 class ImageEncoder(Protocol):
     """What an evaluation needs of an encoder: the embedding, and three lines that make a score comparable.
 

@@ -25,8 +25,8 @@ PHOTO_SIDE = 1024
 NOT_CHECKED = "not checked"
 # What can change a score; their hash is the version of the evaluator.
 MODULES = (
-    "encoders.py", "evaluation.py", "fidelity.py", "images.py", "models.py", "prompts.py", "rng.py", "sampling.py",
-    "scorer.py",
+    "encoders.py", "evaluation.py", "fidelity.py", "hub_encoders.py", "images.py", "models.py", "prompts.py", "rng.py",
+    "sampling.py", "scorer.py",
 )  # fmt: skip
 
 
@@ -74,6 +74,8 @@ class Reference:
     """(N, 2, 63), perceptual hashes of photo and mirror image."""
     copy_cosine: float
     """Above it a picture is a copy."""
+    second: torch.Tensor | None = None
+    """(N, E), by an image-text encoder that can tell subjects too: CLIP gives the identity a second opinion."""
 
 
 @dataclass(frozen=True)
@@ -134,17 +136,19 @@ def class_seeds(count: int, seed: int) -> list[int]:
     return [rng.derive_seed(seed, "evaluation-class", number) for number in range(count)]
 
 
-def reference(photos: Sequence[Image.Image], encoder: ImageEncoder) -> Reference:
+def reference(photos: Sequence[Image.Image], encoders: Encoders) -> Reference:
     """Look at the photos once.
 
     Args:
         photos: N squares, N >= 2: what the training sees of each.
-        encoder: its copy_cosine is taken, or one made of the photos if its copies were never measured.
+        encoders: the copy_cosine of the image encoder is taken, or one made of the photos if it was never measured.
     """
+    encoder, text = encoders.image, encoders.text
     rows = encoder.embed([*photos, *map(ImageOps.mirror, photos)])
     embeddings, mirrored = rows[: len(photos)], rows[len(photos) :]
     threshold = fidelity.copy_cosine(embeddings) if encoder.copy_cosine is None else encoder.copy_cosine
-    return Reference(embeddings, mirrored, np.stack([both_hashes(photo) for photo in photos]), threshold)
+    second = text.embed(photos) if isinstance(text, ImageEncoder) else None
+    return Reference(embeddings, mirrored, np.stack([both_hashes(photo) for photo in photos]), threshold, second)
 
 
 def look(pictures: Sequence[Image.Image], encoders: Encoders) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -189,7 +193,10 @@ def score(
             "identity": fidelity.identity(generated, photos.embeddings).flatten().tolist(),
             "prompt_fidelity": faithful.flatten().tolist(),
         }
-    ).join(_nearest(pictures, rows[: len(todo)], photos))
+    )
+    if photos.second is not None and text_rows is not None:
+        table["identity_second"] = fidelity.identity(text_rows[None, : len(todo)], photos.second)[0].tolist()
+    table = table.join(_nearest(pictures, rows[: len(todo)], photos))
     varied = fidelity.diversity(generated) if seeds > 1 else torch.full((prompt_count,), torch.nan)
     class_rows = rows[len(todo) :]
     pres = fidelity.identity(class_rows[None], photos.embeddings)[0].tolist() if len(class_rows) else []
@@ -198,7 +205,8 @@ def score(
 
 def by_prompt(table: pd.DataFrame) -> pd.DataFrame:
     """Average a table of cases over the seeds of each prompt, in their order."""
-    means = table.groupby(["kind", "prompt"], sort=False)[["identity", "prompt_fidelity"]].mean()
+    averaged = [name for name in ("identity", "identity_second", "prompt_fidelity") if name in table]
+    means = table.groupby(["kind", "prompt"], sort=False)[averaged].mean()
     worst = table.groupby(["kind", "prompt"], sort=False).agg({"nearest_cosine": "max", "copy": "sum"})
     return means.join(worst).rename(columns={"copy": "copies"}).reset_index()
 
@@ -254,6 +262,10 @@ def summarise(base: Scores, personalised: Scores, photos: Reference, confidence:
             "by_kind": _by_kind(base, personalised, "identity"),
         },
     }
+    if photos.second is not None:
+        second, ours = (_mean(one, "identity_second") for one in (base, personalised))
+        top = fidelity.ceiling(photos.second)
+        metrics["identity_second"] = {"base": second, "personalised": ours, "gain": ours - second, "ceiling": top}
     for measure, column in (("prompt", "prompt_fidelity"), ("diversity", "diversity")):
         if measure in differences:
             values = {

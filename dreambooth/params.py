@@ -166,6 +166,8 @@ class Evaluate(Section):
     """At most so many, each kind in its share and in the order of its file; null takes all (25 are the standard)."""
     seeds: Annotated[list[Seed], Field(min_length=1, max_length=64)]
     """Every prompt is drawn once with each seed, by the base and by the personalised model."""
+    encoders: Literal["bundled", "hub"]
+    """bundled: Lite0 and the scorer of data/base, offline. hub: DINO ViT-S/16 and CLIP ViT-B/32, for photos."""
     num_class_images: Annotated[int, Field(ge=0, le=1000)]
     """Images of the class prompt by each model, for the prior drift (PRES); 50 are ample, 0 leaves it unmeasured."""
     class_seed: Seed

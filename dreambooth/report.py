@@ -1,32 +1,20 @@
-"""Show one evaluation to people: one HTML file that holds all of its pictures, with JSON, CSV and curves beside it.
+"""Show one evaluation to people: one HTML file that holds all of its pictures, with JSON, CSV and curves beside it."""
 
-Nothing in it is fetched or run: every picture is a data: URI, there is no script, and a content security policy
-forbids both. Every text is escaped, so that a subject called <script> is a name.
-"""
-
-import base64
-import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
-from markupsafe import Markup
 from matplotlib.figure import Figure as Plot
-from PIL import Image
 
 from dreambooth.folders import write_file
 from dreambooth.gate import Decision, numbers
 from dreambooth.images import read_prepared
+from dreambooth.pages import Picture, data_uri, file_picture, picture_of, render
 
-TEMPLATES = Path(__file__).parent / "templates"
-SMALL = 128  # pixels; a smaller picture is shown with hard pixels, as it is
-THUMBNAIL = 256  # pixels; a larger one is shrunk to this
 WORST = 5
 NEAREST = 24  # pictures beside their nearest photo
 CLASS_IMAGES = 16  # pairs in the prior panel
@@ -44,16 +32,6 @@ class Sources:
     trained: Path
     licence: str
     """Of the photos, in words."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture in the page."""
-
-    uri: str
-    alt: str
-    caption: str = ""
-    small: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,14 +89,6 @@ def write_report(target: Path, title: str, sources: Sources, metrics: Mapping[st
         write_file(target / name, png)
 
 
-def render(template: str, **values: Any) -> str:
-    """Fill a template; the policy of the page allows its own style sheet by hash, and nothing else."""
-    style = _environment().get_template("report.css").render()
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    page = _environment().get_template(template)
-    return page.render(style=Markup(style), style_hash=f"sha256-{digest}", **values)
-
-
 def make_report(title: str, sources: Sources, metrics: Mapping[str, Any], decision: Decision) -> Report:
     """Read and lay out the eight parts of a report."""
     about = json.loads((sources.evaluation / "evaluation.json").read_text(encoding="utf-8"))
@@ -149,29 +119,6 @@ def make_report(title: str, sources: Sources, metrics: Mapping[str, Any], decisi
         provenance=provenance(about, metrics, sources),
         curves={"loss.png": loss} | ({"tradeoff.png": tradeoff} if tradeoff else {}),
     )
-
-
-def write_index(reports: Path, versions: Mapping[str, str]) -> None:
-    """Write reports/index.html: every subject with a report, its verdict, and its registered versions.
-
-    Args:
-        reports: folder with a folder a subject.
-        versions: by subject, in words.
-    """
-    rows = []
-    for path in sorted(reports.glob("*/report.json")):
-        told = json.loads(path.read_text(encoding="utf-8"))
-        identity = told["metrics"]["identity"]
-        rows.append(
-            {
-                "subject": told["title"],
-                "link": f"{path.parent.name}/index.html",
-                "line": told["decision"]["line"],
-                "identity": f"{identity['base']:.3f} -> {identity['personalised']:.3f}",
-                "versions": versions.get(path.parent.name, "none"),
-            }
-        )
-    write_file(reports / "index.html", render("index.html", subjects=rows).encode())
 
 
 def summary_table(metrics: Mapping[str, Any]) -> Table:
@@ -345,36 +292,6 @@ def read_cost(evaluation: Path) -> dict[str, float]:
     path = evaluation / ".cost.json"
     found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found
-
-
-def picture_of(image: Image.Image, alt: str, caption: str = "") -> Picture:
-    """Put a picture into a page: a small one as PNG, a large one as a JPEG of at most THUMBNAIL pixels a side."""
-    small = max(image.size) <= SMALL
-    buffer, shown = io.BytesIO(), image.convert("RGB")
-    if small:
-        shown.save(buffer, "PNG", optimize=True)
-    else:
-        shown.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-        shown.save(buffer, "JPEG", quality=85)
-    return Picture(data_uri(buffer.getvalue(), "png" if small else "jpeg"), alt, caption, small)
-
-
-def file_picture(path: Path, alt: str, caption: str) -> Picture:
-    """Put the picture of a PNG file into a page."""
-    with Image.open(path, formats=["PNG"]) as image:
-        return picture_of(image, alt, caption)
-
-
-def data_uri(content: bytes, kind: str) -> str:
-    """Return a picture as a URI that holds it."""
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-@cache
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
-    )
 
 
 def _png(plot: Plot) -> bytes:

@@ -18,6 +18,7 @@ from dreambooth.errors import EvaluationError
 from dreambooth.evaluation import Encoders, Scores
 from dreambooth.folders import cache_folder, code_hash, new_folder, read_manifest, sha256_of, write_file
 from dreambooth.grid import comparison_grid
+from dreambooth.hub_encoders import ClipEncoder, DinoEncoder
 from dreambooth.images import png_bytes, read_prepared
 from dreambooth.models import (
     DTYPES,
@@ -77,9 +78,9 @@ def run(params: Params, subject_id: str, root: Path) -> None:
     """Write build/<id>/evaluation/ (pictures, grid.png, {scores,prompts,class_images}.csv) and metrics/<id>.json."""
     plan = _plan(params, subject_id, root)
     trained, prepared = (root / path.format(id=subject_id) for path in INPUTS[:2])
-    manifest, encoders = read_manifest(trained), _encoders(root)
+    manifest, encoders = read_manifest(trained), _encoders(params, root)
     squares = [evaluation.as_photo(photo) for _, photo in read_prepared(prepared)]
-    photos, texts = evaluation.reference(squares, encoders.image), _embed_texts(plan, encoders, subject_id)
+    photos, texts = evaluation.reference(squares, encoders), _embed_texts(plan, encoders, subject_id)
     drawn = {"base": _base_pictures(plan)}
     begin = time.monotonic()
     drawn["personalised"] = draw_pictures(plan, trained, "personalised")
@@ -157,7 +158,9 @@ def _plan(params: Params, subject_id: str, root: Path) -> Plan:
     )
 
 
-def _encoders(root: Path) -> Encoders:
+def _encoders(params: Params, root: Path) -> Encoders:
+    if params.evaluate.encoders == "hub":
+        return Encoders(DinoEncoder(), ClipEncoder())
     folder = root / SCORER
     return Encoders(Lite0Encoder(), BundledScorer(folder) if folder.is_dir() else None)
 
@@ -220,7 +223,7 @@ def _track(root: Path, subject_id: str, fingerprint: str, metrics: dict[str, Any
     with open_run(root, key=fingerprint, name=subject_id, tags={"subject": subject_id}) as tracked:
         values = {
             f"{measure}.{name}": float(value)
-            for measure in ("identity", "prompt", "diversity", "copying", "prior")
+            for measure in ("identity", "identity_second", "prompt", "diversity", "copying", "prior")
             for name, value in metrics.get(measure, {}).items()
             if isinstance(value, int | float)
         }

@@ -21,9 +21,10 @@ from dreambooth.evaluation import Encoders, cases, class_seeds, reference, score
 from dreambooth.folders import new_folder
 from dreambooth.gate import decide, read_scorecard
 from dreambooth.images import png_bytes
+from dreambooth.pages import picture_of, write_index
 from dreambooth.params import parse_params
 from dreambooth.prompts import Template
-from dreambooth.report import Sources, make_report, picture_of, write_index, write_report
+from dreambooth.report import Sources, make_report, write_report
 
 MARGINS = parse_params(yaml.safe_load((REPOSITORY / "params.yaml").read_text())).gate
 EVIL = "<script>document.title='owned'</script>"
@@ -58,7 +59,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sources, dict[str
     with new_folder(root / "instance", {"photos": [{"file": f"{i:02d}.png"} for i in range(4)]}) as target:
         for number, photo in enumerate(photos):
             (target / f"{number:02d}.png").write_bytes(png_bytes(photo))
-    todo, seen = cases(TEMPLATES, EVIL, "dog", [1, 2]), reference(photos, encoders.image)
+    todo, seen = cases(TEMPLATES, EVIL, "dog", [1, 2]), reference(photos, encoders)
     texts = encoders.text.embed_texts(range(6)) if encoders.text else None
     pictures = {
         "base": [make_photo(100 + i, 64) for i in range(16)],
