@@ -10,7 +10,9 @@ DreamboothError                 every error below; printed as one line, never as
 ├── AlreadyRunningError         another process does this work (locks.py)
 ├── Interrupted                 told to stop, state saved (interruption.py)
 ├── PriorError                  class images that cannot be drawn
-├── TrainingError               a training that diverged or cannot start
+├── TrainingError               a training that cannot start or go on
+│   ├── DivergedError           its loss is not finite any more
+│   └── OutOfMemoryError        its step does not fit into the memory
 ├── EvaluationError             an evaluation without the prompts or the numbers it needs
 │   └── UnknownWordError        a prompt with words that the image-text scorer never saw (all of them at once)
 ├── RegistryError               an export that cannot be registered, or a version that cannot be loaded
@@ -86,6 +88,20 @@ class TrainingError(DreamboothError):
 
     code = "E_TRAIN"
     exit_code = 6
+
+
+class DivergedError(TrainingError):
+    """Stop a training whose loss, gradient or weights are not finite any more."""
+
+    code = "E_DIVERGED"
+    exit_code = 6
+
+
+class OutOfMemoryError(TrainingError):
+    """Stop a training whose step does not fit into the memory of the device."""
+
+    code = "E_OUT_OF_MEMORY"
+    exit_code = 71  # EX_OSERR of sysexits.h
 
 
 class EvaluationError(DreamboothError):

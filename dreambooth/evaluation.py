@@ -25,8 +25,8 @@ PHOTO_SIDE = 1024
 NOT_CHECKED = "not checked"
 # What can change a score; their hash is the version of the evaluator.
 MODULES = (
-    "encoders.py", "evaluation.py", "fidelity.py", "hub_encoders.py", "images.py", "models.py", "prompts.py", "rng.py",
-    "sampling.py", "scorer.py",
+    "drawings", "encoders", "evaluation", "fidelity", "hub_encoders", "images", "models", "prompts", "rng", "sampling",
+    "scorer",
 )  # fmt: skip
 
 

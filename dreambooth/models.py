@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from dreambooth import processes
 from dreambooth.errors import ModelError
 from dreambooth.folders import sha256_of, sha256_of_file
 
@@ -48,8 +49,8 @@ class Model:
 
 
 def default_device() -> torch.device:
-    """Return the GPU when there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the GPU when there is one, this process's own of several, else the CPU."""
+    return torch.device("cuda", processes.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def device_name(device: torch.device) -> str:

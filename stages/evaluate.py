@@ -2,9 +2,11 @@
 
 import io
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,19 @@ import torch
 from PIL import Image
 
 from dreambooth import evaluation, prompts
+from dreambooth.drawings import Picture, drawing_key, ensure_drawings, read_pngs
 from dreambooth.encoders import Lite0Encoder
 from dreambooth.errors import EvaluationError
 from dreambooth.evaluation import Encoders, Scores
-from dreambooth.folders import cache_folder, code_hash, new_folder, read_manifest, sha256_of, write_file
+from dreambooth.folders import (
+    cache_folder,
+    code_hash,
+    new_folder,
+    read_manifest,
+    scratch_folder,
+    sha256_of,
+    write_file,
+)
 from dreambooth.grid import comparison_grid
 from dreambooth.hub_encoders import ClipEncoder, DinoEncoder
 from dreambooth.images import png_bytes, read_prepared
@@ -31,7 +42,7 @@ from dreambooth.models import (
     resolve_model,
 )
 from dreambooth.params import Params
-from dreambooth.sampling import SamplerSettings, draw, settings_of
+from dreambooth.sampling import SamplerSettings, settings_of
 from dreambooth.scorer import BundledScorer
 from dreambooth.tracking import open_run
 from stages.entry import main, say
@@ -81,9 +92,10 @@ def run(params: Params, subject_id: str, root: Path) -> None:
     manifest, encoders = read_manifest(trained), _encoders(params, root)
     squares = [evaluation.as_photo(photo) for _, photo in read_prepared(prepared)]
     photos, texts = evaluation.reference(squares, encoders), _embed_texts(plan, encoders, subject_id)
-    drawn = {"base": _base_pictures(plan)}
+    shared, own = cache_folder() / "evaluation", scratch_folder(root) / "evaluation" / subject_id
+    drawn = {"base": draw_pictures(plan, None, shared, model_hash(plan.base), "base")}
     begin = time.monotonic()
-    drawn["personalised"] = draw_pictures(plan, trained, "personalised")
+    drawn["personalised"] = draw_pictures(plan, trained, own, manifest["fingerprint"], "personalised")
     drawn_at = time.monotonic()
     scores = {
         name: evaluation.score(
@@ -113,6 +125,7 @@ def run(params: Params, subject_id: str, root: Path) -> None:
         identities = {name: one.cases["identity"].to_list() for name, one in scores.items()}
         sheet = comparison_grid(squares, plan.prompts, params.evaluate.seeds, drawn, identities)
         (target / "grid.png").write_bytes(png_bytes(sheet))
+    shutil.rmtree(own)  # only a drawing that was stopped needs it
     path = root / OUTPUTS[1].format(id=subject_id)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, json.dumps(metrics, indent=1).encode() + b"\n")
@@ -137,11 +150,24 @@ def fingerprint(plan: Plan, encoders: Encoders, photos: Mapping[str, Any]) -> di
     }
 
 
-def draw_pictures(plan: Plan, trained: Path | None, name: str) -> list[Image.Image]:
-    """Draw the cases, then the class images, with the base or with the parts that a training made of it."""
-    texts = plan.base_texts if trained is None else plan.texts
-    model = load_model(plan.base, DTYPES[plan.dtype], trained=trained)
-    return draw(model, texts, plan.noise_seeds, plan.settings, description=f"evaluation images, {name}")
+def draw_pictures(plan: Plan, trained: Path | None, store: Path, model: str, name: str) -> list[Image.Image]:
+    """Draw the cases, then the class images, or read those that were drawn before; a stopped drawing goes on.
+
+    Args:
+        plan: what to draw.
+        trained: parts that a training made of the base; None for the base itself.
+        store: folder of the folders of pictures; the pictures of the base are shared by all subjects of a class.
+        model: fingerprint of the training, or hash of the base.
+        name: of the model, for people.
+    """
+    texts, device = plan.base_texts if trained is None else plan.texts, device_name(default_device())
+    about = {"model": model, "settings": asdict(plan.settings), "dtype": plan.dtype, "device": device}
+    folder = store / drawing_key(about | {"texts": texts, "seeds": plan.noise_seeds})
+    pictures = [Picture(text, (seed,)) for text, seed in zip(texts, plan.noise_seeds, strict=True)]
+    load = partial(load_model, plan.base, DTYPES[plan.dtype], trained=trained)
+    ensure_drawings(folder, pictures, load, plan.settings, f"evaluation images, {name}")
+    pngs = read_pngs(folder, len(pictures))
+    return [Image.open(io.BytesIO(png), formats=["PNG"]).convert("RGB") for png in pngs]
 
 
 def _plan(params: Params, subject_id: str, root: Path) -> Plan:
@@ -175,26 +201,6 @@ def _embed_texts(plan: Plan, encoders: Encoders, subject_id: str) -> torch.Tenso
     except EvaluationError as error:
         say(f"evaluate {subject_id}: prompt fidelity is not measured: {error}")
         return None
-
-
-def _base_pictures(plan: Plan) -> list[Image.Image]:
-    """Return the pictures of the untouched model, drawn once for all subjects of a class."""
-    key = {
-        "base": model_hash(plan.base),
-        "device": device_name(default_device()),
-        "dtype": plan.dtype,
-        "seeds": plan.noise_seeds,
-        "settings": asdict(plan.settings),
-        "texts": plan.base_texts,
-        "versions": library_versions(),
-    }
-    store = cache_folder() / "evaluation" / sha256_of(key)
-    if not store.is_dir():
-        with new_folder(store, key) as target:
-            for number, image in enumerate(draw_pictures(plan, None, "base")):
-                (target / f"{number:05d}.png").write_bytes(png_bytes(image))
-    files = sorted(read_manifest(store)["files"])
-    return [Image.open(io.BytesIO((store / name).read_bytes()), formats=["PNG"]).convert("RGB") for name in files]
 
 
 def _write_pictures(target: Path, drawn: Mapping[str, Sequence[Image.Image]], cases: int) -> None:

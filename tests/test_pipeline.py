@@ -24,6 +24,7 @@ WITHOUT_EFFECT = {
     "dreambooth/errors.py",
     "dreambooth/interruption.py",
     "dreambooth/locks.py",
+    "dreambooth/processes.py",
     "dreambooth/params.py",  # the values are declared one by one, under params
     "dreambooth/progress.py",
     "dreambooth/tracking.py",
