@@ -3,7 +3,8 @@
 P prompts, S seeds of a prompt, M class images, N real photos, D and E embedding widths.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -196,7 +197,7 @@ def score(
     )
     if photos.second is not None and text_rows is not None:
         table["identity_second"] = fidelity.identity(text_rows[None, : len(todo)], photos.second)[0].tolist()
-    table = table.join(_nearest(pictures, rows[: len(todo)], photos))
+    table = table.join(nearest_photos(pictures, rows[: len(todo)], photos))
     varied = fidelity.diversity(generated) if seeds > 1 else torch.full((prompt_count,), torch.nan)
     class_rows = rows[len(todo) :]
     pres = fidelity.identity(class_rows[None], photos.embeddings)[0].tolist() if len(class_rows) else []
@@ -302,6 +303,58 @@ def summarise(base: Scores, personalised: Scores, photos: Reference, confidence:
     }
 
 
+def score_checkpoints(
+    previews: Mapping[int, Sequence[Image.Image]],
+    photos: Reference,
+    encoders: Encoders,
+    texts: torch.Tensor | None,
+    confidence: float,
+) -> pd.DataFrame:
+    """Score the previews of a training: cheap, for "which step?", and no part of the evaluation set.
+
+    Args:
+        previews: by step, one picture for each of P prompts, always with the same noise.
+        photos: of the subject.
+        encoders: for all of them.
+        texts: (P, E), embeddings of the prompts without the identifier; None where they cannot be scored.
+        confidence: of the intervals over prompts.
+
+    Returns:
+        A row a step: step, identity, identity_error, prompt, prompt_error (half widths; NaN at one prompt, and for a
+        prompt fidelity that is missing).
+    """
+    steps = sorted(previews)
+    rows, text_rows = look([image for step in steps for image in previews[step]], encoders)
+    identity = fidelity.identity(rows.view(len(steps), -1, rows.shape[1]), photos.embeddings)
+    faithful = torch.full(identity.shape, torch.nan)
+    if texts is not None and text_rows is not None:
+        by_step = text_rows.view(len(steps), -1, text_rows.shape[1])
+        faithful = fidelity.prompt_fidelity(by_step.transpose(0, 1), texts).T
+    found = []
+    for step, *measures in zip(steps, identity.numpy(), faithful.numpy(), strict=True):
+        intervals = [_interval(values, confidence) for values in measures]
+        errors = [(one["high"] - one["low"]) / 2 if one else math.nan for one in intervals]
+        means = [float(values.mean()) for values in measures]
+        found.append((step, means[0], errors[0], means[1], errors[1]))
+    return pd.DataFrame(found, columns=["step", "identity", "identity_error", "prompt", "prompt_error"])
+
+
+def choose_step(points: pd.DataFrame, drop: float) -> int | None:
+    """Return the step with the most identity among those within `drop` of the best prompt fidelity.
+
+    Args:
+        points: of `score_checkpoints`.
+        drop: of the prompt fidelity that identity is worth.
+
+    Returns:
+        The first of equals; None where the prompt fidelity is missing.
+    """
+    if points.empty or points["prompt"].isna().any():
+        return None
+    allowed = points[points["prompt"] >= points["prompt"].max() - drop]
+    return int(allowed["step"][allowed["identity"].idxmax()])
+
+
 def headline(metrics: dict[str, Any]) -> str:
     """Say in one line what the interval of the identity says, and no more."""
     identity, prompts_counted = metrics["identity"], metrics["prompts"]
@@ -323,7 +376,7 @@ def as_photo(photo: Image.Image) -> Image.Image:
     return ImageOps.fit(photo, (side, side), method=Image.Resampling.LANCZOS)
 
 
-def _nearest(pictures: Sequence[Image.Image], rows: torch.Tensor, photos: Reference) -> pd.DataFrame:
+def nearest_photos(pictures: Sequence[Image.Image], rows: torch.Tensor, photos: Reference) -> pd.DataFrame:
     """Find the photo, or the mirror image of one, that each picture is nearest to; tell whether it is a copy."""
     cosines = torch.maximum(fidelity.cosine(rows, photos.embeddings), fidelity.cosine(rows, photos.mirrored))
     best = cosines.max(dim=-1)

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure as Plot
 
+from dreambooth.evaluation import choose_step
 from dreambooth.folders import write_file
 from dreambooth.gate import Decision, numbers
 from dreambooth.images import read_prepared
@@ -69,7 +70,9 @@ class Report:
     """PNG by name, for files beside the page."""
 
 
-def write_report(target: Path, title: str, sources: Sources, metrics: Mapping[str, Any], decision: Decision) -> None:
+def write_report(
+    target: Path, title: str, sources: Sources, metrics: Mapping[str, Any], decision: Decision, drop: float
+) -> None:
     """Fill a folder with index.html, report.json, scores.csv, prompts.csv, loss.png, tradeoff.png and grid.png.
 
     Args:
@@ -78,8 +81,9 @@ def write_report(target: Path, title: str, sources: Sources, metrics: Mapping[st
         sources: of everything shown.
         metrics: of metrics/<id>.json.
         decision: of the gate.
+        drop: of the prompt fidelity that identity is worth, for the choice of a step.
     """
-    report = make_report(title, sources, metrics, decision)
+    report = make_report(title, sources, metrics, decision, drop)
     write_file(target / "index.html", render("report.html", report=report).encode())
     told = {"title": title, "decision": asdict(decision), "metrics": metrics}
     write_file(target / "report.json", json.dumps(told, indent=1).encode() + b"\n")
@@ -89,14 +93,14 @@ def write_report(target: Path, title: str, sources: Sources, metrics: Mapping[st
         write_file(target / name, png)
 
 
-def make_report(title: str, sources: Sources, metrics: Mapping[str, Any], decision: Decision) -> Report:
+def make_report(title: str, sources: Sources, metrics: Mapping[str, Any], decision: Decision, drop: float) -> Report:
     """Read and lay out the eight parts of a report."""
     about = json.loads((sources.evaluation / "evaluation.json").read_text(encoding="utf-8"))
     tables = {name: pd.read_csv(sources.evaluation / f"{name}.csv") for name in ("scores", "prompts", "class_images")}
     models = list(about["models"])
     photos = [picture_of(image, name) for name, image in read_prepared(sources.instance)]
-    loss = loss_curves(pd.read_csv(sources.trained / "loss.csv"))
-    points = read_points(sources.trained, metrics)
+    loss = loss_curves(*read_losses(sources.trained))
+    points = read_points(sources.evaluation, metrics)
     tradeoff = tradeoff_curve(points) if points is not None else b""
     return Report(
         title=title,
@@ -115,7 +119,7 @@ def make_report(title: str, sources: Sources, metrics: Mapping[str, Any], decisi
         loss=data_uri(loss, "png"),
         loss_note="Faint: each step, which is nearly pure noise. Strong: the mean of its neighbourhood.",
         tradeoff=data_uri(tradeoff, "png") if tradeoff else "",
-        tradeoff_note=_tradeoff_note(points),
+        tradeoff_note=_tradeoff_note(points, drop),
         provenance=provenance(about, metrics, sources),
         curves={"loss.png": loss} | ({"tradeoff.png": tradeoff} if tradeoff else {}),
     )
@@ -214,34 +218,39 @@ def class_pairs(evaluation: Path, class_images: pd.DataFrame, models: Sequence[s
     ]
 
 
-def loss_curves(history: pd.DataFrame) -> bytes:
-    """Plot instance loss, class loss and the evaluation loss where there is one, a panel each: a PNG."""
-    titles = {
-        "loss_instance": "loss of the photos",
-        "loss_prior": "loss of the class images",
-        "evaluation_loss": "loss at fixed noise and timesteps",
-    }
-    shown = [name for name in titles if name in history and history[name].notna().any()]
-    plot = Plot(figsize=(4.2 * max(len(shown), 1), 3), layout="constrained")
+def read_losses(trained: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Read the loss of every step, and the losses at fixed noise, empty where they were not measured."""
+    fixed = trained / "evaluation_loss.csv"
+    return pd.read_csv(trained / "loss.csv"), pd.read_csv(fixed) if fixed.exists() else pd.DataFrame()
+
+
+def loss_curves(history: pd.DataFrame, fixed: pd.DataFrame) -> bytes:
+    """Plot photos and class images apart: each step faintly, its neighbourhood, and the loss at fixed noise: a PNG."""
+    titles = {"loss_instance": "loss of the photos", "loss_prior": "loss of the class images"}
+    shown = [name for name in titles if history[name].notna().any()]
+    plot = Plot(figsize=(4.6 * max(len(shown), 1), 3), layout="constrained")
     for number, name in enumerate(shown):
         axes = plot.add_subplot(1, len(shown), number + 1)
         known = history[["step", name]].dropna()
         span = max(int(SMOOTHING * len(history)), 1)
-        axes.plot(known["step"], known[name], color="#b9c4d6", linewidth=0.8)
+        axes.plot(known["step"], known[name], color="#c9d3e3", linewidth=0.8)
         axes.plot(known["step"], known[name].rolling(span, min_periods=1, center=True).mean(), color="#2456a6")
+        if name in fixed:
+            axes.plot(fixed["step"], fixed[name], color="#b3261e", marker="o", markersize=3, label="at fixed noise")
+            axes.legend(fontsize=8)
         axes.set_title(titles[name], fontsize=10)
         axes.set_xlabel("step", fontsize=9)
         axes.tick_params(labelsize=8)
     return _png(plot)
 
 
-def read_points(trained: Path, metrics: Mapping[str, Any]) -> pd.DataFrame | None:
+def read_points(evaluation: Path, metrics: Mapping[str, Any]) -> pd.DataFrame | None:
     """Return identity and prompt fidelity with their intervals: a row a checkpoint, or base and final model alone.
 
     Returns:
         label, identity, identity_error, prompt, prompt_error (half widths); None where the prompt fidelity is missing.
     """
-    path = trained / "checkpoints.csv"
+    path = evaluation / "checkpoints.csv"
     if path.exists():
         table = pd.read_csv(path)
         return table.assign(label=[f"step {step}" for step in table["step"]]) if table["prompt"].notna().all() else None
@@ -343,7 +352,11 @@ def _prior_note(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _tradeoff_note(points: pd.DataFrame | None) -> str:
+def _tradeoff_note(points: pd.DataFrame | None, drop: float) -> str:
     if points is None:
         return "Not drawn: the prompt fidelity was not measured."
-    return "Up: more like the subject. Right: more like the prompt. One point a model, with the interval of its mean."
+    means = "Up: more like the subject. Right: more like the prompt. Bars: the interval over prompts."
+    if "step" not in points:
+        return f"{means} One point a model; with train.preview_steps the report shows one a step."
+    best = choose_step(points, drop)
+    return f"{means} One point a step, by its previews. Most identity within {drop:g} of the best prompt: step {best}."

@@ -18,7 +18,7 @@ from dreambooth import evaluation, prompts
 from dreambooth.drawings import Picture, drawing_key, ensure_drawings, read_pngs
 from dreambooth.encoders import Lite0Encoder
 from dreambooth.errors import EvaluationError
-from dreambooth.evaluation import Encoders, Scores
+from dreambooth.evaluation import Encoders, Reference, Scores
 from dreambooth.folders import (
     cache_folder,
     code_hash,
@@ -70,6 +70,11 @@ class Plan:
         return list(dict.fromkeys(case.personalised_prompt for case in self.cases))
 
     @property
+    def base_prompts(self) -> list[str]:
+        """Of the base model and of the encoder of texts, one for all seeds."""
+        return list(dict.fromkeys(case.base_prompt for case in self.cases))
+
+    @property
     def noise_seeds(self) -> list[int]:
         """Of the cases, then of the class images."""
         return [case.noise_seed for case in self.cases] + self.class_seeds
@@ -91,7 +96,7 @@ def run(params: Params, subject_id: str, root: Path) -> None:
     trained, prepared = (root / path.format(id=subject_id) for path in INPUTS[:2])
     manifest, encoders = read_manifest(trained), _encoders(params, root)
     squares = [evaluation.as_photo(photo) for _, photo in read_prepared(prepared)]
-    photos, texts = evaluation.reference(squares, encoders), _embed_texts(plan, encoders, subject_id)
+    photos, texts = evaluation.reference(squares, encoders), _embed_texts(plan.base_prompts, encoders, subject_id)
     shared, own = cache_folder() / "evaluation", scratch_folder(root) / "evaluation" / subject_id
     drawn = {"base": draw_pictures(plan, None, shared, model_hash(plan.base), "base")}
     begin = time.monotonic()
@@ -122,6 +127,8 @@ def run(params: Params, subject_id: str, root: Path) -> None:
         write_file(target / COST, json.dumps(cost).encode())
         _write_pictures(target, drawn, len(plan.cases))
         _write_scores(target, scores, plan)
+        if (checkpoints := _checkpoints(params, subject_id, trained, photos, encoders)) is not None:
+            checkpoints.to_csv(target / "checkpoints.csv", index=False)
         identities = {name: one.cases["identity"].to_list() for name, one in scores.items()}
         sheet = comparison_grid(squares, plan.prompts, params.evaluate.seeds, drawn, identities)
         (target / "grid.png").write_bytes(png_bytes(sheet))
@@ -191,16 +198,33 @@ def _encoders(params: Params, root: Path) -> Encoders:
     return Encoders(Lite0Encoder(), BundledScorer(folder) if folder.is_dir() else None)
 
 
-def _embed_texts(plan: Plan, encoders: Encoders, subject_id: str) -> torch.Tensor | None:
+def _embed_texts(texts: Sequence[str], encoders: Encoders, subject_id: str) -> torch.Tensor | None:
     """Embed the prompts without the identifier; None, said aloud, where the encoder refuses to judge one."""
     if encoders.text is None:
         say(f"evaluate {subject_id}: no image-text encoder in {SCORER}: prompt fidelity is not measured")
         return None
     try:
-        return encoders.text.embed_texts(list(dict.fromkeys(case.base_prompt for case in plan.cases)))
+        return encoders.text.embed_texts(texts)
     except EvaluationError as error:
         say(f"evaluate {subject_id}: prompt fidelity is not measured: {error}")
         return None
+
+
+def _checkpoints(
+    params: Params, subject_id: str, trained: Path, photos: Reference, encoders: Encoders
+) -> pd.DataFrame | None:
+    """Score the previews that the training left, if it drew any."""
+    previews: dict[int, list[Image.Image]] = {}
+    for path in sorted((trained / "previews").glob("step-*.png")):
+        with Image.open(path, formats=["PNG"]) as image:
+            previews.setdefault(int(path.stem.split("-")[1]), []).append(image.convert("RGB"))
+    noun = prompts.with_article(params.class_of(subject_id).class_noun)
+    asked = [prompts.fill(template, noun) for template in params.train.preview_prompts]
+    whole = {step: images for step, images in previews.items() if len(images) == len(asked)}
+    if not whole:
+        return None
+    texts = _embed_texts(asked, encoders, subject_id)
+    return evaluation.score_checkpoints(whole, photos, encoders, texts, params.evaluate.confidence)
 
 
 def _write_pictures(target: Path, drawn: Mapping[str, Sequence[Image.Image]], cases: int) -> None:

@@ -36,7 +36,7 @@ def run(params: Params, subject_id: str, root: Path) -> None:
     title = f"{subject_id}: {prompts.instance_prompt(subject.identifier, class_noun)}"
     sources = Sources(evaluation, instance, trained, _licence(photos))
     with new_folder(root / OUTPUTS[0].format(id=subject_id), {"model": model}) as target:
-        write_report(target, title, sources, metrics, decision)
+        write_report(target, title, sources, metrics, decision, params.gate.first_prompt_drop)
     _track(root, subject_id, model)
     say(f"report {subject_id}: {decision.line}")
     say(f"report {subject_id}: {OUTPUTS[0].format(id=subject_id)}/index.html")

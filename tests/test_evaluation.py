@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -16,11 +17,13 @@ from dreambooth.evaluation import (
     Encoders,
     Scores,
     cases,
+    choose_step,
     class_seeds,
     compare,
     headline,
     reference,
     score,
+    score_checkpoints,
     summarise,
 )
 from dreambooth.prompts import Template, choose, class_prompt, instance_prompt, load_templates, with_article
@@ -220,3 +223,23 @@ def test_prompts_are_the_sentences_of_the_paper() -> None:
     assert class_prompt("dog") == "a photo of a dog"
     assert class_prompt("elephant") == "a photo of an elephant"
     assert with_article("apple") == "an apple"
+
+
+def test_previews_are_scored_by_step_over_their_prompts() -> None:
+    encoders = Encoders(ColourEncoder(), ColourEncoder())
+    texts = ColourEncoder().embed_texts(["a red dog", "a green dog"])
+    previews = {100: plain(RED, RED), 50: plain(GREEN, GREEN)}
+    points = score_checkpoints(previews, reference(plain(RED, RED), encoders), encoders, texts, 0.95)
+    assert points["step"].tolist() == [50, 100]
+    assert points["identity"].tolist() == pytest.approx([0, 1])
+    assert points["identity_error"].tolist() == pytest.approx([0, 0])
+    assert points["prompt"].tolist() == pytest.approx([0.5, 0.5])
+    assert points["prompt_error"].tolist() == pytest.approx([12.7062 / 2] * 2, rel=1e-4)
+
+
+def test_the_step_is_the_one_with_most_identity_while_the_prompt_holds() -> None:
+    points = pd.DataFrame({"step": [50, 100, 150], "identity": [0.3, 0.5, 0.6], "prompt": [0.40, 0.38, 0.30]})
+    assert choose_step(points, 0.03) == 100
+    assert choose_step(points, 0.2) == 150
+    assert choose_step(points, 0) == 50
+    assert choose_step(points.assign(prompt=np.nan), 0.03) is None

@@ -1,6 +1,7 @@
 """The report: one file, all pictures inside, nothing fetched or run, every text escaped."""
 
 import base64
+import dataclasses
 import hashlib
 import io
 import json
@@ -102,7 +103,7 @@ def page(sources: tuple[Sources, dict[str, Any]], tmp_path_factory: pytest.TempP
     where, metrics = sources
     decision = decide(*(read_scorecard(where.evaluation, name) for name in ("personalised", "base")), MARGINS)
     target = tmp_path_factory.mktemp("page")
-    write_report(target, EVIL, where, metrics, decision)
+    write_report(target, EVIL, where, metrics, decision, 0.03)
     return target / "index.html"
 
 
@@ -194,10 +195,24 @@ def test_what_was_not_measured_says_so(sources: tuple[Sources, dict[str, Any]]) 
     where, metrics = sources
     less = {name: value for name, value in metrics.items() if name not in ("prompt", "prior")}
     decision = decide(*(read_scorecard(where.evaluation, name) for name in ("personalised", "base")), MARGINS)
-    report = make_report("biscuit", where, less, decision)
+    report = make_report("biscuit", where, less, decision, 0.03)
     assert ["prompt", "", "", "not measured"] in [list(row) for row in report.summary.rows]
     assert report.tradeoff == ""
     assert "Not measured" in report.prior
+
+
+def test_with_scored_previews_the_plot_has_a_point_a_step_and_a_choice(
+    sources: tuple[Sources, dict[str, Any]], tmp_path: Path
+) -> None:
+    where, metrics = sources
+    copy = Path(shutil.copytree(where.evaluation, tmp_path / "evaluation"))
+    points = {"step": [50, 100, 150], "identity": [0.3, 0.5, 0.6], "prompt": [0.4, 0.39, 0.2]}
+    errors = {"identity_error": [0.1] * 3, "prompt_error": [0.1] * 3}
+    pd.DataFrame(points | errors).to_csv(copy / "checkpoints.csv", index=False)
+    decision = decide(*(read_scorecard(copy, name) for name in ("personalised", "base")), MARGINS)
+    report = make_report("biscuit", dataclasses.replace(where, evaluation=copy), metrics, decision, 0.03)
+    assert report.tradeoff_note.endswith("step 100.")
+    assert report.tradeoff.startswith("data:image/png")
 
 
 def test_a_large_picture_is_shrunk_and_a_small_one_keeps_its_pixels() -> None:
