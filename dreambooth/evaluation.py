@@ -26,8 +26,8 @@ PHOTO_SIDE = 1024
 NOT_CHECKED = "not checked"
 # What can change a score; their hash is the version of the evaluator.
 MODULES = (
-    "drawings", "encoders", "evaluation", "fidelity", "hub_encoders", "images", "models", "prompts", "rng", "sampling",
-    "scorer",
+    "comparison", "drawings", "encoders", "evaluation", "fidelity", "hub_encoders", "images", "models", "prompts",
+    "rng", "sampling", "scorer",
 )  # fmt: skip
 
 
@@ -142,12 +142,12 @@ def reference(photos: Sequence[Image.Image], encoders: Encoders) -> Reference:
 
     Args:
         photos: N squares, N >= 2: what the training sees of each.
-        encoders: the copy_cosine of the image encoder is taken, or one made of the photos if it was never measured.
+        encoders: for all of them.
     """
     encoder, text = encoders.image, encoders.text
     rows = encoder.embed([*photos, *map(ImageOps.mirror, photos)])
     embeddings, mirrored = rows[: len(photos)], rows[len(photos) :]
-    threshold = fidelity.copy_cosine(embeddings) if encoder.copy_cosine is None else encoder.copy_cosine
+    threshold = fidelity.copy_cosine(embeddings, encoder.copy_cosine)
     second = text.embed(photos) if isinstance(text, ImageEncoder) else None
     return Reference(embeddings, mirrored, np.stack([both_hashes(photo) for photo in photos]), threshold, second)
 

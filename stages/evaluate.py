@@ -1,12 +1,8 @@
 """Turn a trained model into pictures beside those of the base model, their scores, and one table of metrics."""
 
-import io
 import json
 import shutil
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +11,16 @@ import torch
 from PIL import Image
 
 from dreambooth import evaluation, prompts
-from dreambooth.drawings import Picture, drawing_key, ensure_drawings, read_pngs
+from dreambooth.comparison import BASE, Candidate, Comparison, Plan, compare_models, write_comparison
 from dreambooth.encoders import Lite0Encoder
 from dreambooth.errors import EvaluationError
-from dreambooth.evaluation import Encoders, Reference, Scores
-from dreambooth.folders import (
-    cache_folder,
-    code_hash,
-    new_folder,
-    read_manifest,
-    scratch_folder,
-    sha256_of,
-    write_file,
-)
-from dreambooth.grid import comparison_grid
+from dreambooth.evaluation import Encoders, Reference
+from dreambooth.folders import cache_folder, new_folder, read_manifest, scratch_folder, sha256_of, write_file
 from dreambooth.hub_encoders import ClipEncoder, DinoEncoder
-from dreambooth.images import png_bytes, read_prepared
-from dreambooth.models import (
-    DTYPES,
-    default_device,
-    device_name,
-    library_versions,
-    load_model,
-    model_hash,
-    peak_megabytes,
-    resolve_model,
-)
+from dreambooth.images import read_prepared
+from dreambooth.models import model_hash, resolve_model
 from dreambooth.params import Params
-from dreambooth.sampling import SamplerSettings, settings_of
+from dreambooth.sampling import settings_of
 from dreambooth.scorer import BundledScorer
 from dreambooth.tracking import open_run
 from stages.entry import main, say
@@ -50,131 +28,63 @@ from stages.entry import main, say
 INPUTS = ("models/{id}", "build/{id}/instance", "data/base", "data/prompts")
 OUTPUTS = ("build/{id}/evaluation", "metrics/{id}.json")
 SCORER = "data/base/scorer"
-COST = ".cost.json"  # hidden: no part of the content, which is the same whenever it is made
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What every model of a subject is asked to draw, and how: the same for all of them."""
-
-    base: Path
-    cases: list[evaluation.Case]
-    class_prompt: str
-    class_seeds: list[int]
-    settings: SamplerSettings
-    dtype: str
-
-    @property
-    def prompts(self) -> list[str]:
-        """Of the personalised model, one for all seeds."""
-        return list(dict.fromkeys(case.personalised_prompt for case in self.cases))
-
-    @property
-    def base_prompts(self) -> list[str]:
-        """Of the base model and of the encoder of texts, one for all seeds."""
-        return list(dict.fromkeys(case.base_prompt for case in self.cases))
-
-    @property
-    def noise_seeds(self) -> list[int]:
-        """Of the cases, then of the class images."""
-        return [case.noise_seed for case in self.cases] + self.class_seeds
-
-    @property
-    def base_texts(self) -> list[str]:
-        """What the base model is asked for, and the encoder of texts: no identifier."""
-        return [case.base_prompt for case in self.cases] + [self.class_prompt] * len(self.class_seeds)
-
-    @property
-    def texts(self) -> list[str]:
-        """What a personalised model is asked for."""
-        return [case.personalised_prompt for case in self.cases] + [self.class_prompt] * len(self.class_seeds)
 
 
 def run(params: Params, subject_id: str, root: Path) -> None:
     """Write build/<id>/evaluation/ (pictures, grid.png, {scores,prompts,class_images}.csv) and metrics/<id>.json."""
-    plan = _plan(params, subject_id, root)
-    trained, prepared = (root / path.format(id=subject_id) for path in INPUTS[:2])
-    manifest, encoders = read_manifest(trained), _encoders(params, root)
-    squares = [evaluation.as_photo(photo) for _, photo in read_prepared(prepared)]
-    photos, texts = evaluation.reference(squares, encoders), _embed_texts(plan.base_prompts, encoders, subject_id)
-    shared, own = cache_folder() / "evaluation", scratch_folder(root) / "evaluation" / subject_id
-    drawn = {"base": draw_pictures(plan, None, shared, model_hash(plan.base), "base")}
-    begin = time.monotonic()
-    drawn["personalised"] = draw_pictures(plan, trained, own, manifest["fingerprint"], "personalised")
-    drawn_at = time.monotonic()
-    scores = {
-        name: evaluation.score(
-            plan.cases, images[: len(plan.cases)], images[len(plan.cases) :], photos, encoders, texts
-        )
-        for name, images in drawn.items()
-    }
-    scored_at = time.monotonic()
-    metrics = evaluation.summarise(scores["base"], scores["personalised"], photos, params.evaluate.confidence)
-    how = fingerprint(plan, encoders, read_manifest(prepared)["files"])
-    about = {"fingerprint": sha256_of(how), "model": manifest["fingerprint"]}
+    trained = root / INPUTS[0].format(id=subject_id)
+    model, encoders = read_manifest(trained)["fingerprint"], _encoders(params, root)
+    found = compare(params, subject_id, root, {"personalised": (trained, model)}, encoders)
+    confidence = params.evaluate.confidence
+    metrics = evaluation.summarise(found.scores[BASE], found.scores["personalised"], found.photos, confidence)
+    about = {"fingerprint": sha256_of(found.how), "model": model}
     metrics |= encoders.describe() | about
-    models = {
-        "base": {"model": how["base"], "is_base": True, "safety": evaluation.NOT_CHECKED},
-        "personalised": {"model": manifest["fingerprint"], "is_base": False, "safety": evaluation.NOT_CHECKED},
-    }
     with new_folder(root / OUTPUTS[0].format(id=subject_id), about) as target:
-        write_file(target / "evaluation.json", json.dumps({"how": how, "models": models}, indent=1).encode() + b"\n")
-        cost = {
-            "seconds_per_image_drawn": (drawn_at - begin) / len(plan.texts),
-            "seconds_per_image_scored": (scored_at - drawn_at) / (2 * len(plan.texts)),
-            "megabytes_of_memory_at_the_peak": peak_megabytes(),
-        }
-        write_file(target / COST, json.dumps(cost).encode())
-        _write_pictures(target, drawn, len(plan.cases))
-        _write_scores(target, scores, plan)
-        if (checkpoints := _checkpoints(params, subject_id, trained, photos, encoders)) is not None:
+        write_comparison(target, found)
+        if (checkpoints := _checkpoints(params, subject_id, trained, found.photos, encoders)) is not None:
             checkpoints.to_csv(target / "checkpoints.csv", index=False)
-        identities = {name: one.cases["identity"].to_list() for name, one in scores.items()}
-        sheet = comparison_grid(squares, plan.prompts, params.evaluate.seeds, drawn, identities)
-        (target / "grid.png").write_bytes(png_bytes(sheet))
-    shutil.rmtree(own)  # only a drawing that was stopped needs it
+    shutil.rmtree(found.models["personalised"].store)  # only a drawing that was stopped needs it
     path = root / OUTPUTS[1].format(id=subject_id)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, json.dumps(metrics, indent=1).encode() + b"\n")
-    _track(root, subject_id, manifest["fingerprint"], metrics)
+    _track(root, subject_id, model, metrics)
     say(f"evaluate {subject_id}: {evaluation.headline(metrics)}")
 
 
-def fingerprint(plan: Plan, encoders: Encoders, photos: Mapping[str, Any]) -> dict[str, Any]:
-    """Say what scores depend on besides the model: only those with the same hash may be compared."""
-    return {
-        "base": model_hash(plan.base),
-        "cases": [asdict(case) for case in plan.cases],
-        "class_prompt": plan.class_prompt,
-        "class_seeds": plan.class_seeds,
-        "code": code_hash(evaluation.MODULES),
-        "device": device_name(default_device()),
-        "dtype": plan.dtype,
-        "encoders": encoders.describe(),
-        "photos": sha256_of(photos),
-        "settings": asdict(plan.settings),
-        "versions": library_versions(),
-    }
-
-
-def draw_pictures(plan: Plan, trained: Path | None, store: Path, model: str, name: str) -> list[Image.Image]:
-    """Draw the cases, then the class images, or read those that were drawn before; a stopped drawing goes on.
+def beside_champion(
+    params: Params, subject_id: str, root: Path, champion: Path, fingerprint: str, target: Path
+) -> None:
+    """Evaluate champion and challenger in one run, for scores that may be compared; no part of the DAG.
 
     Args:
-        plan: what to draw.
-        trained: parts that a training made of the base; None for the base itself.
-        store: folder of the folders of pictures; the pictures of the base are shared by all subjects of a class.
-        model: fingerprint of the training, or hash of the base.
-        name: of the model, for people.
+        params: of the project.
+        subject_id: whose models they are.
+        root: of the project, with the challenger in models/<id>.
+        champion: folder of the champion's parts, for example its export, downloaded.
+        fingerprint: of the champion's training.
+        target: a folder that gets what build/<id>/evaluation has, with the champion as one model more.
     """
-    texts, device = plan.base_texts if trained is None else plan.texts, device_name(default_device())
-    about = {"model": model, "settings": asdict(plan.settings), "dtype": plan.dtype, "device": device}
-    folder = store / drawing_key(about | {"texts": texts, "seeds": plan.noise_seeds})
-    pictures = [Picture(text, (seed,)) for text, seed in zip(texts, plan.noise_seeds, strict=True)]
-    load = partial(load_model, plan.base, DTYPES[plan.dtype], trained=trained)
-    ensure_drawings(folder, pictures, load, plan.settings, f"evaluation images, {name}")
-    pngs = read_pngs(folder, len(pictures))
-    return [Image.open(io.BytesIO(png), formats=["PNG"]).convert("RGB") for png in pngs]
+    trained = root / INPUTS[0].format(id=subject_id)
+    model, encoders = read_manifest(trained)["fingerprint"], _encoders(params, root)
+    models = {"champion": (champion, fingerprint), "personalised": (trained, model)}
+    with new_folder(target, {"model": model, "champion": fingerprint}) as folder:
+        write_comparison(folder, compare(params, subject_id, root, models, encoders))
+
+
+def compare(
+    params: Params, subject_id: str, root: Path, models: dict[str, tuple[Path, str]], encoders: Encoders
+) -> Comparison:
+    """Draw and score the base and these models: by name, the folder of the trained parts and its fingerprint."""
+    plan, prepared = _plan(params, subject_id, root), root / INPUTS[1].format(id=subject_id)
+    shared, own = cache_folder() / "evaluation", scratch_folder(root) / "evaluation" / subject_id
+    candidates = {BASE: Candidate(None, model_hash(plan.base), shared)}
+    candidates |= {name: Candidate(folder, fingerprint, own) for name, (folder, fingerprint) in models.items()}
+    squares = [evaluation.as_photo(photo) for _, photo in read_prepared(prepared)]
+    photos_hash, texts = (
+        sha256_of(read_manifest(prepared)["files"]),
+        _embed_texts(plan.base_prompts, encoders, subject_id),
+    )
+    return compare_models(plan, candidates, squares, photos_hash, encoders, texts)
 
 
 def _plan(params: Params, subject_id: str, root: Path) -> Plan:
@@ -225,28 +135,6 @@ def _checkpoints(
         return None
     texts = _embed_texts(asked, encoders, subject_id)
     return evaluation.score_checkpoints(whole, photos, encoders, texts, params.evaluate.confidence)
-
-
-def _write_pictures(target: Path, drawn: Mapping[str, Sequence[Image.Image]], cases: int) -> None:
-    """Write <model>/000.png ... in the order of scores.csv, and class/<model>/000.png ... in that of their seeds."""
-    for name, images in drawn.items():
-        for folder, part in ((target / name, images[:cases]), (target / "class" / name, images[cases:])):
-            folder.mkdir(parents=True)
-            for number, image in enumerate(part):
-                (folder / f"{number:03d}.png").write_bytes(png_bytes(image))
-
-
-def _write_scores(target: Path, scores: Mapping[str, Scores], plan: Plan) -> None:
-    tables = {
-        "scores": {name: one.cases for name, one in scores.items()},
-        "prompts": {name: one.prompts for name, one in scores.items()},
-        "class_images": {
-            name: pd.DataFrame({"noise_seed": plan.class_seeds, "pres": one.pres}) for name, one in scores.items()
-        },
-    }
-    for file, parts in tables.items():
-        table = pd.concat([part.assign(model=name) for name, part in parts.items()])
-        table.to_csv(target / f"{file}.csv", index=False)
 
 
 def _track(root: Path, subject_id: str, fingerprint: str, metrics: dict[str, Any]) -> None:
