@@ -22,11 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-<<<<<<< HEAD
-from base import compose, hands, loop, recipe
-=======
 from base import compose, hands, icons, loop, recipe, sprites
->>>>>>> scorer
 from base.compose import Plan
 from base.recipe import Precision, Recipe
 from base.recipe import Scorer as Section
@@ -352,9 +348,9 @@ What a cosine means, on the same pictures (mean):
 | another scene | {sharp[cosine_wrong_scene]:.3f} | {soft[cosine_wrong_scene]:.3f} |
 | no word in common | {sharp[cosine_all_wrong]:.3f} | {soft[cosine_all_wrong]:.3f} |
 
-So a difference of .03 between two models is {noun_share:.0%} of what a wrong noun costs, as if one picture in {one_in:.0f}
-had lost its subject; .01 is a third of that. The cosines of CLIP lie closer together (.15 to .35): compare neither its
-numbers with these, nor those of two revisions of this scorer.
+So a difference of .03 between two models is {noun_share:.0%} of what a wrong noun costs, as if one picture in
+{one_in:.0f} had lost its subject; .01 is a third of that. The cosines of CLIP lie closer together (.15 to .35):
+compare neither its numbers with these, nor those of two revisions of this scorer.
 
 ## Vocabulary
 * Nouns of `emoji64`: {nouns}.

@@ -9,7 +9,7 @@ import io
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -26,15 +26,38 @@ BLOCK_STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)
 BATCH_NORM_EPS = 1e-3  # TensorFlow's value, with which these weights were trained; torch's own is 1e-5
 RESOLUTION = 224  # pixels, the training resolution of Lite0
 GEM_POWER = 3.0  # Radenovic et al. 2018, section 3.2
+# Above it two pictures are one: no pair of 156 different photos is, nearly all re-saved, mirrored and blurred ones are.
+LITE0_COPY_COSINE = 0.92
 REGION_MAPS = (0, 3, 5, 8, 11, 17)  # the stem, the last map of each size before the head, the head
 BORDER = 7  # the border is the outer 1/7 of each side: one cell of the last map
 
 
+@runtime_checkable
 class ImageEncoder(Protocol):
     """What an evaluation needs of an encoder: the embedding, and three lines that make a score comparable.
 
     Attributes:
         name: Architecture and pooling.
+        revision: What tells one set of weights from another.
+        transform: How a picture becomes the input, in one line.
+        copy_cosine: Cosine above which a picture repeats a photo; None where that was never measured.
+    """
+
+    name: str
+    revision: str
+    transform: str
+    copy_cosine: float | None
+
+    def embed(self, images: Sequence[Image.Image], batch_size: int = 16) -> torch.Tensor:
+        """Embed `images` in their order: (N, D), float32, each row of L2 norm 1."""
+        ...
+
+
+class ImageTextEncoder(Protocol):
+    """What an evaluation needs to tell how well a picture shows its prompt.
+
+    Attributes:
+        name: Architecture.
         revision: What tells one set of weights from another.
         transform: How a picture becomes the input, in one line.
     """
@@ -43,8 +66,16 @@ class ImageEncoder(Protocol):
     revision: str
     transform: str
 
-    def embed(self, images: Sequence[Image.Image], batch_size: int = 16) -> torch.Tensor:
+    def embed_images(self, images: Sequence[Image.Image], batch_size: int = 16) -> torch.Tensor:
         """Embed `images` in their order: (N, D), float32, each row of L2 norm 1."""
+        ...
+
+    def embed_texts(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Embed `prompts` in their order: (M, D), float32, each row of L2 norm 1.
+
+        Raises:
+            EvaluationError: A prompt that it cannot judge, which is not the same as a low score.
+        """
         ...
 
 
@@ -60,6 +91,15 @@ class Lite0Pooled(NamedTuple):
     """(N, 3136), the means of six maps over the border and over the centre of the picture."""
 
 
+@runtime_checkable
+class FeatureReader(Protocol):
+    """An encoder that is a head on Lite0: one pass over the pictures serves all of its kind."""
+
+    def embed_features(self, features: Lite0Pooled) -> torch.Tensor:
+        """Embed pictures whose pass is done already: (N, D), float32, each row of L2 norm 1."""
+        ...
+
+
 class Lite0Encoder:
     """EfficientNet-Lite0 trained on ImageNet, last feature map, GeM pooling; D = 1280, on the CPU.
 
@@ -68,6 +108,8 @@ class Lite0Encoder:
     Raises:
         ModelError: The package of the weights is missing or damaged.
     """
+
+    copy_cosine: float | None = LITE0_COPY_COSINE
 
     def __init__(self) -> None:
         self._weights, self.revision = load_lite0()

@@ -103,6 +103,19 @@ def find(root: Path, subject_id: str, version: int | None = None, alias: str | N
     return RegisteredVersion(subject_id, int(found.version), False, found.tags.get(HASH_TAG, ""))
 
 
+def versions(root: Path, subject_id: str) -> list[str]:
+    """Return the versions of a subject in words, the newest first: "v2 @champion"; none where nothing is registered."""
+    file = database_file(tracking_uri(root))
+    if file is not None and not file.exists():
+        return []
+    with _explained(root, f"list the versions of {subject_id}", "try again when it answers"):
+        client = _client(root)
+        found = client.search_model_versions(f"name = '{check_id(subject_id)}'", order_by=["version_number DESC"])
+        aliases = client.get_registered_model(subject_id).aliases if found else {}
+        named = {int(number): f" @{alias}" for alias, number in sorted(aliases.items())}
+        return [f"v{one.version}{named.get(int(one.version), '')}" for one in found]
+
+
 def load(root: Path, subject_id: str, version: int | None = None) -> "PyFuncModel":
     """Load a version to draw with: this one, else the champion, else the challenger, else the newest.
 

@@ -1,84 +1,153 @@
 """Turn a trained model into pictures beside those of the base model, their scores, and one table of metrics."""
 
 import json
-from dataclasses import asdict
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import torch
+from PIL import Image
+
 from dreambooth import evaluation, prompts
+from dreambooth.comparison import BASE, Candidate, Comparison, Plan, compare_models, write_comparison
 from dreambooth.encoders import Lite0Encoder
-from dreambooth.folders import code_hash, new_folder, read_manifest, sha256_of, write_file
-from dreambooth.images import png_bytes, read_prepared
-from dreambooth.models import (
-    DTYPES,
-    default_device,
-    device_name,
-    library_versions,
-    load_model,
-    model_hash,
-    resolve_model,
-)
+from dreambooth.errors import EvaluationError
+from dreambooth.evaluation import Encoders, Reference
+from dreambooth.folders import cache_folder, new_folder, read_manifest, scratch_folder, sha256_of, write_file
+from dreambooth.hub_encoders import ClipEncoder, DinoEncoder
+from dreambooth.images import read_prepared
+from dreambooth.models import model_hash, resolve_model
 from dreambooth.params import Params
 from dreambooth.sampling import settings_of
+from dreambooth.scorer import BundledScorer
 from dreambooth.tracking import open_run
 from stages.entry import main, say
 
-INPUTS = ("models/{id}", "build/{id}/instance", "data/base", "data/prompts/bundled")
+INPUTS = ("models/{id}", "build/{id}/instance", "data/base", "data/prompts")
 OUTPUTS = ("build/{id}/evaluation", "metrics/{id}.json")
+SCORER = "data/base/scorer"
 
 
 def run(params: Params, subject_id: str, root: Path) -> None:
-    """Write build/<id>/evaluation/ (base/, personalised/, grid.png, scores.csv, manifest) and metrics/<id>.json."""
-    subject, class_noun = params.subject(subject_id), params.class_of(subject_id).class_noun
-    base = resolve_model(params.base.pretrained_model_name_or_path, params.base.revision, root)
+    """Write build/<id>/evaluation/ (pictures, grid.png, {scores,prompts,class_images}.csv) and metrics/<id>.json."""
     trained = root / INPUTS[0].format(id=subject_id)
-    manifest = read_manifest(trained)
-    templates = prompts.load_templates(root / INPUTS[3] / f"{subject.kind}.csv")
-    todo = evaluation.cases(templates, subject.identifier, class_noun, params.evaluate.seeds)
-    settings = settings_of(params.evaluate, params.base.resolution)
-    dtype = DTYPES[params.base.inference_dtype]
-    base_texts, texts = [case.base_prompt for case in todo], [case.personalised_prompt for case in todo]
-    before = evaluation.draw_cases(load_model(base, dtype), base_texts, todo, settings, "base")
-    after = evaluation.draw_cases(load_model(base, dtype, trained=trained), texts, todo, settings, "personalised")
-    prepared = root / INPUTS[1].format(id=subject_id)
-    photos = [evaluation.shrink(photo) for _, photo in read_prepared(prepared)]
-    encoder = Lite0Encoder()
-    scores = evaluation.score(todo, before, after, photos, encoder)
-    metrics = evaluation.summarise(scores, photos, encoder, params.evaluate.confidence)
-    sheet = evaluation.comparison_grid(todo, before, after, photos, scores)
-    how = {
-        "base": model_hash(base),
-        "cases": [asdict(case) for case in todo],
-        "code": code_hash(),
-        "device": device_name(default_device()),
-        "dtype": params.base.inference_dtype,
-        "encoder": metrics["encoder"],
-        "photos": sha256_of(read_manifest(prepared)["files"]),
-        "settings": asdict(settings),
-        "versions": library_versions(),
-    }
-    about = {"fingerprint": sha256_of(how), "model": manifest["fingerprint"]}
-    metrics |= about
+    model, encoders = read_manifest(trained)["fingerprint"], _encoders(params, root)
+    found = compare(params, subject_id, root, {"personalised": (trained, model)}, encoders)
+    confidence = params.evaluate.confidence
+    metrics = evaluation.summarise(found.scores[BASE], found.scores["personalised"], found.photos, confidence)
+    about = {"fingerprint": sha256_of(found.how), "model": model}
+    metrics |= encoders.describe() | about
     with new_folder(root / OUTPUTS[0].format(id=subject_id), about) as target:
-        for name, images in (("base", before), ("personalised", after)):
-            (target / name).mkdir()
-            for number, image in enumerate(images):
-                (target / name / f"{number:03d}.png").write_bytes(png_bytes(image))
-        (target / "grid.png").write_bytes(png_bytes(sheet))
-        scores.to_csv(target / "scores.csv", index=False)
+        write_comparison(target, found)
+        if (checkpoints := _checkpoints(params, subject_id, trained, found.photos, encoders)) is not None:
+            checkpoints.to_csv(target / "checkpoints.csv", index=False)
+    shutil.rmtree(found.models["personalised"].store)  # only a drawing that was stopped needs it
     path = root / OUTPUTS[1].format(id=subject_id)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, json.dumps(metrics, indent=1).encode() + b"\n")
-    _track(root, subject_id, manifest["fingerprint"], metrics)
-    say(f"evaluate {subject_id}: {evaluation.verdict(metrics)}")
+    _track(root, subject_id, model, metrics)
+    say(f"evaluate {subject_id}: {evaluation.headline(metrics)}")
+
+
+def beside_champion(
+    params: Params, subject_id: str, root: Path, champion: Path, fingerprint: str, target: Path
+) -> None:
+    """Evaluate champion and challenger in one run, for scores that may be compared; no part of the DAG.
+
+    Args:
+        params: of the project.
+        subject_id: whose models they are.
+        root: of the project, with the challenger in models/<id>.
+        champion: folder of the champion's parts, for example its export, downloaded.
+        fingerprint: of the champion's training.
+        target: a folder that gets what build/<id>/evaluation has, with the champion as one model more.
+    """
+    trained = root / INPUTS[0].format(id=subject_id)
+    model, encoders = read_manifest(trained)["fingerprint"], _encoders(params, root)
+    models = {"champion": (champion, fingerprint), "personalised": (trained, model)}
+    with new_folder(target, {"model": model, "champion": fingerprint}) as folder:
+        write_comparison(folder, compare(params, subject_id, root, models, encoders))
+
+
+def compare(
+    params: Params, subject_id: str, root: Path, models: dict[str, tuple[Path, str]], encoders: Encoders
+) -> Comparison:
+    """Draw and score the base and these models: by name, the folder of the trained parts and its fingerprint."""
+    plan, prepared = _plan(params, subject_id, root), root / INPUTS[1].format(id=subject_id)
+    shared, own = cache_folder() / "evaluation", scratch_folder(root) / "evaluation" / subject_id
+    candidates = {BASE: Candidate(None, model_hash(plan.base), shared)}
+    candidates |= {name: Candidate(folder, fingerprint, own) for name, (folder, fingerprint) in models.items()}
+    squares = [evaluation.as_photo(photo) for _, photo in read_prepared(prepared)]
+    photos_hash, texts = (
+        sha256_of(read_manifest(prepared)["files"]),
+        _embed_texts(plan.base_prompts, encoders, subject_id),
+    )
+    return compare_models(plan, candidates, squares, photos_hash, encoders, texts)
+
+
+def _plan(params: Params, subject_id: str, root: Path) -> Plan:
+    subject, class_noun = params.subject(subject_id), params.class_of(subject_id).class_noun
+    templates = prompts.load_templates(root / params.evaluate.prompts / f"{subject.kind}.csv")
+    chosen = prompts.choose(templates, params.evaluate.max_prompts)
+    return Plan(
+        resolve_model(params.base.pretrained_model_name_or_path, params.base.revision, root),
+        evaluation.cases(chosen, subject.identifier, class_noun, params.evaluate.seeds),
+        prompts.class_prompt(class_noun),
+        evaluation.class_seeds(params.evaluate.num_class_images, params.evaluate.class_seed),
+        settings_of(params.evaluate, params.base.resolution),
+        params.base.inference_dtype,
+    )
+
+
+def _encoders(params: Params, root: Path) -> Encoders:
+    if params.evaluate.encoders == "hub":
+        return Encoders(DinoEncoder(), ClipEncoder())
+    folder = root / SCORER
+    return Encoders(Lite0Encoder(), BundledScorer(folder) if folder.is_dir() else None)
+
+
+def _embed_texts(texts: Sequence[str], encoders: Encoders, subject_id: str) -> torch.Tensor | None:
+    """Embed the prompts without the identifier; None, said aloud, where the encoder refuses to judge one."""
+    if encoders.text is None:
+        say(f"evaluate {subject_id}: no image-text encoder in {SCORER}: prompt fidelity is not measured")
+        return None
+    try:
+        return encoders.text.embed_texts(texts)
+    except EvaluationError as error:
+        say(f"evaluate {subject_id}: prompt fidelity is not measured: {error}")
+        return None
+
+
+def _checkpoints(
+    params: Params, subject_id: str, trained: Path, photos: Reference, encoders: Encoders
+) -> pd.DataFrame | None:
+    """Score the previews that the training left, if it drew any."""
+    previews: dict[int, list[Image.Image]] = {}
+    for path in sorted((trained / "previews").glob("step-*.png")):
+        with Image.open(path, formats=["PNG"]) as image:
+            previews.setdefault(int(path.stem.split("-")[1]), []).append(image.convert("RGB"))
+    noun = prompts.with_article(params.class_of(subject_id).class_noun)
+    asked = [prompts.fill(template, noun) for template in params.train.preview_prompts]
+    whole = {step: images for step, images in previews.items() if len(images) == len(asked)}
+    if not whole:
+        return None
+    texts = _embed_texts(asked, encoders, subject_id)
+    return evaluation.score_checkpoints(whole, photos, encoders, texts, params.evaluate.confidence)
 
 
 def _track(root: Path, subject_id: str, fingerprint: str, metrics: dict[str, Any]) -> None:
     with open_run(root, key=fingerprint, name=subject_id, tags={"subject": subject_id}) as tracked:
-        values = {f"identity.{name}": value for name, value in metrics["identity"].items() if value is not None}
+        values = {
+            f"{measure}.{name}": float(value)
+            for measure in ("identity", "identity_second", "prompt", "diversity", "copying", "prior")
+            for name, value in metrics.get(measure, {}).items()
+            if isinstance(value, int | float)
+        }
         tracked.metrics(values, step=0)
-        tracked.file(root / OUTPUTS[0].format(id=subject_id) / "grid.png")
-        tracked.file(root / OUTPUTS[0].format(id=subject_id) / "scores.csv")
+        for name in ("grid.png", "scores.csv", "prompts.csv"):
+            tracked.file(root / OUTPUTS[0].format(id=subject_id) / name)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ import pandas as pd
 import pytest
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from tiny_project import REPOSITORY, TINY_RESOLUTION, add_photos, write_params
+from tiny_project import REPOSITORY, TINY_RESOLUTION, add_photos, tiny_values, write_params
 
 from dreambooth.errors import EvaluationError, PhotosError, SubjectError
 from dreambooth.folders import TornFolderError, content_hash, read_manifest
+from dreambooth.gate import decide, read_scorecard
 from dreambooth.models import load_model
 from dreambooth.params import load_params
-from stages import evaluate, export, prior, train, validate
+from stages import evaluate, export, prior, report, train, validate
 
 
 def run_all(root: Path, subject: str = "biscuit") -> None:
@@ -27,13 +28,14 @@ def run_all(root: Path, subject: str = "biscuit") -> None:
     prior.run(params, params.subject(subject).class_id, root)
     train.run(params, subject, root)
     evaluate.run(params, subject, root)
+    report.run(params, subject, root)
     export.run(params, subject, root)
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
     """Return a project in which all stages ran once; the tests that use it only look."""
-    from tiny_project import make_project, tiny_values
+    from tiny_project import make_project
 
     folder = tmp_path_factory.mktemp("done")
     with pytest.MonkeyPatch.context() as patch:
@@ -74,9 +76,13 @@ def test_the_loss_curve_has_a_row_a_step_with_both_losses(done: Path) -> None:
 def test_the_metrics_are_those_of_the_scores(done: Path) -> None:
     scores = pd.read_csv(done / "build/biscuit/evaluation/scores.csv")
     metrics = json.loads((done / "metrics/biscuit.json").read_text())
-    assert len(scores) == 3 * 2
+    personalised = scores[scores["model"] == "personalised"]
+    assert len(scores) == 2 * len(personalised) == 2 * 3 * 2
     assert metrics["prompts"] == 3
-    assert metrics["identity"]["personalised"] == pytest.approx(scores["identity"].mean())
+    assert metrics["identity"]["personalised"] == pytest.approx(personalised["identity"].mean())
+    assert metrics["copying"]["rate"] == personalised["copy"].mean()
+    assert metrics["prior"]["images"] == 4
+    assert metrics["diversity"]["low"] <= metrics["diversity"]["gain"] <= metrics["diversity"]["high"]
     assert metrics["identity"]["low"] <= metrics["identity"]["gain"] <= metrics["identity"]["high"]
 
 
@@ -102,6 +108,39 @@ def test_the_same_inputs_give_the_same_bytes(done: Path, project: Path) -> None:
     run_all(project)
     for name in ("build/biscuit/instance", "build/classes/dog", "models/biscuit", "export/biscuit"):
         assert content_hash(project / name) == content_hash(done / name), name
+
+
+def test_a_second_subject_of_the_class_takes_the_pictures_of_the_base_from_the_store(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(shutil.copytree(done, tmp_path / "copy"))
+    cache = Path(shutil.copytree(done.parent / "cache", tmp_path / "base-cache"))
+    monkeypatch.setenv("DREAMBOOTH_CACHE", str(cache))
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.png")}
+    values = tiny_values()
+    values["subjects"]["rex"] = values["subjects"]["biscuit"] | {"identifier": "zwx"}
+    write_params(root, values)
+    shutil.copytree(root / "data/subjects/biscuit", root / "data/subjects/rex")
+    run_all(root, "rex")
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.png")} == before
+    for name in ("base", "class/base"):
+        ours, theirs = (sorted((root / f"build/{one}/evaluation" / name).iterdir()) for one in ("rex", "biscuit"))
+        assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
+
+
+def test_a_champion_is_evaluated_beside_the_challenger_by_the_same_evaluator(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(shutil.copytree(done, tmp_path / "copy"))
+    monkeypatch.setenv("DREAMBOOTH_CACHE", str(done.parent / "cache"))
+    params = load_params(root / "params.yaml")
+    evaluate.beside_champion(params, "biscuit", root, root / "export/biscuit", "the champion", tmp_path / "both")
+    cards = {name: read_scorecard(tmp_path / "both", name) for name in ("base", "champion", "personalised")}
+    assert [card.is_base for card in cards.values()] == [True, False, False]
+    assert cards["champion"].prompts["identity"].tolist() == cards["personalised"].prompts["identity"].tolist()
+    assert cards["base"].how == read_scorecard(root / "build/biscuit/evaluation", "base").how
+    verdict = decide(cards["personalised"], cards["champion"], params.gate)
+    assert (verdict.verdict, verdict.against) == ("inconclusive", "champion")  # three prompts decide nothing
 
 
 def test_class_images_that_were_drawn_before_come_from_the_store(
