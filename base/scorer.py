@@ -348,9 +348,9 @@ What a cosine means, on the same pictures (mean):
 | another scene | {sharp[cosine_wrong_scene]:.3f} | {soft[cosine_wrong_scene]:.3f} |
 | no word in common | {sharp[cosine_all_wrong]:.3f} | {soft[cosine_all_wrong]:.3f} |
 
-So a difference of .03 between two models is {noun_share:.0%} of what a wrong noun costs, as if one picture in {one_in:.0f}
-had lost its subject; .01 is a third of that. The cosines of CLIP lie closer together (.15 to .35): compare neither its
-numbers with these, nor those of two revisions of this scorer.
+So a difference of .03 between two models is {noun_share:.0%} of what a wrong noun costs, as if one picture in
+{one_in:.0f} had lost its subject; .01 is a third of that. The cosines of CLIP lie closer together (.15 to .35):
+compare neither its numbers with these, nor those of two revisions of this scorer.
 
 ## Vocabulary
 * Nouns of `emoji64`: {nouns}.
