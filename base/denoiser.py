@@ -92,7 +92,9 @@ def encode(
 
 def fingerprint(values: Recipe, vae: AutoencoderKL, drawn: Sprites) -> str:
     """Give a name to everything that the encoded pool depends on."""
-    drawing = values.model_dump_json(exclude={"autoencoder", "packages", "denoiser", "subjects", "text_encoder"})
+    drawing = values.model_dump_json(
+        exclude={"autoencoder", "packages", "denoiser", "subjects", "text_encoder", "scorer", "judge", "quality"}
+    )
     size = (values.denoiser.pool, values.text_encoder.vocab_size, values.text_encoder.max_length)
     digest = hashlib.sha256(f"{drawing} {size}".encode())
     digest.update(drawn.pixels.tobytes())
