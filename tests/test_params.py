@@ -143,3 +143,21 @@ def test_every_parameter_says_what_it_is() -> None:
         if not field.description
     ]
     assert undocumented == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"early_stopping_patience": 2}, "train.early_stopping_patience: needs train.evaluation_steps"),
+        ({"load_best_model_at_end": True}, "train.load_best_model_at_end: needs train.evaluation_steps"),
+        (
+            {"load_best_model_at_end": True, "evaluation_steps": 5, "checkpointing_steps": None},
+            "train.load_best_model_at_end: needs checkpoints",
+        ),
+        ({"preview_steps": 5, "preview_prompts": []}, "train.preview_prompts: empty"),
+        ({"preview_prompts": ["a dog"]}, "train.preview_prompts.0: should hold {}"),
+    ],
+)
+def test_what_cannot_work_together_is_refused(values: dict[str, Any], changes: dict[str, Any], said: str) -> None:
+    values["train"] |= changes
+    assert said in problems_of(values)[0]

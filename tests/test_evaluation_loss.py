@@ -1,0 +1,134 @@
+"""What a training shows of itself: the loss at fixed noise, the best checkpoint, the previews."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from test_training import largest_difference, make_samples, settings, weights
+
+from dreambooth import previews as previews_module
+from dreambooth import training
+from dreambooth.checkpoint import Checkpoints
+from dreambooth.evaluation_loss import PLACES, EvaluationRecord, fixed_batches, is_best, patience_is_out
+from dreambooth.models import Model, load_model
+from dreambooth.previews import Previews
+from dreambooth.training import History, Listeners, train
+
+
+@pytest.fixture
+def model(tiny_model_folder: Path) -> Model:
+    return load_model(tiny_model_folder, device="cpu")
+
+
+def run(
+    model: Model, checkpoints: Checkpoints | None = None, listeners: Listeners | None = None, **changes: Any
+) -> History:
+    instance = make_samples(model, 2, "instance", "a photo of sks dog")
+    prior = make_samples(model, 2, "prior", "a photo of a dog")
+    values = settings(**{"max_train_steps": 6, "train_batch_size": 1, "checkpointing_steps": None} | changes)
+    return train(model, instance, prior, values, listeners, checkpoints)
+
+
+def scores(*values: float) -> list[EvaluationRecord]:
+    return [EvaluationRecord(step, value, 0.0, value) for step, value in enumerate(values)]
+
+
+def test_every_sample_meets_every_timestep_with_the_same_noise_each_time(model: Model) -> None:
+    samples = make_samples(model, 3, "instance", "a photo of sks dog")
+    first, second = ([*fixed_batches(samples, "instance", 1000, 0, size)] for size in (5, 12))
+    assert [len(batch.timesteps) for batch in first] == [5, 5, 2]
+    assert torch.cat([batch.timesteps for batch in first]).tolist() == [125, 375, 625, 875] * 3
+    noise = torch.cat([batch.noise for batch in first])
+    assert torch.equal(noise, second[0].noise)
+    assert len({row.sum().item() for row in noise}) == len(PLACES) * 3
+
+
+def test_the_evaluation_changes_nothing_of_the_training_and_repeats_itself(tiny_model_folder: Path) -> None:
+    plain, measured = (load_model(tiny_model_folder, device="cpu") for _ in range(2))
+    steps = run(plain).steps
+    seen: list[EvaluationRecord] = []
+    history = run(measured, None, Listeners(evaluation=seen.append), evaluation_steps=2)
+    assert history.steps == steps
+    assert largest_difference(weights(plain), weights(measured)) == 0
+    assert [record.step for record in seen] == [2, 4, 6]
+    assert history.evaluations == seen
+    for record in seen:
+        assert record.score == pytest.approx(record.loss_instance + record.loss_prior)
+    again = run(load_model(tiny_model_folder, device="cpu"), evaluation_steps=2)
+    assert again.evaluations == seen
+
+
+def test_the_best_is_below_all_before_and_patience_counts_from_it() -> None:
+    assert is_best(scores(3, 2, 1))
+    assert not is_best(scores(3, 1, 1))
+    assert not is_best([])
+    assert patience_is_out(scores(3, 1, 2, 1), 2)
+    assert not patience_is_out(scores(3, 1, 2), 2)
+    assert not patience_is_out(scores(3, 1, 2, 2, 2), None)
+    assert not patience_is_out([], 1)
+
+
+def fixed_scores(patch: pytest.MonkeyPatch, values: list[float]) -> None:
+    """Let the evaluations find these scores."""
+    original = training.evaluate_loss
+
+    def evaluate(trainer: Any, instance: Any, prior: Any, step: int) -> EvaluationRecord:
+        record = original(trainer, instance, prior, step)
+        return EvaluationRecord(step, record.loss_instance, record.loss_prior, values[step - 1])
+
+    patch.setattr(training, "evaluate_loss", evaluate)
+
+
+def test_the_training_ends_when_patience_is_out_and_ships_the_best_weights(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed_scores(monkeypatch, [3, 1, 2, 2, 0, 0])
+    model = load_model(tiny_model_folder, device="cpu")
+    how = {"evaluation_steps": 1, "early_stopping_patience": 2, "load_best_model_at_end": True}
+    history = run(model, Checkpoints(tmp_path), **how)
+    assert [record.score for record in history.evaluations] == [3, 1, 2, 2]
+    assert len(history.steps) == 4
+    short = load_model(tiny_model_folder, device="cpu")
+    run(short, max_train_steps=2)
+    assert largest_difference(weights(model), weights(short)) == 0
+
+
+def test_the_last_weights_are_shipped_when_they_are_the_best(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed_scores(monkeypatch, [6, 5, 4, 3, 2, 1])
+    model, plain = (load_model(tiny_model_folder, device="cpu") for _ in range(2))
+    run(model, Checkpoints(tmp_path), evaluation_steps=1, load_best_model_at_end=True)
+    run(plain)
+    assert largest_difference(weights(model), weights(plain)) == 0
+
+
+def test_previews_show_the_training_and_do_not_disturb_it(tiny_model_folder: Path) -> None:
+    plain, drawn = (load_model(tiny_model_folder, device="cpu") for _ in range(2))
+    steps = run(plain, learning_rate=1e-2).steps
+    kept: dict[int, list[Image.Image]] = {}
+    previews = Previews(["a photo of sks dog", "sks dog"], 32, kept.__setitem__, pytest.fail)
+    history = run(drawn, None, Listeners(previews=previews), preview_steps=3, learning_rate=1e-2)
+    assert history.steps == steps
+    assert largest_difference(weights(plain), weights(drawn)) == 0
+    assert list(kept) == [3, 6]
+    assert kept[3][0].tobytes() != kept[6][0].tobytes()
+    assert kept[3][0].tobytes() != kept[3][1].tobytes()
+
+
+def test_previews_that_find_no_memory_cost_nothing_but_themselves(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(previews_module, "draw", draw)
+    said: list[str] = []
+    previews = Previews(["sks dog"], 32, lambda step, images: pytest.fail("nothing was drawn"), said.append)
+    history = run(model, None, Listeners(previews=previews), preview_steps=3)
+    assert len(history.steps) == 6
+    assert said == [
+        f"warning: no previews after step {step}: CUDA out of memory. Tried to allocate 9 GiB" for step in (3, 6)
+    ]
