@@ -377,13 +377,24 @@ def as_photo(photo: Image.Image) -> Image.Image:
 
 
 def nearest_photos(pictures: Sequence[Image.Image], rows: torch.Tensor, photos: Reference) -> pd.DataFrame:
-    """Find the photo, or the mirror image of one, that each picture is nearest to; tell whether it is a copy."""
+    """Find the photo, or the mirror image of one, that each picture is nearest to; tell whether it is a copy.
+
+    Args:
+        pictures: M of them.
+        rows: (M, D), their embeddings.
+        photos: of the subject.
+
+    Returns:
+        A row a picture: nearest_photo (by hash where the hash alone says copy, else by cosine), nearest_cosine,
+        nearest_distance (bits), copy.
+    """
     cosines = torch.maximum(fidelity.cosine(rows, photos.embeddings), fidelity.cosine(rows, photos.mirrored))
     best = cosines.max(dim=-1)
     distances = np.array([[hash_distance(both, one) for both in photos.hashes] for one in _first_hashes(pictures)])
+    by_hash = (distances.min(axis=1) <= fidelity.COPY_DISTANCE) & (best.values.numpy() <= photos.copy_cosine)
     return pd.DataFrame(
         {
-            "nearest_photo": best.indices.tolist(),
+            "nearest_photo": np.where(by_hash, distances.argmin(axis=1), best.indices.numpy()),
             "nearest_cosine": best.values.tolist(),
             "nearest_distance": distances.min(axis=1).tolist(),
             "copy": fidelity.copies(best.values, distances.min(axis=1), photos.copy_cosine).tolist(),

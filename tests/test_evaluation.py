@@ -1,16 +1,17 @@
 """The comparison: the same prompts and noise for all models, averaged over seeds, then over prompts."""
 
-from collections.abc import Sequence
+import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
-from tiny_project import make_photo
+from PIL import Image, ImageFilter, ImageOps
+from tiny_project import REPOSITORY, make_photo
 
-from dreambooth.encoders import ImageTextEncoder
+from dreambooth.encoders import ImageTextEncoder, Lite0Encoder
 from dreambooth.errors import EvaluationError, PhotosError
 from dreambooth.evaluation import (
     Case,
@@ -21,6 +22,7 @@ from dreambooth.evaluation import (
     class_seeds,
     compare,
     headline,
+    nearest_photos,
     reference,
     score,
     score_checkpoints,
@@ -264,3 +266,29 @@ def test_the_step_is_the_one_with_most_identity_while_the_prompt_holds() -> None
     assert choose_step(points, 0.2) == 150
     assert choose_step(points, 0) == 50
     assert choose_step(points.assign(prompt=np.nan), 0.03) is None
+
+
+def saved_again(picture: Image.Image) -> Image.Image:
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=60)
+    return Image.open(buffer).convert("RGB")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [saved_again, ImageOps.mirror, lambda picture: picture.filter(ImageFilter.GaussianBlur(1))],
+    ids=["saved again", "mirrored", "blurred"],
+)
+def test_altered_copies_of_photos_are_found_and_pictures_of_another_subject_are_none(
+    change: Callable[[Image.Image], Image.Image],
+) -> None:
+    ours, others = (
+        [Image.open(path).convert("RGB") for path in sorted((REPOSITORY / "data/subjects" / name).glob("*.png"))]
+        for name in ("biscuit", "rucksack")
+    )
+    encoders = Encoders(Lite0Encoder(), None)
+    photos, altered = reference(ours, encoders), [change(photo) for photo in ours]
+    found = nearest_photos(altered, encoders.image.embed(altered), photos)
+    assert found["copy"].all()
+    assert found["nearest_photo"].tolist() == list(range(len(ours)))
+    assert not nearest_photos(others, encoders.image.embed(others), photos)["copy"].any()

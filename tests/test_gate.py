@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
-from tiny_project import REPOSITORY
 
 from dreambooth.errors import EvaluationError
 from dreambooth.gate import Decision, Scorecard, decide, read_scorecard
-from dreambooth.params import Gate, parse_params
+from dreambooth.params import Gate
 
-MARGINS = parse_params(yaml.safe_load((REPOSITORY / "params.yaml").read_text())).gate
+MARGINS = Gate(  # of the published protocol, for DINO and CLIP; those of params.yaml may be others
+    min_prompts=6, min_gain=0.01, identity_margin=0.01, prompt_min_gain=0.01, prompt_margin=0.01, diversity_margin=0.05,
+    pres_margin=0.05, copy_rate=0.05, first_prompt_drop=0.03, first_copy_rate=0.1,
+)  # fmt: skip
 HOW = {"code": "1", "versions": {"torch": "2"}}
 # Spread of the paired differences of two equal models between prompts, and of one seed within a prompt.
 SPREAD = {"identity": (0.03, 0.05), "prompt_fidelity": (0.01, 0.02), "diversity": (0.02, 0.04)}

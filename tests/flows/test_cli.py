@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import time
@@ -6,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from toy_project import dvc, make_photos, quiet, ran
+from toy_project import REPOSITORY, dvc, make_photos, quiet, ran
 
 from flows.generate import draw, full_prompts, slugs
 
@@ -22,7 +23,8 @@ def dreambooth(root: Path, *arguments: str, before: str = "") -> "subprocess.Com
         "from flows.cli import main\nmain()\n"
     )
     command = [sys.executable, "-c", program, *arguments]
-    environment = {**quiet(root.parent / "prefect"), "COLUMNS": "160", "PYTHONPATH": str(Path(__file__).parent)}
+    path = os.pathsep.join((str(Path(__file__).parent), str(REPOSITORY)))  # of this checkout, wherever it is installed
+    environment = {**quiet(root.parent / "prefect"), "COLUMNS": "160", "PYTHONPATH": path}
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
 
 
