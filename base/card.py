@@ -59,7 +59,7 @@ The identifiers {identifiers} are one token each and in no caption.
   minutes.
 * Text encoder: first taught to name the noun, the context and the words of a caption, then frozen.
 * UNet: with the text encoder {parameters:.1f} M parameters, v-prediction, 10 % empty captions, averaged weights;
-  {rows:,} pictures in {minutes:.0f} minutes on two CPU cores that other work shared, at 32 px and at 64 px.
+  {rows:,} pictures in {minutes:.0f} minutes on two CPU cores that other work shared, at 32 px and at 64 px.{history}
 
 ## Licences and attribution
 The weights are published under the Apache License 2.0. They were trained on drawings from these icon sets, taken from
@@ -77,6 +77,9 @@ Kept out of all training: {held_out} (the demo subjects in `data/subjects`, and 
 """
 
 
+HISTORY = """
+  The first {rows_before:,} of them went to an earlier version of 34 nouns with another text encoder, whose UNet and
+  autoencoder this one began with (`--start`)."""
 BY_EYE = ""
 """One paragraph on the contact sheet, by someone who looked at it: to be written anew for each published model."""
 
@@ -173,6 +176,7 @@ def card(values: Recipe, folder: Path) -> str:
         quality=quality_text(folder / quality.FILE),
         by_eye=f"By eye: {BY_EYE}" if BY_EYE else "",
         sets=sets,
+        history=HISTORY.format(**training) if training.get("rows_before") else "",
         held_out=", ".join(f"`{name}`" for name in values.held_out),
         batch=values.denoiser.phases[-1].batch_size,
         **training,
