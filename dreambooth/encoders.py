@@ -9,7 +9,7 @@ import io
 import pickle
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ BLOCK_STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)
 BATCH_NORM_EPS = 1e-3  # TensorFlow's value, with which these weights were trained; torch's own is 1e-5
 RESOLUTION = 224  # pixels, the training resolution of Lite0
 GEM_POWER = 3.0  # Radenovic et al. 2018, section 3.2
+# Above it two pictures are one: no pair of 156 different photos is, nearly all re-saved, mirrored and blurred ones are.
+LITE0_COPY_COSINE = 0.92
 
 
 class ImageEncoder(Protocol):
@@ -35,14 +37,51 @@ class ImageEncoder(Protocol):
         name: Architecture and pooling.
         revision: What tells one set of weights from another.
         transform: How a picture becomes the input, in one line.
+        copy_cosine: Cosine above which a picture repeats a photo; None where that was never measured.
+    """
+
+    name: str
+    revision: str
+    transform: str
+    copy_cosine: float | None
+
+    def embed(self, images: Sequence[Image.Image], batch_size: int = 16) -> torch.Tensor:
+        """Embed `images` in their order: (N, D), float32, each row of L2 norm 1."""
+        ...
+
+
+class ImageTextEncoder(Protocol):
+    """What an evaluation needs to tell how well a picture shows its prompt.
+
+    Attributes:
+        name: Architecture.
+        revision: What tells one set of weights from another.
+        transform: How a picture becomes the input, in one line.
     """
 
     name: str
     revision: str
     transform: str
 
-    def embed(self, images: Sequence[Image.Image], batch_size: int = 16) -> torch.Tensor:
+    def embed_images(self, images: Sequence[Image.Image], batch_size: int = 16) -> torch.Tensor:
         """Embed `images` in their order: (N, D), float32, each row of L2 norm 1."""
+        ...
+
+    def embed_texts(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Embed `prompts` in their order: (M, D), float32, each row of L2 norm 1.
+
+        Raises:
+            EvaluationError: A prompt that it cannot judge, which is not the same as a low score.
+        """
+        ...
+
+
+@runtime_checkable
+class FeatureReader(Protocol):
+    """An image-text encoder whose image side is a head on the rows of `Lite0Encoder`: one pass serves both."""
+
+    def embed_features(self, features: torch.Tensor) -> torch.Tensor:
+        """Turn rows of `Lite0Encoder.embed` (N, 1280) into embeddings (N, D), each row of L2 norm 1."""
         ...
 
 
@@ -54,6 +93,8 @@ class Lite0Encoder:
     Raises:
         ModelError: The package of the weights is missing or damaged.
     """
+
+    copy_cosine: float | None = LITE0_COPY_COSINE
 
     def __init__(self) -> None:
         self._weights, self.revision = load_lite0()

@@ -1,27 +1,33 @@
-"""Compare the personalised model with the untouched one: the same prompts and seeds, scored against the real photos.
+"""Score models at the same prompts and seeds against the real photos, and compare one with another.
 
-P prompts, S seeds of a prompt, N real photos, D embedding width.
+P prompts, S seeds of a prompt, M class images, N real photos, D and E embedding widths.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
 from dreambooth import fidelity, prompts, rng
-from dreambooth.encoders import ImageEncoder
+from dreambooth.encoders import FeatureReader, ImageEncoder, ImageTextEncoder, Lite0Encoder
 from dreambooth.errors import EvaluationError
-from dreambooth.grid import grid
-from dreambooth.models import Model
-from dreambooth.sampling import SamplerSettings, draw
+from dreambooth.fidelity import Interval
+from dreambooth.images import both_hashes, hash_distance
 
 MIN_COUNTED = 2  # an interval needs a spread
 MIN_PROMPTS = 6  # under this an interval over prompts says little, and no model is promoted on it
-GRID_TILE = 128  # pixels
 PHOTO_SIDE = 1024
+NOT_CHECKED = "not checked"
+# What can change a score; their hash is the version of the evaluator.
+MODULES = (
+    "encoders.py", "evaluation.py", "fidelity.py", "images.py", "models.py", "prompts.py", "rng.py", "sampling.py",
+    "scorer.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,67 @@ class Case:
     """As in params.yaml: tells the pictures of one prompt apart."""
     noise_seed: int
     """Of the first latent: another one for each prompt and seed, else all prompts would share their luck."""
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What looks at the pictures."""
+
+    image: ImageEncoder
+    text: ImageTextEncoder | None
+    """None where no image-text encoder is installed: the prompt fidelity is missing then."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return name, revision and transform of each, which stand beside every number."""
+        used = {"encoder": self.image, "scorer": self.text}
+        return {
+            role: {"name": one.name, "revision": one.revision, "transform": one.transform}
+            for role, one in used.items()
+            if one is not None
+        }
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The photos of a subject as the training saw them, and what pictures are compared with."""
+
+    embeddings: torch.Tensor
+    """(N, D)."""
+    mirrored: torch.Tensor
+    """(N, D), of the mirror images."""
+    hashes: NDArray[np.bool_]
+    """(N, 2, 63), perceptual hashes of photo and mirror image."""
+    copy_cosine: float
+    """Above it a picture is a copy."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was measured of one model."""
+
+    cases: pd.DataFrame
+    """A row a case: kind, prompt (of the base), seed, noise_seed, identity, prompt_fidelity (NaN where it is missing),
+    nearest_photo, nearest_cosine, nearest_distance, copy."""
+    prompts: pd.DataFrame
+    """A row a prompt: the means over seeds, and diversity (NaN at one seed)."""
+    pres: list[float]
+    """Mean cosine with the photos of each class image, in the order of their seeds."""
+    class_embeddings: torch.Tensor
+    """(M, D), of the class images."""
+
+
+class Measured(Protocol):
+    """What a comparison needs of a model's scores."""
+
+    @property
+    def prompts(self) -> pd.DataFrame:
+        """A row a prompt: kind, prompt, identity, prompt_fidelity, diversity."""
+        ...
+
+    @property
+    def pres(self) -> list[float]:
+        """Of each class image, in the order of their seeds."""
+        ...
 
 
 def cases(templates: Sequence[prompts.Template], identifier: str, class_noun: str, seeds: Sequence[int]) -> list[Case]:
@@ -62,91 +129,171 @@ def cases(templates: Sequence[prompts.Template], identifier: str, class_noun: st
     ]
 
 
-def draw_cases(
-    model: Model, texts: Sequence[str], todo: Sequence[Case], settings: SamplerSettings, name: str
-) -> list[Image.Image]:
-    """Draw one picture a case."""
-    return draw(model, texts, [case.noise_seed for case in todo], settings, description=f"evaluation images, {name}")
+def class_seeds(count: int, seed: int) -> list[int]:
+    """Return the noise seeds of the class images; those of the training's class images are others."""
+    return [rng.derive_seed(seed, "evaluation-class", number) for number in range(count)]
+
+
+def reference(photos: Sequence[Image.Image], encoder: ImageEncoder) -> Reference:
+    """Look at the photos once.
+
+    Args:
+        photos: N squares, N >= 2: what the training sees of each.
+        encoder: its copy_cosine is taken, or one made of the photos if its copies were never measured.
+    """
+    rows = encoder.embed([*photos, *map(ImageOps.mirror, photos)])
+    embeddings, mirrored = rows[: len(photos)], rows[len(photos) :]
+    threshold = fidelity.copy_cosine(embeddings) if encoder.copy_cosine is None else encoder.copy_cosine
+    return Reference(embeddings, mirrored, np.stack([both_hashes(photo) for photo in photos]), threshold)
+
+
+def look(pictures: Sequence[Image.Image], encoders: Encoders) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Embed pictures for the identity (N, D) and for the prompts (N, E); in one pass if the two share a network."""
+    features = encoders.image.embed(pictures)
+    if encoders.text is None:
+        return features, None
+    if isinstance(encoders.image, Lite0Encoder) and isinstance(encoders.text, FeatureReader):
+        return features, encoders.text.embed_features(features)
+    return features, encoders.text.embed_images(pictures)
 
 
 def score(
     todo: Sequence[Case],
-    base: Sequence[Image.Image],
-    personalised: Sequence[Image.Image],
-    photos: Sequence[Image.Image],
-    encoder: ImageEncoder,
-) -> pd.DataFrame:
-    """Score every case.
+    pictures: Sequence[Image.Image],
+    class_pictures: Sequence[Image.Image],
+    photos: Reference,
+    encoders: Encoders,
+    texts: torch.Tensor | None,
+) -> Scores:
+    """Score the pictures of one model, each embedded once.
 
     Args:
         todo: P x S cases, seeds of one prompt beside each other.
-        base: pictures of the untouched model, one a case.
-        personalised: pictures of the personalised model, one a case.
-        photos: N real photos.
-        encoder: for all of them.
-
-    Returns:
-        One row a case: kind, prompt, seed, identity of base and personalised (mean cosine with the photos), and the
-        nearest photo of the personalised picture with its cosine.
+        pictures: one a case.
+        class_pictures: M images of the class prompt.
+        photos: of the subject.
+        encoders: for all of them.
+        texts: (P, E), embeddings of the base's prompts; None where they cannot be scored.
     """
-    real = encoder.embed(photos)
-    floor = fidelity.identity(encoder.embed(base), real)
-    embeddings = encoder.embed(personalised)
-    identity, near = fidelity.identity(embeddings, real), fidelity.nearest(embeddings, real)
-    return pd.DataFrame(
+    rows, text_rows = look([*pictures, *class_pictures], encoders)
+    prompt_count = len(dict.fromkeys(case.template for case in todo))
+    seeds = len(todo) // prompt_count
+    generated = rows[: len(todo)].view(prompt_count, seeds, -1)
+    faithful = torch.full(generated.shape[:2], torch.nan)
+    if texts is not None and text_rows is not None:
+        faithful = fidelity.prompt_fidelity(text_rows[: len(todo)].view(prompt_count, seeds, -1), texts)
+    table = pd.DataFrame(
         {
             "kind": [case.kind for case in todo],
-            "prompt": [case.personalised_prompt for case in todo],
+            "prompt": [case.base_prompt for case in todo],
             "seed": [case.seed for case in todo],
             "noise_seed": [case.noise_seed for case in todo],
-            "identity_base": floor.tolist(),
-            "identity": identity.tolist(),
-            "nearest_photo": near.photo.tolist(),
-            "nearest_cosine": near.cosine.tolist(),
+            "identity": fidelity.identity(generated, photos.embeddings).flatten().tolist(),
+            "prompt_fidelity": faithful.flatten().tolist(),
         }
-    )
+    ).join(_nearest(pictures, rows[: len(todo)], photos))
+    varied = fidelity.diversity(generated) if seeds > 1 else torch.full((prompt_count,), torch.nan)
+    class_rows = rows[len(todo) :]
+    pres = fidelity.identity(class_rows[None], photos.embeddings)[0].tolist() if len(class_rows) else []
+    return Scores(table, by_prompt(table).assign(diversity=varied.tolist()), pres, class_rows)
 
 
-def summarise(
-    scores: pd.DataFrame, photos: Sequence[Image.Image], encoder: ImageEncoder, confidence: float
-) -> dict[str, Any]:
-    """Average the scores over seeds, then over prompts.
+def by_prompt(table: pd.DataFrame) -> pd.DataFrame:
+    """Average a table of cases over the seeds of each prompt, in their order."""
+    means = table.groupby(["kind", "prompt"], sort=False)[["identity", "prompt_fidelity"]].mean()
+    worst = table.groupby(["kind", "prompt"], sort=False).agg({"nearest_cosine": "max", "copy": "sum"})
+    return means.join(worst).rename(columns={"copy": "copies"}).reset_index()
 
-    Property prompts ("a red ...") should change the subject, so they stay out of the identity.
+
+def compare(model: Measured, other: Measured, confidence: float) -> dict[str, Any]:
+    """Bound the differences of two models over the prompts that they share: model - other, at the same seeds.
+
+    Property prompts ("a red ...") should change the subject, so they stay out of the identity. What is missing in one
+    of them is missing here.
+
+    Returns:
+        By measure (identity, prompt, diversity): mean, low, high, n and sd of the t interval over prompts; pres_rise:
+        the same over class images.
 
     Raises:
-        EvaluationError: a number is missing.
+        EvaluationError: the identity cannot be measured.
     """
-    counted = scores[scores["kind"] != "property"]
-    by_prompt = counted.groupby("prompt", sort=False)[["identity_base", "identity"]].mean()
-    gain = torch.tensor((by_prompt["identity"] - by_prompt["identity_base"]).to_numpy())
-    try:
-        interval = fidelity.paired_interval(gain, confidence)
-        ceiling = fidelity.ceiling(encoder.embed(photos))
-    except ValueError as error:
-        raise EvaluationError(f"the identity cannot be measured: {error}") from error
-    floor, identity = float(by_prompt["identity_base"].mean()), float(by_prompt["identity"].mean())
-    return {
-        "identity": {
-            "base": floor,
-            "personalised": identity,
-            "gain": interval.mean,
-            "low": interval.low,
-            "high": interval.high,
+    if not model.prompts[["kind", "prompt"]].equals(other.prompts[["kind", "prompt"]]):
+        raise EvaluationError("the two models were given other prompts; evaluate both again: dreambooth run")
+    counted = (model.prompts["kind"] != "property").to_numpy()
+    differences = {
+        "identity": (model.prompts["identity"] - other.prompts["identity"])[counted],
+        "prompt": model.prompts["prompt_fidelity"] - other.prompts["prompt_fidelity"],
+        "diversity": model.prompts["diversity"] - other.prompts["diversity"],
+    }
+    found = {name: _interval(values.to_numpy(), confidence) for name, values in differences.items()}
+    if "identity" not in (found := {name: interval for name, interval in found.items() if interval}):
+        raise EvaluationError(
+            f"the identity cannot be measured: {np.isfinite(differences['identity']).sum()} of {counted.sum()} prompts "
+            "have a finite difference; look at the pictures in build/<id>/evaluation"
+        )
+    if len(model.pres) == len(other.pres) >= MIN_COUNTED:
+        rise = _interval(np.subtract(model.pres, other.pres), confidence)
+        found |= {"pres_rise": rise} if rise else {}
+    return found
+
+
+def summarise(base: Scores, personalised: Scores, photos: Reference, confidence: float) -> dict[str, Any]:
+    """Reduce the scores of base and personalised model to the numbers of metrics/<id>.json.
+
+    Raises:
+        EvaluationError: the identity cannot be measured.
+    """
+    differences = compare(personalised, base, confidence)
+    floor, identity = (_mean(one, "identity") for one in (base, personalised))
+    ceiling = fidelity.ceiling(photos.embeddings)
+    metrics: dict[str, Any] = {
+        "identity": {"base": floor, "personalised": identity}
+        | _gain(differences["identity"])
+        | {
             "ceiling": ceiling,
             "calibrated": fidelity.calibrated(identity, floor, ceiling) if ceiling > floor else None,
+            "by_kind": _by_kind(base, personalised, "identity"),
         },
-        "nearest_cosine_max": float(scores["nearest_cosine"].max()),
-        "prompts": len(by_prompt),
-        "seeds": int(scores["seed"].nunique()),
-        "photos": len(photos),
+    }
+    for measure, column in (("prompt", "prompt_fidelity"), ("diversity", "diversity")):
+        if measure in differences:
+            values = {
+                "base": float(base.prompts[column].mean()),
+                "personalised": float(personalised.prompts[column].mean()),
+            }
+            metrics[measure] = values | _gain(differences[measure])
+    if "prompt" in metrics:
+        metrics["prompt"]["by_kind"] = _by_kind(base, personalised, "prompt_fidelity")
+    metrics["copying"] = {
+        "rate": float(personalised.cases["copy"].mean()),
+        "rate_base": float(base.cases["copy"].mean()),
+        "nearest_cosine_max": float(personalised.cases["nearest_cosine"].max()),
+        "threshold": photos.copy_cosine,
+    }
+    if "pres_rise" in differences:
+        rise, values = (
+            differences["pres_rise"],
+            {"base": float(np.mean(base.pres)), "personalised": float(np.mean(personalised.pres))},
+        )
+        metrics["prior"] = values | {
+            "rise": rise["mean"],
+            "low": rise["low"],
+            "high": rise["high"],
+            "images": rise["n"],
+        }
+        metrics["prior"] |= fidelity.discrepancy(base.class_embeddings, personalised.class_embeddings)._asdict()
+    return metrics | {
+        "safety": NOT_CHECKED,
+        "prompts": differences["identity"]["n"],
+        "seeds": int(personalised.cases["seed"].nunique()),
+        "photos": len(photos.embeddings),
         "confidence": confidence,
-        "encoder": {"name": encoder.name, "revision": encoder.revision, "transform": encoder.transform},
     }
 
 
-def verdict(metrics: dict[str, Any]) -> str:
-    """Say in one line what the interval says, and no more."""
+def headline(metrics: dict[str, Any]) -> str:
+    """Say in one line what the interval of the identity says, and no more."""
     identity, prompts_counted = metrics["identity"], metrics["prompts"]
     numbers = (
         f"{identity['gain']:+.3f} [{identity['low']:+.3f}, {identity['high']:+.3f}] over {prompts_counted} prompts"
@@ -160,29 +307,53 @@ def verdict(metrics: dict[str, Any]) -> str:
     return f"identity {numbers}: not told apart from the base model"
 
 
-def comparison_grid(
-    todo: Sequence[Case],
-    base: Sequence[Image.Image],
-    personalised: Sequence[Image.Image],
-    photos: Sequence[Image.Image],
-    scores: pd.DataFrame,
-) -> Image.Image:
-    """Lay out the photos, then a row a prompt: base | personalised at the same seed, the score under each."""
-    seeds = list(dict.fromkeys(case.seed for case in todo))
-    columns = [f"{name}, seed {seed}" for seed in seeds for name in ("base", "personalised")]
-    strip: list[Image.Image | None] = [*photos[: len(columns)]]
-    blank = Image.new("RGB", (GRID_TILE, GRID_TILE), "white")
-    rows, labels = [strip + [blank] * (len(columns) - len(strip))], ["photos of the subject"]
-    captions = [[""] * len(columns)]
-    for first in range(0, len(todo), len(seeds)):
-        case_numbers = range(first, first + len(seeds))
-        rows.append([image for i in case_numbers for image in (base[i], personalised[i])])
-        captions.append([f"{scores[column][i]:.3f}" for i in case_numbers for column in ("identity_base", "identity")])
-        labels.append(todo[first].personalised_prompt)
-    return grid(rows, labels, columns, captions, tile=GRID_TILE)
+def as_photo(photo: Image.Image) -> Image.Image:
+    """Return the middle square of a photo, at most PHOTO_SIDE pixels a side: more is not looked at."""
+    side = min(*photo.size, PHOTO_SIDE)
+    return ImageOps.fit(photo, (side, side), method=Image.Resampling.LANCZOS)
 
 
-def shrink(photo: Image.Image) -> Image.Image:
-    """Return a photo of at most PHOTO_SIDE pixels a side: more is not looked at, and hundreds have to fit."""
-    photo.thumbnail((PHOTO_SIDE, PHOTO_SIDE), Image.Resampling.LANCZOS)
-    return photo
+def _nearest(pictures: Sequence[Image.Image], rows: torch.Tensor, photos: Reference) -> pd.DataFrame:
+    """Find the photo, or the mirror image of one, that each picture is nearest to; tell whether it is a copy."""
+    cosines = torch.maximum(fidelity.cosine(rows, photos.embeddings), fidelity.cosine(rows, photos.mirrored))
+    best = cosines.max(dim=-1)
+    distances = np.array([[hash_distance(both, one) for both in photos.hashes] for one in _first_hashes(pictures)])
+    return pd.DataFrame(
+        {
+            "nearest_photo": best.indices.tolist(),
+            "nearest_cosine": best.values.tolist(),
+            "nearest_distance": distances.min(axis=1).tolist(),
+            "copy": fidelity.copies(best.values, distances.min(axis=1), photos.copy_cosine).tolist(),
+        }
+    )
+
+
+def _first_hashes(pictures: Sequence[Image.Image]) -> Iterator[NDArray[np.bool_]]:
+    return (both_hashes(picture)[0] for picture in pictures)
+
+
+def _interval(differences: NDArray[np.float64], confidence: float) -> dict[str, Any] | None:
+    """Bound paired differences, or None where one is missing."""
+    if len(differences) < MIN_COUNTED or not np.isfinite(differences).all():
+        return None
+    interval: Interval = fidelity.paired_interval(torch.tensor(differences), confidence)
+    return interval._asdict() | {"sd": float(differences.std(ddof=1))}
+
+
+def _gain(interval: dict[str, Any]) -> dict[str, Any]:
+    return {"gain": interval["mean"], "low": interval["low"], "high": interval["high"], "sd": interval["sd"]}
+
+
+def _mean(scores: Scores, column: str) -> float:
+    return float(scores.prompts[column][scores.prompts["kind"] != "property"].mean())
+
+
+def _by_kind(base: Scores, personalised: Scores, column: str) -> dict[str, dict[str, float]]:
+    return {
+        str(kind): {
+            "base": float(base.prompts[column][rows.index].mean()),
+            "personalised": float(rows[column].mean()),
+            "prompts": len(rows),
+        }
+        for kind, rows in personalised.prompts.groupby("kind", sort=False)
+    }

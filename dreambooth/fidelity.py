@@ -1,6 +1,6 @@
-"""Compare embeddings: how like the subject, how varied, how near a photo, and how sure a difference is.
+"""Compare embeddings: how like subject and prompt, how varied, how near a photo, how far from the base, how sure.
 
-Dimension key: P prompts, S seeds of a prompt, N real photos, A and B any rows, D embedding width.
+Dimension key: P prompts, S seeds of a prompt, N real photos, M pairs of images, A and B any rows, D embedding width.
 
 Rows need no unit length. NaN, infinity and rows of zeros raise ValueError in every function: no score is made of them.
 """
@@ -8,9 +8,14 @@ Rows need no unit length. NaN, infinity and rows of zeros raise ValueError in ev
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from scipy import stats
+
+COPY_DISTANCE = 8  # bits of a 63-bit perceptual hash at or under which a picture is a copy: 0 false in 156 photos
+COPY_MARGIN = 0.02  # cosine above the most similar pair of photos, for encoders whose copies were not measured
 
 
 class Interval(NamedTuple):
@@ -49,6 +54,23 @@ def identity(generated: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     return cosine(generated, real).mean(dim=-1)
 
 
+def prompt_fidelity(generated: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+    """Score each image against its own prompt, given without the identifier, which no image-text encoder knows.
+
+    Args:
+        generated: (P, S, D), images of the prompts.
+        prompts: (P, D), the prompts with the class noun alone.
+
+    Returns:
+        (P, S) in [-1, 1].
+
+    Source: Ruiz et al. 2022, section 4, there with CLIP (CLIP-T). Compare with the base at the same prompt and seed.
+    """
+    if len(generated) != len(prompts):
+        raise ValueError(f"images of {len(generated)} prompts but {len(prompts)} prompts")
+    return torch.einsum("psd,pd->ps", _unit(generated), _unit(prompts)).clamp(-1, 1)
+
+
 def ceiling(real: torch.Tensor) -> float:
     """Score each real photo (N, D), N >= 2, against the others and average: what a perfect model could expect.
 
@@ -83,6 +105,74 @@ def nearest(generated: torch.Tensor, real: torch.Tensor) -> Nearest:
     """Find the photo of `real` (N, D) most similar to each image of `generated` (..., S, D); the first of equals."""
     best = cosine(generated, real).max(dim=-1)
     return Nearest(best.values, best.indices)
+
+
+def copy_cosine(real: torch.Tensor) -> float:
+    """Return the cosine above which an image is a copy, for an encoder whose copies were never measured.
+
+    Args:
+        real: (N, D), N >= 2, photos of the subject.
+
+    Returns:
+        The cosine of the two most similar photos and COPY_MARGIN, at most 1: photos of one thing are no copies.
+    """
+    if len(real) < 2:
+        raise ValueError(f"pairs need at least 2 photos, got {len(real)}")
+    table = cosine(real, real).fill_diagonal_(-1)
+    return min(table.max().item() + COPY_MARGIN, 1.0)
+
+
+def copies(nearest_cosine: torch.Tensor, distance: NDArray[np.int64], threshold: float) -> NDArray[np.bool_]:
+    """Tell which images repeat a photo: too near in embedding, or in perceptual hash.
+
+    Args:
+        nearest_cosine: (...), with the most similar photo or its mirror image.
+        distance: (...), fewest differing bits of the 63-bit perceptual hashes of image and photo or its mirror image.
+        threshold: cosine above which it is a copy.
+
+    Raises:
+        ValueError: a cosine is not finite.
+    """
+    if not nearest_cosine.isfinite().all():
+        raise ValueError(f"nearest cosines hold NaN or infinity at {_rows(~nearest_cosine.isfinite())}")
+    return np.asarray((nearest_cosine.numpy() > threshold) | (distance <= COPY_DISTANCE))
+
+
+class Discrepancy(NamedTuple):
+    """The squared maximum mean discrepancy of two sets of images, and how often chance alone gives as much."""
+
+    mmd2: float
+    """Unbiased, so that it may be negative; 0 is expected of equal models."""
+    p_value: float
+
+
+def discrepancy(base: torch.Tensor, tuned: torch.Tensor, permutations: int = 999, seed: int = 0) -> Discrepancy:
+    """Measure how far the images of a tuned model are from those of its base, drawn at the same seeds.
+
+    The two images of a seed are not independent, so chance is simulated by exchanging them with each other, which
+    turns the sign of their row and column of h.
+
+    Args:
+        base: (M, D), M >= 2, one image a seed.
+        tuned: (M, D), images of the same seeds in the same order.
+        permutations: of the test; the smallest p-value is 1 / (permutations + 1).
+        seed: of the permutations.
+
+    Source: Gretton et al. 2012, equation 4 (the U-statistic of pairs); RBF kernel, median heuristic.
+    """
+    if base.shape != tuned.shape or len(base) < 2:
+        raise ValueError(f"shapes {tuple(base.shape)} and {tuple(tuned.shape)}: expected the same, with 2 rows or more")
+    pairs, rows = len(base), torch.cat([_unit(base), _unit(tuned)]).double()
+    squared = torch.cdist(rows, rows).square()
+    between = squared[~torch.eye(2 * pairs, dtype=torch.bool)]
+    width = between[between > 0].median().item() if (between > 0).any() else 1.0
+    kernel = torch.exp(-squared / width)
+    cross = kernel[:pairs, pairs:]
+    h = (kernel[:pairs, :pairs] + kernel[pairs:, pairs:] - cross - cross.T).fill_diagonal_(0)
+    signs = torch.from_numpy(np.random.default_rng(seed).choice([-1.0, 1.0], size=(permutations, pairs)))
+    observed = h.sum().item()
+    as_much = (torch.einsum("ri,ij,rj->r", signs, h, signs) >= observed - 1e-12).sum().item()
+    return Discrepancy(observed / (pairs * (pairs - 1)), (1 + as_much) / (1 + permutations))
 
 
 def paired_interval(differences: torch.Tensor, confidence: float = 0.95) -> Interval:

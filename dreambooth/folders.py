@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,10 @@ def sha256_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def code_hash() -> str:
-    """Return the sha256 of this package's modules: other code, another result."""
-    return sha256_of({path.name: sha256_of_file(path) for path in sorted(Path(__file__).parent.glob("*.py"))})
+def code_hash(modules: Collection[str] | None = None) -> str:
+    """Return the sha256 of this package's modules, or of those named: other code, another result."""
+    paths = sorted(Path(__file__).parent.glob("*.py"))
+    return sha256_of({path.name: sha256_of_file(path) for path in paths if modules is None or path.name in modules})
 
 
 @contextmanager

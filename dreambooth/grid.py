@@ -4,13 +4,15 @@ All sizes are pixels.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
 PAPER, INK, FADED, ABSENT = "#ffffff", "#222222", "#666666", "#e8e8e8"
 LINE_SPACING = 1.25  # line height over the height of "Ag"
 LABEL_EMS = 12  # a row label wraps at so many font sizes
+
+STRIP_TILE = 128  # pixels, of a comparison
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -67,6 +69,35 @@ def grid(
             _write(draw, (x + tile // 2, y + tile), note, small, FADED, "ma")
         y += row_height + gap
     return sheet
+
+
+def comparison_grid(
+    photos: Sequence[Image.Image],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    pictures: Mapping[str, Sequence[Image.Image]],
+    scores: Mapping[str, Sequence[float]],
+) -> Image.Image:
+    """Lay out the photos, then a row a prompt: the models side by side at the same seed, the score under each picture.
+
+    Args:
+        photos: of the subject.
+        prompts: P texts.
+        seeds: S of each prompt.
+        pictures: by model, P x S, seeds of one prompt beside each other.
+        scores: by model, P x S.
+    """
+    columns = [f"{name}, seed {seed}" for seed in seeds for name in pictures]
+    strip: list[Image.Image | None] = [*photos[: len(columns)]]
+    blank = Image.new("RGB", (STRIP_TILE, STRIP_TILE), PAPER)
+    rows, labels = [strip + [blank] * (len(columns) - len(strip))], ["photos of the subject"]
+    captions = [[""] * len(columns)]
+    for number, prompt in enumerate(prompts):
+        numbers = range(number * len(seeds), (number + 1) * len(seeds))
+        rows.append([images[i] for i in numbers for images in pictures.values()])
+        captions.append([f"{values[i]:.3f}" for i in numbers for values in scores.values()])
+        labels.append(prompt)
+    return grid(rows, labels, columns, captions, tile=STRIP_TILE)
 
 
 def fit(image: Image.Image, tile: int) -> Image.Image:

@@ -73,7 +73,7 @@ class SubjectParams(Section):
     identifier: Annotated[str, Field(pattern=r"^\S{1,40}$")]
     """The rare word that will mean this subject (Ruiz et al. 2022, section 3.2)."""
     kind: Literal["live", "object"]
-    """Chooses the evaluation prompts, data/prompts/<kind>.csv."""
+    """Chooses the evaluation prompts, <evaluate.prompts>/<kind>.csv."""
 
 
 class Photos(Section):
@@ -160,8 +160,16 @@ class Train(Section):
 class Evaluate(Section):
     """How the personalised model is compared with the base."""
 
+    prompts: Annotated[str, Field(pattern=r"^data/prompts(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")]
+    """Folder with live.csv and object.csv, in data/prompts."""
+    max_prompts: Annotated[int, Field(ge=2, le=1000)] | None
+    """At most so many, each kind in its share and in the order of its file; null takes all (25 are the standard)."""
     seeds: Annotated[list[Seed], Field(min_length=1, max_length=64)]
     """Every prompt is drawn once with each seed, by the base and by the personalised model."""
+    num_class_images: Annotated[int, Field(ge=0, le=1000)]
+    """Images of the class prompt by each model, for the prior drift (PRES); 50 are ample, 0 leaves it unmeasured."""
+    class_seed: Seed
+    """Class image i is drawn from the seed (class_seed, i); none of them is a class image of the training."""
     scheduler: Scheduler
     """Solver of the sampler."""
     num_inference_steps: Annotated[int, Field(ge=1, le=999)]
@@ -174,6 +182,34 @@ class Evaluate(Section):
     """Of the t interval over prompt means."""
 
 
+Margin = Annotated[float, Field(ge=0, le=1)]
+
+
+class Gate(Section):
+    """What a new model must show before it takes the place of the champion; cosines of the encoders in use."""
+
+    min_prompts: Annotated[int, Field(ge=6)]
+    """Fewest prompts that count for the identity; under 6 an interval says little."""
+    min_gain: Margin
+    """The identity's lower bound must be above it."""
+    identity_margin: Margin
+    """How much identity a model may lose whose prompt fidelity is better."""
+    prompt_min_gain: Margin
+    """The lower bound of the prompt fidelity of such a model must be above it."""
+    prompt_margin: Margin
+    """The lower bound of the prompt fidelity must be above minus this."""
+    diversity_margin: Margin
+    """The lower bound of the diversity must be above minus this."""
+    pres_margin: Margin
+    """The upper bound of the rise of PRES must be below this."""
+    copy_rate: Margin
+    """Largest share of images that repeat a photo."""
+    first_prompt_drop: Margin
+    """Largest mean loss of prompt fidelity of a first model against the base."""
+    first_copy_rate: Margin
+    """Largest share of images of a first model that repeat a photo."""
+
+
 class Params(Section):
     """Everything in params.yaml."""
 
@@ -184,6 +220,7 @@ class Params(Section):
     prior: Prior
     train: Train
     evaluate: Evaluate
+    gate: Gate
 
     def subject(self, subject_id: str) -> SubjectParams:
         """Return one subject; raise SubjectError with the known ones."""
@@ -319,6 +356,7 @@ def _keys_beside(location: tuple[Any, ...]) -> list[str]:
         "prior": Prior,
         "train": Train,
         "evaluate": Evaluate,
+        "gate": Gate,
     }
     return list(sections[location[0]].model_fields)
 

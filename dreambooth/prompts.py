@@ -1,7 +1,8 @@
 """The sentences a model is trained and tested with, made from an identifier and a class noun."""
 
 import csv
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +86,27 @@ def load_templates(path: Path) -> list[Template]:
     if faults or not rows:
         raise EvaluationError(f"{path}: {'; '.join(faults) or 'has no prompts under a first line kind,prompt'}")
     return [Template(row["kind"], row["prompt"]) for row in rows]
+
+
+def choose(templates: Sequence[Template], count: int | None) -> list[Template]:
+    """Take `count` prompts, each kind in its share (largest remainder), the first of each, in their order.
+
+    Equal remainders go to the kind that comes first. None, or more than there are, takes all.
+    """
+    if count is None or count >= len(templates):
+        return list(templates)
+    kinds = Counter(template.kind for template in templates)
+    shares = {kind: count * number / len(templates) for kind, number in kinds.items()}
+    room = {kind: int(share) for kind, share in shares.items()}
+    by_remainder = sorted(shares, key=lambda kind: room[kind] - shares[kind])
+    for kind in by_remainder[: count - sum(room.values())]:
+        room[kind] += 1
+    chosen = []
+    for template in templates:
+        if room[template.kind] > 0:
+            room[template.kind] -= 1
+            chosen.append(template)
+    return chosen
 
 
 def _faults(row: dict[str | Any, Any]) -> Iterator[str]:

@@ -1,34 +1,79 @@
-"""The comparison: the same prompts and noise for both models, averaged over seeds, then over prompts."""
+"""The comparison: the same prompts and noise for all models, averaged over seeds, then over prompts."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_project import make_photo
 
-from dreambooth import evaluation
+from dreambooth.encoders import ImageTextEncoder
 from dreambooth.errors import EvaluationError, PhotosError
-from dreambooth.evaluation import cases, comparison_grid, score, summarise, verdict
-from dreambooth.prompts import Template, class_prompt, instance_prompt, load_templates, read_caption, with_article
+from dreambooth.evaluation import (
+    Case,
+    Encoders,
+    Scores,
+    cases,
+    class_seeds,
+    compare,
+    headline,
+    reference,
+    score,
+    summarise,
+)
+from dreambooth.prompts import (
+    Template,
+    choose,
+    class_prompt,
+    instance_prompt,
+    load_templates,
+    read_caption,
+    with_article,
+)
+from dreambooth.rng import derive_seed
 
 TEMPLATES = [Template("recontextualisation", "a photo of {} in space"), Template("property", "a red {}")]
 PLACES = [Template("recontextualisation", f"a photo of {{}} in place {i}") for i in range(3)]
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 
 class ColourEncoder:
-    """Embeds a picture as its mean colour: cosines that can be told by hand."""
+    """Embeds a picture as its mean colour, and a text as the colour that it names: cosines that can be told by hand."""
 
     name, revision, transform = "colour", "1", "mean"
+
+    def __init__(self, copy_cosine: float | None = 2.0) -> None:
+        self.copy_cosine = copy_cosine
 
     def embed(self, images: Sequence[Image.Image], batch_size: int = 16) -> torch.Tensor:
         pixels = [image.resize((1, 1)).getpixel((0, 0)) for image in images]
         return torch.nn.functional.normalize(torch.tensor(pixels, dtype=torch.float32), dim=1)
 
+    embed_images = embed
+
+    def embed_texts(self, prompts: Sequence[str]) -> torch.Tensor:
+        return torch.stack(
+            [torch.tensor([float(word in text) for word in ("red", "green", "blue")]) for text in prompts]
+        )
+
 
 def plain(*colours: tuple[int, int, int]) -> list[Image.Image]:
     return [Image.new("RGB", (32, 32), colour) for colour in colours]
+
+
+def scored(
+    todo: Sequence[Case],
+    pictures: Sequence[tuple[int, int, int]],
+    class_pictures: Sequence[tuple[int, int, int]] = (),
+    photos: Sequence[tuple[int, int, int]] = (RED, RED),
+    text: ImageTextEncoder | None = None,
+) -> Scores:
+    encoders = Encoders(ColourEncoder(), text)
+    texts = text.embed_texts(list(dict.fromkeys(case.base_prompt for case in todo))) if text else None
+    seen = reference(plain(*photos), encoders.image)
+    return score(todo, plain(*pictures), plain(*class_pictures), seen, encoders, texts)
 
 
 def test_both_models_get_the_same_noise_and_their_own_words() -> None:
@@ -44,19 +89,98 @@ def test_too_few_prompts_are_refused_before_anything_is_drawn() -> None:
         cases(TEMPLATES, "sks", "dog", [1])
 
 
+def test_class_images_are_none_of_the_training() -> None:
+    assert len(set(class_seeds(24, 0)) | {derive_seed(0, "class-image", i, 0) for i in range(24)}) == 48
+
+
 def test_identity_is_averaged_over_seeds_then_prompts_and_property_prompts_stay_out() -> None:
     todo = cases([*PLACES[:2], TEMPLATES[1]], "sks", "dog", [1, 2])
-    red, green = (255, 0, 0), (0, 255, 0)
-    photos = plain(red, red)
-    base = plain(*[green] * 6)
-    personalised = plain(red, green, red, red, green, green)
-    scores = score(todo, base, personalised, photos, ColourEncoder())
-    metrics = summarise(scores, photos, ColourEncoder(), 0.95)
+    base, personalised = scored(todo, [GREEN] * 6), scored(todo, [RED, GREEN, RED, RED, GREEN, GREEN])
+    metrics = summarise(base, personalised, reference(plain(RED, RED), ColourEncoder()), 0.95)
     assert metrics["identity"]["base"] == pytest.approx(0)
     assert metrics["identity"]["personalised"] == pytest.approx((0.5 + 1) / 2)
     assert metrics["identity"]["gain"] == pytest.approx(0.75)
     assert metrics["identity"]["ceiling"] == pytest.approx(1)
+    assert metrics["identity"]["calibrated"] == pytest.approx(0.75)
+    assert metrics["identity"]["by_kind"]["property"] == {"base": 0.0, "personalised": 0.0, "prompts": 1}
     assert metrics["prompts"] == 2
+
+
+def test_prompt_fidelity_asks_for_the_prompt_without_the_identifier() -> None:
+    todo = cases([Template("property", "a green {}"), *PLACES[:2]], "sks", "red dog", [1, 2])
+    found = scored(todo, [GREEN, BLUE, RED, RED, RED, GREEN], text=ColourEncoder())
+    assert found.cases["prompt"][0] == "a green a red dog"
+    half = 0.5**0.5
+    assert found.cases["prompt_fidelity"].tolist() == pytest.approx([half, 0, 1, 1, 1, 0])
+    assert found.prompts["prompt_fidelity"].tolist() == pytest.approx([half / 2, 1, 0.5])
+
+
+def test_diversity_is_a_difference_to_the_base_at_the_same_prompts() -> None:
+    todo = cases(PLACES, "sks", "dog", [1, 2])
+    varied, alike = scored(todo, [RED, GREEN] * 3), scored(todo, [RED, RED, GREEN, GREEN, BLUE, BLUE])
+    assert varied.prompts["diversity"].tolist() == pytest.approx([1, 1, 1])
+    assert compare(alike, varied, 0.95)["diversity"]["mean"] == pytest.approx(-1)
+
+
+def test_prior_drift_is_the_rise_of_the_class_images_at_paired_seeds() -> None:
+    todo = cases(PLACES, "sks", "dog", [1, 2])
+    base = scored(todo, [GREEN] * 6, class_pictures=[GREEN, BLUE, GREEN, BLUE])
+    leaked = scored(todo, [RED] * 6, class_pictures=[RED, BLUE, RED, BLUE])
+    metrics = summarise(base, leaked, reference(plain(RED, RED), ColourEncoder()), 0.95)
+    assert metrics["prior"]["rise"] == pytest.approx(0.5)
+    assert metrics["prior"]["images"] == 4
+    assert metrics["prior"]["mmd2"] > 0
+    assert compare(base, base, 0.95)["pres_rise"]["mean"] == 0
+    same = summarise(base, base, reference(plain(RED, GREEN), ColourEncoder()), 0.95)["prior"]
+    assert (same["mmd2"], same["p_value"]) == (0, 1)
+
+
+def test_what_was_not_measured_is_missing_and_not_zero() -> None:
+    todo = cases(PLACES, "sks", "dog", [1])
+    base, personalised = scored(todo, [GREEN] * 3), scored(todo, [RED] * 3)
+    metrics = summarise(base, personalised, reference(plain(RED, RED), ColourEncoder()), 0.95)
+    assert not {"prompt", "diversity", "prior"} & set(metrics)
+    assert metrics["safety"] == "not checked"
+
+
+def test_an_identity_that_is_no_number_is_refused() -> None:
+    todo = cases(PLACES, "sks", "dog", [1])
+    base, broken = scored(todo, [GREEN] * 3), scored(todo, [RED] * 3)
+    broken.prompts.loc[1, "identity"] = np.nan
+    with pytest.raises(EvaluationError, match="2 of 3 prompts"):
+        compare(broken, base, 0.95)
+
+
+def test_models_with_other_prompts_are_not_compared() -> None:
+    one, other = (scored(cases(part, "sks", "dog", [1]), [RED] * 2) for part in (PLACES[:2], PLACES[1:]))
+    with pytest.raises(EvaluationError, match="other prompts"):
+        compare(one, other, 0.95)
+
+
+def test_a_picture_that_is_a_photo_or_its_mirror_image_is_a_copy_and_named() -> None:
+    photos = [make_photo(number) for number in range(4)]
+    pictures = [photos[2], photos[1].transpose(Image.Transpose.FLIP_LEFT_RIGHT), make_photo(9)]
+    todo = cases(PLACES, "sks", "dog", [1])
+    encoders = Encoders(ColourEncoder(), None)
+    found = score(todo, pictures, [], reference(photos, encoders.image), encoders, None).cases
+    assert found["copy"].tolist() == [True, True, False]  # by perceptual hash: no colour is nearer than 2
+    assert found["nearest_distance"].tolist()[:2] == [0, 0]
+    assert found["nearest_photo"][0] == 2
+
+
+def test_without_a_measured_threshold_the_nearest_pair_of_photos_sets_it() -> None:
+    assert reference(plain(RED, GREEN, BLUE), ColourEncoder(None)).copy_cosine == pytest.approx(0.02)
+    assert reference(plain(RED, RED), ColourEncoder(None)).copy_cosine == 1
+
+
+def test_a_subset_of_the_prompts_keeps_the_share_of_each_kind() -> None:
+    counts = {"recontextualisation": 10, "accessory": 10, "property": 5}
+    live = [Template(kind, f"{kind} {{}} {i}") for kind, count in counts.items() for i in range(count)]
+    kinds = [template.kind for template in choose(live, 12)]
+    assert [kinds.count(kind) for kind in counts] == [5, 5, 2]
+    assert choose(live, 12)[5] == Template("accessory", "accessory {} 0")
+    assert choose(live, None) == choose(live, 99) == live
+    assert len(choose(live, 2)) == 2
 
 
 @pytest.mark.parametrize(
@@ -68,19 +192,9 @@ def test_identity_is_averaged_over_seeds_then_prompts_and_property_prompts_stay_
         (0.1, 0.2, 3, "too few prompts"),
     ],
 )
-def test_the_verdict_says_what_the_interval_says(low: float, high: float, prompts: int, said: str) -> None:
+def test_the_headline_says_what_the_interval_says(low: float, high: float, prompts: int, said: str) -> None:
     identity = {"gain": (low + high) / 2, "low": low, "high": high}
-    assert said in verdict({"identity": identity, "prompts": prompts})
-
-
-def test_the_grid_has_a_row_a_prompt_below_the_photos() -> None:
-    todo = cases(PLACES, "sks", "dog", [1, 2])
-    pictures = plain(*[(10 * i, 0, 0) for i in range(6)])
-    scores = pd.DataFrame({"identity_base": [0.1] * 6, "identity": [0.2] * 6})
-    short = comparison_grid(todo[:4], pictures[:4], pictures[:4], pictures[:3], scores)
-    tall = comparison_grid(todo, pictures, pictures, pictures[:3], scores)
-    assert tall.width == short.width
-    assert tall.height > short.height + evaluation.GRID_TILE
+    assert said in headline({"identity": identity, "prompts": prompts})
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,25 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from dreambooth.fidelity import Interval, calibrated, ceiling, cosine, diversity, identity, nearest, paired_interval
+from dreambooth.fidelity import (
+    COPY_DISTANCE,
+    Interval,
+    calibrated,
+    ceiling,
+    copies,
+    copy_cosine,
+    cosine,
+    discrepancy,
+    diversity,
+    identity,
+    nearest,
+    paired_interval,
+    prompt_fidelity,
+)
 
 X, Y, DIAGONAL = [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]
 HALF = math.sqrt(0.5)  # cosine of 45 degrees
@@ -159,3 +174,76 @@ def test_too_few_rows_are_refused():
         diversity(torch.ones(4, 1, 3))
     with pytest.raises(ValueError, match=r"shape \(0, 3\) are empty"):
         identity(torch.ones(1, 1, 3), torch.ones(0, 3))
+
+
+def test_prompt_fidelity_compares_each_image_with_its_own_prompt():
+    images = torch.tensor([[X, DIAGONAL], [X, [0.0, 5.0]]])
+    torch.testing.assert_close(prompt_fidelity(images, torch.tensor([X, Y])), torch.tensor([[1.0, HALF], [0.0, 1.0]]))
+    torch.testing.assert_close(prompt_fidelity(images[:1, :1], torch.tensor([X])), torch.tensor([[1.0]]))
+
+
+def test_prompt_fidelity_refuses_another_number_of_prompts():
+    with pytest.raises(ValueError, match="images of 2 prompts but 1 prompts"):
+        prompt_fidelity(torch.ones(2, 1, 3), torch.ones(1, 3))
+
+
+def test_a_copy_is_above_the_cosine_or_within_the_bits():
+    near = torch.tensor([0.93, 0.92, 0.1, 0.1])
+    bits = np.array([63, COPY_DISTANCE + 1, COPY_DISTANCE, COPY_DISTANCE + 1])
+    assert copies(near, bits, 0.92).tolist() == [True, False, True, False]
+
+
+def test_a_cosine_that_is_no_number_is_no_verdict_on_copying():
+    with pytest.raises(ValueError, match="NaN or infinity at 1"):
+        copies(torch.tensor([0.1, math.nan]), np.array([63, 63]), 0.92)
+
+
+def test_photos_of_one_thing_are_no_copies_of_each_other():
+    assert copy_cosine(torch.tensor([X, Y, DIAGONAL])) == pytest.approx(HALF + 0.02)
+    assert copy_cosine(torch.tensor([X, X])) == 1
+    with pytest.raises(ValueError, match="at least 2 photos, got 1"):
+        copy_cosine(torch.tensor([X]))
+
+
+def test_discrepancy_by_hand_at_two_pairs():
+    # rows X X against Y Y: squared distances 0 within, 2 between; the median of those above 0 is 2, so k is 1 or 1/e
+    found = discrepancy(torch.tensor([X, X]), torch.tensor([Y, Y]))
+    assert found.mmd2 == pytest.approx(2 - 2 / math.e)
+    assert found.p_value == pytest.approx(
+        0.5, abs=0.06
+    )  # of four signs two give as much: nothing is shown by two pairs
+
+
+def test_equal_models_have_no_discrepancy():
+    rows = torch.randn(8, 5, generator=torch.Generator().manual_seed(4))
+    assert discrepancy(rows, rows * 3) == pytest.approx((0, 1))
+
+
+def test_discrepancy_sees_a_shift_and_its_p_value_is_small():
+    generator = torch.Generator().manual_seed(5)
+    base = torch.randn(24, 6, generator=generator)
+    found = discrepancy(base, base + torch.tensor([1.5, 0, 0, 0, 0, 0]))
+    assert found.mmd2 > 0.05
+    assert found.p_value == pytest.approx(1 / 1000)
+
+
+def test_under_chance_a_p_value_below_a_tenth_comes_once_in_ten_times():
+    generator = torch.Generator().manual_seed(6)
+    draws = [torch.randn(2, 12, 4, generator=generator) for _ in range(400)]
+    p_values = torch.tensor([discrepancy(base, tuned, permutations=99).p_value for base, tuned in draws])
+    assert (p_values <= 0.1).float().mean().item() == pytest.approx(0.1, abs=0.045)  # 3 standard errors
+
+
+def test_discrepancy_is_unbiased():
+    generator = torch.Generator().manual_seed(7)
+    values = torch.tensor(
+        [discrepancy(*torch.randn(2, 8, 4, generator=generator), permutations=1).mmd2 for _ in range(500)]
+    )
+    assert abs(values.mean().item()) < 3 * values.std().item() / 500**0.5
+
+
+def test_discrepancy_refuses_rows_that_are_no_pairs():
+    with pytest.raises(ValueError, match="expected the same"):
+        discrepancy(torch.ones(3, 2), torch.ones(2, 2))
+    with pytest.raises(ValueError, match="2 rows or more"):
+        discrepancy(torch.ones(1, 2), torch.ones(1, 2))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from dreambooth.grid import ABSENT, fit, grid, wrap
+from dreambooth.grid import ABSENT, STRIP_TILE, comparison_grid, fit, grid, wrap
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -132,3 +132,12 @@ def test_same_pictures_same_sheet():
 def test_what_is_no_rectangle_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         grid(*arguments)
+
+
+def test_a_comparison_has_a_row_a_prompt_below_the_photos():
+    pictures = [Image.new("RGB", (32, 32), (10 * i, 0, 0)) for i in range(6)]
+    models = {"base": pictures, "personalised": pictures}
+    short = comparison_grid(pictures[:3], ["one"], [1, 2], models, {name: [0.1] * 6 for name in models})
+    tall = comparison_grid(pictures[:3], ["one", "two", "three"], [1, 2], models, {name: [0.1] * 6 for name in models})
+    assert tall.width == short.width
+    assert tall.height > short.height + 2 * STRIP_TILE

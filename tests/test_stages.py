@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from tiny_project import REPOSITORY, TINY_RESOLUTION, add_photos, write_params
+from tiny_project import REPOSITORY, TINY_RESOLUTION, add_photos, tiny_values, write_params
 
 from dreambooth.errors import EvaluationError, PhotosError, SubjectError
 from dreambooth.folders import TornFolderError, content_hash, read_manifest
@@ -33,7 +33,7 @@ def run_all(root: Path, subject: str = "biscuit") -> None:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
     """Return a project in which all stages ran once; the tests that use it only look."""
-    from tiny_project import make_project, tiny_values
+    from tiny_project import make_project
 
     folder = tmp_path_factory.mktemp("done")
     with pytest.MonkeyPatch.context() as patch:
@@ -74,9 +74,13 @@ def test_the_loss_curve_has_a_row_a_step_with_both_losses(done: Path) -> None:
 def test_the_metrics_are_those_of_the_scores(done: Path) -> None:
     scores = pd.read_csv(done / "build/biscuit/evaluation/scores.csv")
     metrics = json.loads((done / "metrics/biscuit.json").read_text())
-    assert len(scores) == 3 * 2
+    personalised = scores[scores["model"] == "personalised"]
+    assert len(scores) == 2 * len(personalised) == 2 * 3 * 2
     assert metrics["prompts"] == 3
-    assert metrics["identity"]["personalised"] == pytest.approx(scores["identity"].mean())
+    assert metrics["identity"]["personalised"] == pytest.approx(personalised["identity"].mean())
+    assert metrics["copying"]["rate"] == personalised["copy"].mean()
+    assert metrics["prior"]["images"] == 4
+    assert metrics["diversity"]["low"] <= metrics["diversity"]["gain"] <= metrics["diversity"]["high"]
     assert metrics["identity"]["low"] <= metrics["identity"]["gain"] <= metrics["identity"]["high"]
 
 
@@ -102,6 +106,24 @@ def test_the_same_inputs_give_the_same_bytes(done: Path, project: Path) -> None:
     run_all(project)
     for name in ("build/biscuit/instance", "build/classes/dog", "models/biscuit", "export/biscuit"):
         assert content_hash(project / name) == content_hash(done / name), name
+
+
+def test_a_second_subject_of_the_class_takes_the_pictures_of_the_base_from_the_store(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(shutil.copytree(done, tmp_path / "copy"))
+    cache = Path(shutil.copytree(done.parent / "cache", tmp_path / "base-cache"))
+    monkeypatch.setenv("DREAMBOOTH_CACHE", str(cache))
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.png")}
+    values = tiny_values()
+    values["subjects"]["rex"] = values["subjects"]["biscuit"] | {"identifier": "zwx"}
+    write_params(root, values)
+    shutil.copytree(root / "data/subjects/biscuit", root / "data/subjects/rex")
+    run_all(root, "rex")
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.png")} == before
+    for name in ("base", "class/base"):
+        ours, theirs = (sorted((root / f"build/{one}/evaluation" / name).iterdir()) for one in ("rex", "biscuit"))
+        assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
 
 
 def test_class_images_that_were_drawn_before_come_from_the_store(

@@ -52,17 +52,18 @@ def tiny_values() -> dict[str, Any]:
     values["subjects"] = {"biscuit": {"class_id": "dog", "identifier": "sks", "kind": "live"}}
     values["prior"] |= {"num_class_images": 5, "num_inference_steps": 2, "batch_size": 2}
     values["train"] |= {"max_train_steps": 4, "train_batch_size": 2, "save_dtype": "float32"}
-    values["evaluate"] |= {"seeds": [1, 2], "num_inference_steps": 2}
+    values["evaluate"] |= {"seeds": [1, 2], "num_inference_steps": 2, "num_class_images": 4}
     return values
 
 
 def make_project(root: Path, base: Path, values: dict[str, Any]) -> Path:
     """Make a project around a base model."""
     shutil.copytree(base, root / "data/base/tiny")
-    (root / "data/prompts").mkdir()
+    folder = root / values["evaluate"]["prompts"]
+    folder.mkdir(parents=True)
     for kind in ("live", "object"):
         lines = [f"recontextualisation,a photo of {{}} {place}" for place in ("in space", "on a beach", "at home")]
-        (root / f"data/prompts/{kind}.csv").write_text("\n".join(["kind,prompt", *lines]) + "\n")
+        (folder / f"{kind}.csv").write_text("\n".join(["kind,prompt", *lines]) + "\n")
     add_photos(root / "data/subjects/biscuit", 5)
     write_params(root, values)
     return root
