@@ -11,6 +11,7 @@ from pathlib import Path
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+from dreambooth.consent import require_consent
 from dreambooth.errors import DreamboothError
 from dreambooth.interruption import die_with_parent
 from dreambooth.params import Params, check_id, load_params
@@ -28,8 +29,9 @@ def main(run: Run) -> None:
     try:
         if len(sys.argv) != 2:
             raise SystemExit(f"usage: python -m {run.__module__ if run.__module__ != '__main__' else 'stages.NAME'} ID")
-        root = Path.cwd()
-        run(load_params(root / "params.yaml"), check_id(sys.argv[1]), root)
+        root, params = Path.cwd(), load_params(Path("params.yaml"))
+        require_consent(params, check_id(sys.argv[1]), root)
+        run(params, sys.argv[1], root)
     except DreamboothError as error:
         if os.environ.get("DREAMBOOTH_DEBUG"):
             raise

@@ -17,10 +17,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dreambooth import registry, tracking
+from dreambooth import tracking
+from dreambooth import versions as registered
+from dreambooth.aliases import history, move, read_log
 from dreambooth.errors import RegistryError, SubjectError
 from dreambooth.folders import TornFolderError, new_folder
-from dreambooth.registry import RegisteredVersion, find, load, move_alias, register
+from dreambooth.registry import register
+from dreambooth.versions import RegisteredVersion, find, load
 
 BISCUIT = "biscuit"
 CALL = {"prompt": "a photo of sks dog"}
@@ -107,9 +110,9 @@ def test_the_challenger_is_what_was_registered_last_and_every_move_is_written_do
     challenger = find(root, BISCUIT, alias="challenger")
     assert challenger is not None
     assert challenger.version == 1
-    tags = tracking.connect(root)[0].get_registered_model(BISCUIT).tags
-    moves = [json.loads(tags[name]) for name in sorted(tags) if name.startswith("dreambooth.alias.")]
-    assert [(move["from"], move["to"]) for move in moves] == [(None, 1), (1, 2), (2, 1)]
+    entries = read_log(tracking.connect(root)[0], BISCUIT)
+    assert [(entry.before, entry.after) for entry in entries] == [(None, 1), (1, 2), (2, 1)]
+    assert history(entries, "challenger") == [1, 2, 1]
 
 
 def test_a_torn_export_is_not_registered(root: Path) -> None:
@@ -203,10 +206,10 @@ def test_the_champion_is_loaded_before_the_challenger(
         write_export(root, tiny_model_folder, note)
         register(root, BISCUIT)
     loaded: list[Path] = []
-    monkeypatch.setattr(registry, "load_folder", loaded.append)
+    monkeypatch.setattr(registered, "load_folder", loaded.append)
     client = tracking.connect(root)[0]
-    move_alias(client, BISCUIT, "challenger", 2)
-    move_alias(client, BISCUIT, "champion", 1)
+    move(client, BISCUIT, "register", "challenger", 3, 2)
+    move(client, BISCUIT, "promote", "champion", None, 1)
     load(root, BISCUIT)
     client.delete_registered_model_alias(BISCUIT, "champion")
     load(root, BISCUIT)
@@ -300,7 +303,9 @@ import dreambooth
 assert "mlartifacts" in dreambooth.__file__, dreambooth.__file__
 sys.stdout.buffer.write(model.predict({"prompt": "a photo of sks dog"}, params={"seed": 1})[0])
 """
-    result = subprocess.run([sys.executable, "-P", "-c", program], env=environment(root), capture_output=True)
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", program], env=environment(root) | {"PYTHONPATH": ""}, capture_output=True
+    )
     assert result.returncode == 0, result.stderr.decode()
     assert result.stdout == expected
 

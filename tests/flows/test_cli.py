@@ -100,8 +100,8 @@ def test_status_shows_what_is_out_of_date_without_torch_or_prefect(project: Path
 @pytest.mark.slow
 def test_run_trains_registers_and_then_is_up_to_date_in_seconds_without_torch_or_prefect(project: Path) -> None:
     fake = (
-        "import flow_program; from dreambooth import registry; registry.register = flow_program.register\n"
-        "registry.find = flow_program.find"
+        "import flow_program; from dreambooth import registry, versions; registry.register = flow_program.register\n"
+        "versions.find = flow_program.find"
     )
     done = dreambooth(project, "run", "rex", before=fake)
     assert done.returncode == 0, done.stderr
