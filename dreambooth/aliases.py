@@ -7,10 +7,12 @@ An entry says what the alias was when its writer looked; it counts only if that 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dreambooth.errors import RegistryError
-from dreambooth.versions import aliases_of, all_versions, find_version
+from dreambooth.params import check_id
+from dreambooth.versions import CHALLENGER, CHAMPION, aliases_of, all_versions, client_of, explained, find_version
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -130,6 +132,15 @@ def disagreement(client: "MlflowClient", name: str, alias: str) -> str | None:
     moves = counted(read_log(client, name), alias)
     wanted, points_to = moves[-1].after if moves else None, aliases_of(client, name).get(alias)
     return None if wanted == points_to else f"{alias} is version {points_to or 'none'}, the log says {wanted or 'none'}"
+
+
+def recover(root: Path, subject_id: str) -> list[Entry]:
+    """Finish what was interrupted: make the aliases of a subject what the log says; return the log."""
+    with explained(root, f"read the log of {subject_id}", "try again when it answers"):
+        client = client_of(root)
+        for alias in (CHALLENGER, CHAMPION):
+            settle(client, check_id(subject_id), alias)
+        return read_log(client, subject_id)
 
 
 def _follow_log(client: "MlflowClient", name: str, alias: str) -> int | None:

@@ -13,7 +13,7 @@ from dreambooth.errors import EvaluationError, GateError, RegistryError
 from dreambooth.folders import scratch_folder
 from dreambooth.gate import Scorecard, decide, read_scorecard
 from dreambooth.params import Params, check_id
-from dreambooth.registry import SCORES, alone
+from dreambooth.registry import alone
 from dreambooth.versions import (
     CHALLENGER,
     CHAMPION,
@@ -123,14 +123,6 @@ def rollback(root: Path, subject_id: str, params: Params | None = None, force: s
     return Promotion(subject_id, number, champion, "rollback", reason)
 
 
-def recover(root: Path, subject_id: str) -> None:
-    """Finish a promotion or a rollback that was interrupted: make the aliases what the log says."""
-    with explained(root, f"read the log of {subject_id}", "try again when it answers"):
-        client = client_of(root)
-        for alias in (CHALLENGER, CHAMPION):
-            aliases.settle(client, subject_id, alias)
-
-
 def consent_of(version: "ModelVersion") -> Consent | None:
     """Return the consent that stands in the tags of a version."""
     text = version.tags.get(CONSENT_TAG)
@@ -186,7 +178,7 @@ def _require_champion(root: Path, client: "MlflowClient", name: str, champion: i
 def _newest_whole(
     root: Path, client: "MlflowClient", name: str, earlier: list[int]
 ) -> "tuple[ModelVersion, list[str]]":
-    passed_over = []
+    passed_over: list[str] = []
     for number in reversed(earlier):
         found = find_version(client, name, number, None)
         faults = check_files(root, client, found) if found else ["deleted"]
@@ -222,12 +214,5 @@ def _scorecard(root: Path, client: "MlflowClient", version: "ModelVersion", mode
             f"its export again: dreambooth run {version.name}"
         )
     with tempfile.TemporaryDirectory(prefix="scores-", dir=scratch_folder(root)) as target:
-        for name in SCORES:
-            client.download_artifacts(version.run_id, f"evaluation/{key}/{name}", target)
-        return read_scorecard(Path(target) / "evaluation" / key, model)
-
-
-def log_of(root: Path, subject_id: str) -> list[aliases.Entry]:
-    """Return what moved the aliases of a subject, the oldest entry first."""
-    with explained(root, f"read the log of {subject_id}", "try again when it answers"):
-        return aliases.read_log(client_of(root), check_id(subject_id))
+        folder = client.download_artifacts(version.run_id, f"evaluation/{key}", target)
+        return read_scorecard(Path(folder), model)

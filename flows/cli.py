@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -143,7 +143,12 @@ def generate(
         err.print(f"warning: {prompt!r} does not name {subject_id}; write {{}} where it should stand", markup=False)
     found = versions.choose(root, subject_id, version)
     model = versions.load_found(root, found)
-    options = {"seed": seed, "batch_size": batch_size, "num_inference_steps": steps, "guidance_scale": guidance}
+    options: dict[str, Any] = {
+        "seed": seed,
+        "batch_size": batch_size,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+    }
     options |= {"negative_prompt": negative, "resolution": size}
     given = {name: value for name, value in options.items() if value is not None}
     about = {"model": f"models:/{found.name}/{found.version}"}

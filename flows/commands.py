@@ -53,7 +53,7 @@ def versions(
     log: Annotated[bool, typer.Option("--log", help="Show what moved the aliases, and why.")] = False,
 ) -> None:
     """Show the versions of a subject: aliases, verdicts, scores, age, size, and whether their files are whole."""
-    from dreambooth import promotion
+    from dreambooth import aliases
     from dreambooth import versions as registered
     from dreambooth.params import check_id
     from flows.registry_tables import log_table, versions_table
@@ -61,13 +61,13 @@ def versions(
     root = find_root(context.obj)
     if not registered.is_there(root):
         raise PipelineError(f"nothing is registered yet; dreambooth register {check_id(subject_id)}")
-    promotion.recover(root, check_id(subject_id))
+    entries = aliases.recover(root, check_id(subject_id))
     found = registered.rows(root, subject_id, None if everything else 20, verify)
     if not found:
         raise PipelineError(f"{subject_id} has no version; dreambooth register {subject_id}")
     out.print(versions_table(found))
     if log:
-        out.print(log_table(promotion.log_of(root, subject_id)))
+        out.print(log_table(entries))
 
 
 def doctor(context: typer.Context) -> None:

@@ -93,9 +93,9 @@ def personalize(subject: str | list[str] | None = None, root: str | None = None)
     _announce(project, graph)
     runner = DvcRunner(project)
     try:
-        stages = _submit_stages(graph, runner)
+        stages, limit = _submit_stages(graph, runner), params.registry.max_logged_bytes
         versions = {
-            subject_id: _submit_registration(subject_id, project, graph, stages, params) for subject_id in subjects
+            subject_id: _submit_registration(subject_id, project, graph, stages, limit) for subject_id in subjects
         }
         futures: list[PrefectFuture[Any]] = [*stages.values(), *versions.values()]
         wait(futures)

@@ -87,12 +87,12 @@ def run(subjects: Sequence[str], root: Path) -> list[str]:
     result = state.result(raise_on_failure=False)
     if not isinstance(result, list):
         raise PipelineError(state.message or f"the flow ended as {state.name}")
-    return [one.message or one.name for one in result if not one.is_completed()]
+    return [str(one.message or one.name) for one in result if not one.is_completed()]
 
 
 def _verdict(state: "State[Any]") -> str:
     if not state.is_completed():
-        return state.message or state.name
+        return str(state.message or state.name)
     done = state.result()
     return f"version {done.champion}: {done.reason}"
 

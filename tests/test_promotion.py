@@ -15,7 +15,7 @@ from registered import BISCUIT, command, write_evaluation, write_export, write_p
 from dreambooth import aliases, tracking
 from dreambooth.errors import ConsentError, GateError, RegistryError
 from dreambooth.params import Params, load_params
-from dreambooth.promotion import promote, recover, rollback
+from dreambooth.promotion import promote, rollback
 from dreambooth.registry import register
 from dreambooth.versions import CHAMPION, aliases_of, rows
 
@@ -41,12 +41,13 @@ def shop(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> P
 
 @pytest.fixture
 def root(shop: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The shop as it was at first: files, aliases, log and verdicts."""
+    """The shop; afterwards its files, aliases, log and verdicts are as they were at first."""
     client = tracking.connect(shop)[0]
     shutil.copytree(shop / "mlartifacts", shop / "kept")
     yield shop
     shutil.rmtree(shop / "mlartifacts")
     (shop / "kept").rename(shop / "mlartifacts")
+    aliases.append(client, BISCUIT, "refuse", CHAMPION, None, 1)
     client.delete_registered_model(aliases.log_name(BISCUIT))
     for alias in aliases_of(client, BISCUIT):
         client.delete_registered_model_alias(BISCUIT, alias)
@@ -202,7 +203,7 @@ def test_an_alias_moved_by_hand_is_taken_over_into_the_log(root: Path, params: P
     promote(root, params, BISCUIT, 2)
     client = tracking.connect(root)[0]
     client.set_registered_model_alias(BISCUIT, CHAMPION, "3")
-    recover(root, BISCUIT)
+    aliases.recover(root, BISCUIT)
     assert champion(root) == 3
     assert (log(root)[-1].action, log(root)[-1].before, log(root)[-1].after) == ("found", 2, 3)
     assert rollback(root, BISCUIT).champion == 2
@@ -211,7 +212,7 @@ def test_an_alias_moved_by_hand_is_taken_over_into_the_log(root: Path, params: P
 def test_an_alias_that_was_deleted_comes_back_from_the_log(root: Path, params: Params) -> None:
     promote(root, params, BISCUIT, 1)
     tracking.connect(root)[0].delete_registered_model_alias(BISCUIT, CHAMPION)
-    recover(root, BISCUIT)
+    aliases.recover(root, BISCUIT)
     assert champion(root) == 1
 
 
@@ -268,7 +269,7 @@ from mlflow.tracking import MlflowClient
 import dreambooth.gate
 from dreambooth import aliases, tracking
 from dreambooth.params import load_params
-from dreambooth.promotion import promote, recover, rollback
+from dreambooth.promotion import promote, rollback
 from dreambooth.versions import aliases_of
 
 root = Path(sys.argv[1])
@@ -332,7 +333,7 @@ for act, after in ((up, [1, 3, 2]), (down, [1])):
     for step in range(1, 20):
         forked(begin)
         killed, _ = forked(lambda: (die_at(step), act()))
-        recovered = forked(lambda: (recover(root, "biscuit"), state()))[1][1]
+        recovered = forked(lambda: (aliases.recover(root, "biscuit"), state()))[1][1]
         if recovered[1] != after:
             forked(act)
         found.append([act.__name__, step, killed, recovered, forked(state)[1], after])
