@@ -10,6 +10,8 @@ SCRATCH = Path(".scratch/base")
 """Intermediate files: git-ignored, can be made again."""
 MODEL = Path("data/base/emoji64")
 """The pipeline that the recipe makes, in git."""
+SCORER = Path("data/base/scorer")
+"""The image-text head of the evaluation, in git."""
 SUBJECTS = Path("data/subjects")
 """The demo subjects, in git."""
 PARAMS = Path(__file__).with_name("params.yaml")
@@ -142,6 +144,58 @@ class Denoiser(Strict):
     seed: int
 
 
+class Scorer(Strict):
+    """Training of the image-text scorer; source of the values: measured on the held-out hand."""
+
+    held_out_package: str
+    """The hand that measures the scorer and that it never sees."""
+    held_out_rows: Positive
+    rows: Positive
+    pictures: Pictures
+    """More of what is rare in the training of the denoiser: every word needs its examples."""
+    extra_weight: Annotated[float, Field(gt=0)]
+    """How often an extra drawing is the noun; a noun of the recipe is 1."""
+    more_hands: Annotated[int, Field(ge=0)]
+    """Redrawn copies of every drawing, beside the drawing itself."""
+    mixed_precision: Precision
+    """Of the Lite0 features that it learns from; they are measured and used in float32."""
+    hidden_size: Positive
+    width: Positive
+    """Of the space in which pictures and texts meet."""
+    temperature: Annotated[float, Field(gt=0)]
+    label_smoothing: Share
+    dropout: Share
+    steps: Positive
+    batch_size: Positive
+    learning_rate: Rate
+    weight_decay: Annotated[float, Field(ge=0)]
+    seed: int
+
+
+class Judge(Strict):
+    """Training of the judge: a CNN of its own, from nothing; source of the values: measured on one core."""
+
+    block_out_channels: list[Positive]
+    rows: Positive
+    fresh_rows: Positive
+    """Composed pictures that measure it."""
+    batch_size: Positive
+    learning_rate: Rate
+    weight_decay: Annotated[float, Field(ge=0)]
+    seed: int
+
+
+class Quality(Strict):
+    """What the finished model is asked to draw."""
+
+    prompts: Positive
+    """On colours, and as many in scenes."""
+    seeds: Positive
+    candidates: Positive
+    """Nouns among which the right one has to win."""
+    seed: int
+
+
 class Recipe(Strict):
     """All of ``base/params.yaml``."""
 
@@ -170,6 +224,9 @@ class Recipe(Strict):
     autoencoder: Autoencoder
     text_encoder: TextEncoder
     denoiser: Denoiser
+    scorer: Scorer
+    judge: Judge
+    quality: Quality
 
 
 def load(path: Path = PARAMS) -> Recipe:

@@ -1,12 +1,17 @@
 """Checkpoints that are whole or not there: the newest valid one is found again, a torn one is put aside and named.
 
-A checkpoint holds all that a step depends on besides its number: trainable weights, optimizer, gradient scaler, and the
-records so far. Randomness and order follow from the step (`rng`, `dataset`), and the learning rate does too.
+A checkpoint holds all that a step depends on besides its number: trainable weights, moments of the optimizer, gradient
+scaler, accumulation, and the records so far. Randomness, order and learning rate follow from (seed, step).
 """
 
+import errno
 import json
+import os
 import shutil
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +21,24 @@ import torch
 from torch import Tensor
 
 from dreambooth.errors import TrainingError
-from dreambooth.folders import TornFolderError, new_folder, read_manifest, require_space
+from dreambooth.folders import (
+    DiskFullError,
+    TornFolderError,
+    free_bytes,
+    new_folder,
+    read_manifest,
+    require_space,
+    write_file,
+)
 
-WEIGHTS, OPTIMIZER, RECORDS = "weights.safetensors", "optimizer.pt", "records.json"
+WEIGHTS, MOMENTS, PLAIN, RECORDS = "weights.safetensors", "moments.safetensors", "plain.json", "records.json"
+BEST = "best.json"
 BYTES_PER_WEIGHT = 12  # the weight and both moments of Adam in float32
 KEEP = 2  # the newest may be found torn by a dying disk; the one before it is the way back
+MAY_CHANGE = ("device", "versions")  # between a stop and a resume: a warning, for the bits may differ then
 _TORN = "torn-"
+_MARGIN = 1 << 16  # bytes for the small files and the folder itself
+_LOWEST_PRIORITY = 19
 
 
 @dataclass(frozen=True)
@@ -31,58 +48,91 @@ class State:
     step: int
     weights: Mapping[str, Tensor]
     """Trainable weights by name, float32."""
-    optimizer: Mapping[str, Any]
-    """State dicts of the optimizer and of the gradient scaler: tensors and plain values."""
-    records: list[dict[str, Any]] = field(default_factory=list)
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors of the optimizer, "<weight>/<name>"."""
+    plain: Mapping[str, Any] = field(default_factory=dict)
+    """Values of optimizer and scaler that are no tensors, and the parts of an accumulation."""
+    records: Mapping[str, Any] = field(default_factory=dict)
+    """Lists of the numbers so far."""
 
     @property
     def size(self) -> int:
         """Bytes of its tensors."""
-        moments = self.optimizer.get("optimizer", {}).get("state", {})
-        held = [value for entry in moments.values() for value in entry.values() if isinstance(value, Tensor)]
-        return sum(tensor.nbytes for tensor in [*self.weights.values(), *held])
+        return sum(tensor.nbytes for tensor in [*self.weights.values(), *self.moments.values()])
 
 
 class Checkpoints:
     """The checkpoints of one training.
 
     Args:
-        folder: of this training alone: its name holds the fingerprint of everything the training depends on, so that
-            a state is never continued with other parameters or photos.
+        folder: of this training alone.
+        inputs: what the training depends on; a checkpoint of other inputs is refused with the difference.
         say: receives a line for each thing that people should know.
+        resume_from: the checkpoint to continue with, wherever it lies; None: the newest valid one in `folder`.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], object] = lambda line: None) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        inputs: Mapping[str, Any] | None = None,
+        say: Callable[[str], object] = lambda line: None,
+        resume_from: Path | None = None,
+    ) -> None:
+        self.folder, self.resume_from = folder, resume_from
+        self._inputs = json.loads(json.dumps(inputs or {}))
+        self.changes: list[str] = []
+        """What changed between a stop and a resume though the training went on."""
         self._say = say
+        self._writer = ThreadPoolExecutor(1, "checkpoints", initializer=_step_back)
+        self._written: Future[Path] | None = None
 
-    def save(self, state: State) -> Path:
-        """Write a checkpoint beside its place, rename it, read it back, then remove the oldest ones."""
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        require_space(self.folder, state.size, "a checkpoint")
-        path = self.folder / f"step-{state.step:07d}"
-        with new_folder(path, {"step": state.step}) as temporary:
-            safetensors.torch.save_file(dict(state.weights), temporary / WEIGHTS)
-            torch.save(dict(state.optimizer), temporary / OPTIMIZER)
-            (temporary / RECORDS).write_text(json.dumps(state.records), encoding="utf-8")
-        read_manifest(path)
-        for old in self._newest_first()[KEEP:]:
-            shutil.rmtree(old, ignore_errors=True)
-        return path
+    def begin_save(self, state: State, score: float | None = None) -> None:
+        """Write a checkpoint beside the training; `finish`, and the next call, raise what went wrong.
+
+        Args:
+            state: apart from the training's own tensors (`trainer.capture`).
+            score: makes it the best one; it is then kept until a better one comes.
+
+        Raises:
+            DiskFullError: no room, now or for the one before.
+        """
+        self.finish()
+        self._require_space(state)
+        self._written = self._writer.submit(self._write, state, score)
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written; raise what went wrong with it."""
+        if self._written is not None:
+            written, self._written = self._written, None
+            written.result()
+
+    def save(self, state: State, score: float | None = None) -> Path:
+        """Write a checkpoint and wait for it; see `begin_save`."""
+        self.finish()
+        self._require_space(state)
+        return self._write(state, score)
 
     def newest(self) -> State | None:
-        """Return the newest state whose files all verify; put torn ones aside, and name them."""
+        """Return the newest state whose files all verify; put torn ones aside, and name them.
+
+        Raises:
+            TornFolderError: the one that was asked for, `resume_from`, is torn.
+            TrainingError: it is of another training.
+        """
+        if self.resume_from is not None:
+            return self._continue_with(self.load(self.resume_from))
+        for leftover in self.folder.glob(".*"):  # whoever wrote it was killed: one process trains a subject
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         for path in self._newest_first():
             try:
-                state = self.load(path)
+                state = self._continue_with(self.load(path))
+                self._point_to(path, read_manifest(path, verify=False))  # had a stop come between the two
+                return state
             except TornFolderError as error:
                 aside = path.with_name(f"{_TORN}{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
                 self._say(f"warning: a torn checkpoint was put aside: {error}")
-            else:
-                self._say(f"continues after step {state.step}")
-                return state
         return None
 
     def load(self, path: Path) -> State:
@@ -90,21 +140,109 @@ class Checkpoints:
 
         Raises:
             TornFolderError: a file is missing, or is not what the manifest says.
+            TrainingError: it is of another training; with each difference.
         """
         manifest = read_manifest(path)
+        self.changes = manifest["changes"] + self._compare(path, manifest["inputs"])
+        return self._read(path, manifest)
+
+    def load_step(self, step: int) -> State:
+        """Return the state that another process of this training chose, by its step; see `load`."""
+        return self.load(self.resume_from or self._path(step))
+
+    def _read(self, path: Path, manifest: Mapping[str, Any]) -> State:
         return State(
             step=manifest["step"],
             weights=safetensors.torch.load_file(path / WEIGHTS),
-            optimizer=torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True),
+            moments=safetensors.torch.load_file(path / MOMENTS),
+            plain=json.loads((path / PLAIN).read_text(encoding="utf-8")),
             records=json.loads((path / RECORDS).read_text(encoding="utf-8")),
         )
 
+    def best(self) -> State | None:
+        """Return the best state, None when none was marked.
+
+        Raises:
+            TornFolderError: it is not whole any more.
+        """
+        pointer = self._pointer()
+        return self.load(self.folder / pointer["checkpoint"]) if pointer else None
+
     def remove(self) -> None:
         """Remove all of them: the training is done."""
+        self.finish()
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _continue_with(self, state: State) -> State:
+        self._say(f"continues after step {state.step}")
+        return state
+
+    def _write(self, state: State, score: float | None) -> Path:
+        """Write beside its place, rename, read back, point to it if it is the best, then remove the oldest."""
+        path = self._path(state.step)
+        try:
+            with new_folder(path, self._about(state, score)) as temporary:
+                safetensors.torch.save_file(dict(state.weights), temporary / WEIGHTS)
+                safetensors.torch.save_file(dict(state.moments), temporary / MOMENTS)
+                (temporary / PLAIN).write_text(json.dumps(state.plain), encoding="utf-8")
+                (temporary / RECORDS).write_text(json.dumps(state.records), encoding="utf-8")
+            self._point_to(path, read_manifest(path))
+        except Exception as error:
+            if _is_disk_full(error):
+                raise self._disk_full(state) from error
+            raise
+        best = (self._pointer() or {}).get("checkpoint")
+        for old in self._newest_first()[KEEP:]:
+            if old.name != best:
+                shutil.rmtree(old, ignore_errors=True)
+        return path
+
+    def _about(self, state: State, score: float | None) -> dict[str, Any]:
+        return {"step": state.step, "inputs": self._inputs, "changes": self.changes, "score": score}
+
+    def _point_to(self, path: Path, manifest: Mapping[str, Any]) -> None:
+        """Let `best` point to a checkpoint that was the best when it was written."""
+        if manifest["score"] is not None:
+            pointer = {"checkpoint": path.name, "step": manifest["step"], "score": manifest["score"]}
+            write_file(self.folder / BEST, json.dumps(pointer).encode())
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:07d}"
+
+    def _compare(self, path: Path, saved: Mapping[str, Any]) -> list[str]:
+        """Refuse a checkpoint of other inputs; warn of other libraries and another device, and return these."""
+        differences = {name: f"{name} was {was!r}, is {now!r}" for name, was, now in _differences(saved, self._inputs)}
+        faults = [line for name, line in differences.items() if name.split(".")[0] not in MAY_CHANGE]
+        if faults:
+            raise TrainingError(
+                f"{path} is of another training: {'; '.join(faults)}; take these values back, or start without it"
+            )
+        for line in differences.values():
+            self._say(f"warning: {line}: what follows may differ in the last bits from a straight training")
+        return list(differences.values())
+
+    def _require_space(self, state: State) -> None:
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        require_space(self.folder, state.size + _MARGIN, "a checkpoint")
+
+    def _disk_full(self, state: State) -> DiskFullError:
+        whole = next((path for path in self._newest_first() if _is_whole(path)), None)
+        kept = f"{whole.name} is whole" if whole else "there is none before it"
+        return DiskFullError(
+            f"{self.folder}: no space left while a checkpoint was written: it needs {state.size + _MARGIN:,} bytes, "
+            f"{free_bytes(self.folder):,} are free; {kept}; make room, or set DREAMBOOTH_SCRATCH to another disk, then "
+            "run it again"
+        )
+
+    def _pointer(self) -> dict[str, Any] | None:
+        try:
+            pointer: dict[str, Any] = json.loads((self.folder / BEST).read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        return pointer
+
     def _newest_first(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"), reverse=True) if self.folder.is_dir() else []
+        return sorted(self.folder.glob("step-*"), reverse=True)
 
 
 def named_weights(modules: Mapping[str, torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -132,3 +270,32 @@ def restore_weights(modules: Mapping[str, torch.nn.Module], weights: Mapping[str
                 f"the checkpoint has {name} of {tuple(weights[name].shape)}, the model {tuple(parameter.shape)}"
             )
         parameter.copy_(weights[name])
+
+
+def _differences(one: Mapping[str, Any], two: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield each leaf that differs: its dotted name, and both values."""
+    for key in sorted(set(one) | set(two)):
+        before, now = one.get(key), two.get(key)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            yield from _differences(before, now, f"{path}{key}.")
+        elif before != now:
+            yield f"{path}{key}", before, now
+
+
+def _step_back() -> None:
+    """Give the thread that calls this the lowest priority: it works in the gaps that the training leaves."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read_manifest(path)
+    except TornFolderError:
+        return False
+    return True
+
+
+def _is_disk_full(error: Exception) -> bool:
+    """Whether an error says so; safetensors wraps it into one of its own, with the number in its text."""
+    return getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error)

@@ -60,6 +60,11 @@ class Batch:
     prompts: tuple[str, ...]
 
 
+def as_posterior(latents: Tensor) -> Posterior:
+    """Return latents (C, H, W) of the sampler as a distribution without spread: nothing is encoded again."""
+    return Posterior(latents, latents.new_zeros(latents.shape))
+
+
 def rows_of_step(
     step: int,
     rows_per_step: int,

@@ -7,9 +7,9 @@ import functools
 import hashlib
 import io
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,8 +28,11 @@ RESOLUTION = 224  # pixels, the training resolution of Lite0
 GEM_POWER = 3.0  # Radenovic et al. 2018, section 3.2
 # Above it two pictures are one: no pair of 156 different photos is, nearly all re-saved, mirrored and blurred ones are.
 LITE0_COPY_COSINE = 0.92
+REGION_MAPS = (0, 3, 5, 8, 11, 17)  # the stem, the last map of each size before the head, the head
+BORDER = 7  # the border is the outer 1/7 of each side: one cell of the last map
 
 
+@runtime_checkable
 class ImageEncoder(Protocol):
     """What an evaluation needs of an encoder: the embedding, and three lines that make a score comparable.
 
@@ -76,12 +79,24 @@ class ImageTextEncoder(Protocol):
         ...
 
 
+class Lite0Pooled(NamedTuple):
+    """What one pass of EfficientNet-Lite0 gives: compute it once where several encoders look at the same pictures.
+
+    Identity reads `gem` alone: early maps know colour and background, by which any two photos of one room are alike.
+    """
+
+    gem: torch.Tensor
+    """(N, 1280), the last map by GeM, each row of L2 norm 1, all entries >= 0."""
+    regions: torch.Tensor
+    """(N, 3136), the means of six maps over the border and over the centre of the picture."""
+
+
 @runtime_checkable
 class FeatureReader(Protocol):
-    """An image-text encoder whose image side is a head on the rows of `Lite0Encoder`: one pass serves both."""
+    """An encoder that is a head on Lite0: one pass over the pictures serves all of its kind."""
 
-    def embed_features(self, features: torch.Tensor) -> torch.Tensor:
-        """Turn rows of `Lite0Encoder.embed` (N, 1280) into embeddings (N, D), each row of L2 norm 1."""
+    def embed_features(self, features: Lite0Pooled) -> torch.Tensor:
+        """Embed pictures whose pass is done already: (N, D), float32, each row of L2 norm 1."""
         ...
 
 
@@ -107,11 +122,11 @@ class Lite0Encoder:
         Raises:
             ValueError: There is no picture, or one that is not RGB.
         """
-        if not images:
-            raise ValueError("no pictures to embed: expected at least 1")
-        batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-        maps = (lite0_features(lite0_pixels(batch), self._weights) for batch in batches)
-        return torch.cat([F.normalize(gem(features), dim=1) for features in maps])
+        return self.embed_features(lite0_pooled(images, batch_size))
+
+    def embed_features(self, features: Lite0Pooled) -> torch.Tensor:
+        """Give `embed` of the pictures whose pass is done already: (N, 1280)."""
+        return features.gem
 
 
 @functools.cache
@@ -151,19 +166,47 @@ def lite0_pixels(images: Sequence[Image.Image]) -> torch.Tensor:
     return (torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
 
 
+def lite0_pooled(images: Sequence[Image.Image], batch_size: int = 16) -> Lite0Pooled:
+    """Run EfficientNet-Lite0 over RGB pictures and pool its maps, one row a picture in their order.
+
+    Raises:
+        ModelError: The package of the weights is missing or damaged.
+        ValueError: There is no picture, or one that is not RGB.
+    """
+    if not images:
+        raise ValueError("no pictures to embed: expected at least 1")
+    weights, _ = load_lite0()
+    gems, regions = [], []
+    for start in range(0, len(images), batch_size):
+        kept = []
+        for index, features in enumerate(lite0_maps(lite0_pixels(images[start : start + batch_size]), weights)):
+            if index in REGION_MAPS:
+                kept.append(border_and_centre(features))
+        gems.append(F.normalize(gem(features), dim=1))
+        regions.append(torch.cat(kept, dim=1))
+    return Lite0Pooled(torch.cat(gems), torch.cat(regions))
+
+
 def lite0_features(pixels: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Run EfficientNet-Lite0 up to its last feature map.
+    """Run EfficientNet-Lite0 up to its last feature map: (B, 1280, ceil(H / 32), ceil(W / 32)) in [0, 6]."""
+    for features in lite0_maps(pixels, weights):
+        last = features
+    return last
+
+
+def lite0_maps(pixels: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Run EfficientNet-Lite0 and give its maps: the stem, the 16 blocks, the head.
 
     Args:
         pixels: (B, 3, H, W) in [-1, 1].
         weights: The tensors of `load_lite0`.
 
-    Returns:
-        (B, 1280, ceil(H / 32), ceil(W / 32)) in [0, 6].
+    Yields:
+        (B, C, height, width); the stem and the head are in [0, 6].
 
     Source: Tan & Le 2019 (EfficientNet); Lite has ReLU6 for swish and no squeeze-and-excitation.
     """
-    x = F.relu6(_conv_norm(pixels, weights, "_conv_stem", "_bn0", stride=2))
+    yield (x := F.relu6(_conv_norm(pixels, weights, "_conv_stem", "_bn0", stride=2)))
     for index, stride in enumerate(BLOCK_STRIDES):
         block, skip = f"_blocks.{index}.", x
         if index > 0:  # the first block has expansion 1, hence no expanding convolution
@@ -172,7 +215,8 @@ def lite0_features(pixels: torch.Tensor, weights: Mapping[str, torch.Tensor]) ->
         x = _conv_norm(x, weights, block + "_project_conv", block + "_bn2")
         if x.shape == skip.shape:
             x = x + skip
-    return F.relu6(_conv_norm(x, weights, "_conv_head", "_bn1"))
+        yield x
+    yield F.relu6(_conv_norm(x, weights, "_conv_head", "_bn1"))
 
 
 def gem(features: torch.Tensor, power: float = GEM_POWER) -> torch.Tensor:
@@ -181,6 +225,16 @@ def gem(features: torch.Tensor, power: float = GEM_POWER) -> torch.Tensor:
     Source: Radenovic et al. 2018, equation 3; the lower bound 1e-6 is theirs.
     """
     return features.clamp(min=1e-6).pow(power).mean(dim=(2, 3)).pow(1 / power)
+
+
+def border_and_centre(features: torch.Tensor) -> torch.Tensor:
+    """Pool (B, C, H, W) to (B, 2 C): the mean over the outer 1/7 of each side, then that over the rest."""
+    height, width = features.shape[-2:]
+    top, left = -(-height // BORDER), -(-width // BORDER)
+    centre = features[:, :, top : height - top, left : width - left].float()
+    inner = centre.sum(dim=(2, 3))
+    border = (features.float().sum(dim=(2, 3)) - inner) / (height * width - centre[0, 0].numel())
+    return torch.cat([border, inner / centre[0, 0].numel()], dim=1)
 
 
 def pad_same(x: torch.Tensor, kernel: int, stride: int) -> torch.Tensor:

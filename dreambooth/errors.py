@@ -11,8 +11,11 @@ DreamboothError                 every error below; printed as one line, never as
 ├── AlreadyRunningError         another process does this work (locks.py)
 ├── Interrupted                 told to stop, state saved (interruption.py)
 ├── PriorError                  class images that cannot be drawn
-├── TrainingError               a training that diverged or cannot start
+├── TrainingError               a training that cannot start or go on
+│   ├── DivergedError           its loss is not finite any more
+│   └── OutOfMemoryError        its step does not fit into the memory
 ├── EvaluationError             an evaluation without the prompts or the numbers it needs
+│   └── UnknownWordError        a prompt with words that the image-text scorer never saw (all of them at once)
 ├── RegistryError               an export that cannot be registered, or a version that cannot be loaded
 │   └── GateError               a version that may not become the champion
 └── PipelineError               a stage that failed, a checkout that is no project, DVC that is busy
@@ -96,11 +99,44 @@ class TrainingError(DreamboothError):
     exit_code = 6
 
 
+class DivergedError(TrainingError):
+    """Stop a training whose loss, gradient or weights are not finite any more."""
+
+    code = "E_DIVERGED"
+    exit_code = 6
+
+
+class OutOfMemoryError(TrainingError):
+    """Stop a training whose step does not fit into the memory of the device."""
+
+    code = "E_OUT_OF_MEMORY"
+    exit_code = 71  # EX_OSERR of sysexits.h
+
+
 class EvaluationError(DreamboothError):
     """Refuse to print a score that would mean nothing."""
 
     code = "E_EVALUATE"
     exit_code = 7
+
+
+class UnknownWordError(EvaluationError):
+    """Refuse to score a prompt whose words the image-text scorer never saw.
+
+    Args:
+        prompt: the whole prompt.
+        words: the unknown ones, in their order.
+    """
+
+    code = "E_UNKNOWN_WORD"
+
+    def __init__(self, prompt: str, words: Sequence[str]) -> None:
+        super().__init__(
+            f"the image-text scorer does not know {', '.join(map(repr, words))} in {prompt!r}; use the words of its "
+            "vocabulary.json, or another scorer"
+        )
+        self.prompt = prompt
+        self.words = tuple(words)
 
 
 class RegistryError(DreamboothError):

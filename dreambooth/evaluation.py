@@ -3,7 +3,8 @@
 P prompts, S seeds of a prompt, M class images, N real photos, D and E embedding widths.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from dreambooth import fidelity, prompts, rng
-from dreambooth.encoders import FeatureReader, ImageEncoder, ImageTextEncoder, Lite0Encoder
+from dreambooth.encoders import FeatureReader, ImageEncoder, ImageTextEncoder, lite0_pooled
 from dreambooth.errors import EvaluationError
 from dreambooth.fidelity import Interval
 from dreambooth.images import both_hashes, hash_distance
@@ -25,8 +26,8 @@ PHOTO_SIDE = 1024
 NOT_CHECKED = "not checked"
 # What can change a score; their hash is the version of the evaluator.
 MODULES = (
-    "encoders.py", "evaluation.py", "fidelity.py", "images.py", "models.py", "prompts.py", "rng.py", "sampling.py",
-    "scorer.py",
+    "comparison", "drawings", "encoders", "evaluation", "fidelity", "hub_encoders", "images", "models", "prompts",
+    "rng", "sampling", "scorer",
 )  # fmt: skip
 
 
@@ -74,6 +75,8 @@ class Reference:
     """(N, 2, 63), perceptual hashes of photo and mirror image."""
     copy_cosine: float
     """Above it a picture is a copy."""
+    second: torch.Tensor | None = None
+    """(N, E), by an image-text encoder that can tell subjects too: CLIP gives the identity a second opinion."""
 
 
 @dataclass(frozen=True)
@@ -134,27 +137,27 @@ def class_seeds(count: int, seed: int) -> list[int]:
     return [rng.derive_seed(seed, "evaluation-class", number) for number in range(count)]
 
 
-def reference(photos: Sequence[Image.Image], encoder: ImageEncoder) -> Reference:
+def reference(photos: Sequence[Image.Image], encoders: Encoders) -> Reference:
     """Look at the photos once.
 
     Args:
         photos: N squares, N >= 2: what the training sees of each.
-        encoder: its copy_cosine is taken, or one made of the photos if its copies were never measured.
+        encoders: for all of them.
     """
+    encoder, text = encoders.image, encoders.text
     rows = encoder.embed([*photos, *map(ImageOps.mirror, photos)])
     embeddings, mirrored = rows[: len(photos)], rows[len(photos) :]
-    threshold = fidelity.copy_cosine(embeddings) if encoder.copy_cosine is None else encoder.copy_cosine
-    return Reference(embeddings, mirrored, np.stack([both_hashes(photo) for photo in photos]), threshold)
+    threshold = fidelity.copy_cosine(embeddings, encoder.copy_cosine)
+    second = text.embed(photos) if isinstance(text, ImageEncoder) else None
+    return Reference(embeddings, mirrored, np.stack([both_hashes(photo) for photo in photos]), threshold, second)
 
 
 def look(pictures: Sequence[Image.Image], encoders: Encoders) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Embed pictures for the identity (N, D) and for the prompts (N, E); in one pass if the two share a network."""
-    features = encoders.image.embed(pictures)
-    if encoders.text is None:
-        return features, None
-    if isinstance(encoders.image, Lite0Encoder) and isinstance(encoders.text, FeatureReader):
-        return features, encoders.text.embed_features(features)
-    return features, encoders.text.embed_images(pictures)
+    if isinstance(encoders.image, FeatureReader) and isinstance(encoders.text, FeatureReader):
+        features = lite0_pooled(pictures)
+        return encoders.image.embed_features(features), encoders.text.embed_features(features)
+    return encoders.image.embed(pictures), encoders.text.embed_images(pictures) if encoders.text else None
 
 
 def score(
@@ -191,7 +194,10 @@ def score(
             "identity": fidelity.identity(generated, photos.embeddings).flatten().tolist(),
             "prompt_fidelity": faithful.flatten().tolist(),
         }
-    ).join(_nearest(pictures, rows[: len(todo)], photos))
+    )
+    if photos.second is not None and text_rows is not None:
+        table["identity_second"] = fidelity.identity(text_rows[None, : len(todo)], photos.second)[0].tolist()
+    table = table.join(nearest_photos(pictures, rows[: len(todo)], photos))
     varied = fidelity.diversity(generated) if seeds > 1 else torch.full((prompt_count,), torch.nan)
     class_rows = rows[len(todo) :]
     pres = fidelity.identity(class_rows[None], photos.embeddings)[0].tolist() if len(class_rows) else []
@@ -200,7 +206,8 @@ def score(
 
 def by_prompt(table: pd.DataFrame) -> pd.DataFrame:
     """Average a table of cases over the seeds of each prompt, in their order."""
-    means = table.groupby(["kind", "prompt"], sort=False)[["identity", "prompt_fidelity"]].mean()
+    averaged = [name for name in ("identity", "identity_second", "prompt_fidelity") if name in table]
+    means = table.groupby(["kind", "prompt"], sort=False)[averaged].mean()
     worst = table.groupby(["kind", "prompt"], sort=False).agg({"nearest_cosine": "max", "copy": "sum"})
     return means.join(worst).rename(columns={"copy": "copies"}).reset_index()
 
@@ -256,6 +263,10 @@ def summarise(base: Scores, personalised: Scores, photos: Reference, confidence:
             "by_kind": _by_kind(base, personalised, "identity"),
         },
     }
+    if photos.second is not None:
+        second, ours = (_mean(one, "identity_second") for one in (base, personalised))
+        top = fidelity.ceiling(photos.second)
+        metrics["identity_second"] = {"base": second, "personalised": ours, "gain": ours - second, "ceiling": top}
     for measure, column in (("prompt", "prompt_fidelity"), ("diversity", "diversity")):
         if measure in differences:
             values = {
@@ -292,6 +303,58 @@ def summarise(base: Scores, personalised: Scores, photos: Reference, confidence:
     }
 
 
+def score_checkpoints(
+    previews: Mapping[int, Sequence[Image.Image]],
+    photos: Reference,
+    encoders: Encoders,
+    texts: torch.Tensor | None,
+    confidence: float,
+) -> pd.DataFrame:
+    """Score the previews of a training: cheap, for "which step?", and no part of the evaluation set.
+
+    Args:
+        previews: by step, one picture for each of P prompts, always with the same noise.
+        photos: of the subject.
+        encoders: for all of them.
+        texts: (P, E), embeddings of the prompts without the identifier; None where they cannot be scored.
+        confidence: of the intervals over prompts.
+
+    Returns:
+        A row a step: step, identity, identity_error, prompt, prompt_error (half widths; NaN at one prompt, and for a
+        prompt fidelity that is missing).
+    """
+    steps = sorted(previews)
+    rows, text_rows = look([image for step in steps for image in previews[step]], encoders)
+    identity = fidelity.identity(rows.view(len(steps), -1, rows.shape[1]), photos.embeddings)
+    faithful = torch.full(identity.shape, torch.nan)
+    if texts is not None and text_rows is not None:
+        by_step = text_rows.view(len(steps), -1, text_rows.shape[1])
+        faithful = fidelity.prompt_fidelity(by_step.transpose(0, 1), texts).T
+    found = []
+    for step, *measures in zip(steps, identity.numpy(), faithful.numpy(), strict=True):
+        intervals = [_interval(values, confidence) for values in measures]
+        errors = [(one["high"] - one["low"]) / 2 if one else math.nan for one in intervals]
+        means = [float(values.mean()) for values in measures]
+        found.append((step, means[0], errors[0], means[1], errors[1]))
+    return pd.DataFrame(found, columns=["step", "identity", "identity_error", "prompt", "prompt_error"])
+
+
+def choose_step(points: pd.DataFrame, drop: float) -> int | None:
+    """Return the step with the most identity among those within `drop` of the best prompt fidelity.
+
+    Args:
+        points: of `score_checkpoints`.
+        drop: of the prompt fidelity that identity is worth.
+
+    Returns:
+        The first of equals; None where the prompt fidelity is missing.
+    """
+    if points.empty or points["prompt"].isna().any():
+        return None
+    allowed = points[points["prompt"] >= points["prompt"].max() - drop]
+    return int(allowed["step"][allowed["identity"].idxmax()])
+
+
 def headline(metrics: dict[str, Any]) -> str:
     """Say in one line what the interval of the identity says, and no more."""
     identity, prompts_counted = metrics["identity"], metrics["prompts"]
@@ -313,7 +376,7 @@ def as_photo(photo: Image.Image) -> Image.Image:
     return ImageOps.fit(photo, (side, side), method=Image.Resampling.LANCZOS)
 
 
-def _nearest(pictures: Sequence[Image.Image], rows: torch.Tensor, photos: Reference) -> pd.DataFrame:
+def nearest_photos(pictures: Sequence[Image.Image], rows: torch.Tensor, photos: Reference) -> pd.DataFrame:
     """Find the photo, or the mirror image of one, that each picture is nearest to; tell whether it is a copy."""
     cosines = torch.maximum(fidelity.cosine(rows, photos.embeddings), fidelity.cosine(rows, photos.mirrored))
     best = cosines.max(dim=-1)

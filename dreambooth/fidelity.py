@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 COPY_DISTANCE = 8  # bits of a 63-bit perceptual hash at or under which a picture is a copy: 0 false in 156 photos
-COPY_MARGIN = 0.02  # cosine above the most similar pair of photos, for encoders whose copies were not measured
+COPY_MARGIN = 0.02  # cosine above the most similar pair of photos
+COPY_LENIENCY = 0.03  # cosine; with Lite0 up to .95, above which re-saved and mirrored photos still are
 
 
 class Interval(NamedTuple):
@@ -107,19 +108,21 @@ def nearest(generated: torch.Tensor, real: torch.Tensor) -> Nearest:
     return Nearest(best.values, best.indices)
 
 
-def copy_cosine(real: torch.Tensor) -> float:
-    """Return the cosine above which an image is a copy, for an encoder whose copies were never measured.
+def copy_cosine(real: torch.Tensor, measured: float | None = None) -> float:
+    """Return the cosine above which an image is a copy: above that of the two most similar photos, which are none.
 
     Args:
         real: (N, D), N >= 2, photos of the subject.
+        measured: what separated copies from other photos with this encoder; None if that was never tried.
 
     Returns:
-        The cosine of the two most similar photos and COPY_MARGIN, at most 1: photos of one thing are no copies.
+        The most similar pair and COPY_MARGIN, at most 1. A measured value is never lowered, and raised by COPY_LENIENCY
+        at most: photos of a series are so alike that they would let every copy pass.
     """
     if len(real) < 2:
         raise ValueError(f"pairs need at least 2 photos, got {len(real)}")
-    table = cosine(real, real).fill_diagonal_(-1)
-    return min(table.max().item() + COPY_MARGIN, 1.0)
+    found = min(cosine(real, real).fill_diagonal_(-1).max().item() + COPY_MARGIN, 1.0)
+    return found if measured is None else min(max(found, measured), measured + COPY_LENIENCY)
 
 
 def copies(nearest_cosine: torch.Tensor, distance: NDArray[np.int64], threshold: float) -> NDArray[np.bool_]:

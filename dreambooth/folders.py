@@ -3,9 +3,10 @@
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,17 @@ class DiskFullError(DreamboothError):
 
 def require_space(folder: Path, needed: int, what: str) -> None:
     """Raise DiskFullError when fewer than `needed` bytes are free where `folder` lies."""
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if free < needed:
         raise DiskFullError(
-            f"{folder}: {what} needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; make room, or set "
-            "DREAMBOOTH_SCRATCH to another disk"
+            f"{folder}: {what} needs {needed:,} bytes, {free:,} are free; make room, or set DREAMBOOTH_SCRATCH to "
+            "another disk"
         )
+
+
+def free_bytes(folder: Path) -> int:
+    """Return how many bytes are free where a folder lies."""
+    return shutil.disk_usage(folder).free
 
 
 def scratch_folder(root: Path) -> Path:
@@ -62,10 +68,10 @@ def sha256_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def code_hash(modules: Collection[str] | None = None) -> str:
-    """Return the sha256 of this package's modules, or of those named: other code, another result."""
+def code_hash(modules: Sequence[str] | None = None) -> str:
+    """Return the sha256 of modules of this package, of all without names: other code, another result."""
     paths = sorted(Path(__file__).parent.glob("*.py"))
-    return sha256_of({path.name: sha256_of_file(path) for path in paths if modules is None or path.name in modules})
+    return sha256_of({path.name: sha256_of_file(path) for path in paths if modules is None or path.stem in modules})
 
 
 @contextmanager
@@ -83,7 +89,8 @@ def new_folder(path: Path, about: Mapping[str, Any] | None = None) -> Iterator[P
         The temporary folder to write into.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary.mkdir()
     try:
         yield temporary
         write_manifest(temporary, about or {})
@@ -91,6 +98,12 @@ def new_folder(path: Path, about: Mapping[str, Any] | None = None) -> Iterator[P
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed writers of a folder left beside it; only for the one process that may write it."""
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
@@ -138,28 +151,22 @@ def content_hash(folder: Path) -> str:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file beside its place, make it reach the disk, then rename it."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
-    Path(file.name).chmod(0o644 & ~_umask())
-    Path(file.name).replace(path)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _private(path: Path) -> Path:
     path = path.expanduser().absolute()
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     return path
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def _content(folder: Path) -> list[str]:
@@ -191,7 +198,6 @@ def _differences(folder: Path, files: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _replace_folder(temporary: Path, path: Path) -> None:
-    temporary.chmod(0o755 & ~_umask())
     if path.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
         path.replace(old / path.name)

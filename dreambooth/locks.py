@@ -3,13 +3,15 @@
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from dreambooth.errors import DreamboothError
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class AlreadyRunningError(DreamboothError):
@@ -20,31 +22,45 @@ class AlreadyRunningError(DreamboothError):
 
 
 @contextmanager
-def only_one(folder: Path, name: str, what: str) -> Iterator[None]:
+def only_one(folder: Path, name: str, what: str, wait: Callable[[str], object] | None = None) -> Iterator[None]:
     """Hold a lock while the work is done; the system frees it when the process ends, however it ends.
 
     Args:
         folder: of the locks; made if need be.
         name: of the work, as a file name.
         what: the work in words, for the message.
+        wait: is told who runs, and then this process waits for its turn; None refuses instead.
 
     Raises:
         AlreadyRunningError: another process holds it; with its pid and host.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    owner = folder / f"{name}.json"
+    owner, lock = folder / f"{name}.json", FileLock(folder / f"{name}.lock")
     try:
-        with FileLock(folder / f"{name}.lock", timeout=0):
-            owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
-            yield
-            owner.unlink(missing_ok=True)
+        lock.acquire(timeout=0)
     except Timeout:
-        raise AlreadyRunningError(f"{what} is already running: {_who(owner)}; wait for it, or stop it") from None
+        if wait is None:
+            raise AlreadyRunningError(f"{what} is already running: {_who(owner)}; wait for it, or stop it") from None
+        wait(f"{what} is already running: {_who(owner)}; waiting for it")
+        lock.acquire()
+    try:
+        owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "boot": _boot_id()}))
+        yield
+        owner.unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
+def _boot_id() -> str:
+    """Return what tells this start of the machine from others: a pid says nothing after the next one."""
+    return _BOOT_ID.read_text(encoding="ascii").strip() if _BOOT_ID.exists() else ""
 
 
 def _who(owner: Path) -> str:
     try:
         who = json.loads(owner.read_text(encoding="utf-8"))
+        if who["host"] == socket.gethostname() and who["boot"] != _boot_id():
+            raise ValueError("left from an earlier start of this machine")
         return f"pid {who['pid']} on {who['host']}"
     except (OSError, ValueError, KeyError):
         return "a process that has not said who it is"

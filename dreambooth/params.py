@@ -5,14 +5,14 @@ Ranges are part of the types; units and sources stand under each field. Values l
 
 import difflib
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from dreambooth.errors import ParamsError, SubjectError
+from dreambooth.yaml12 import YamlError, load_yaml
 
 ID_PATTERN = r"^[a-z0-9][a-z0-9-]{0,40}$"
 MAX_BYTES = 1 << 20
@@ -30,8 +30,15 @@ def _one_line(value: str) -> str:
     return value
 
 
+def _with_place(value: str) -> str:
+    if "{}" not in value:
+        raise ValueError("should hold {} where the subject stands")
+    return value
+
+
 Id = Annotated[str, Field(pattern=ID_PATTERN)]
 Words = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_one_line)]
+Template = Annotated[Words, AfterValidator(_with_place)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Scheduler = Literal["dpmsolver++", "ddim", "pndm", "euler"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -156,6 +163,23 @@ class Train(Section):
     """Autocast precision of the forward pass; weights, noise, target and loss stay in float32."""
     checkpointing_steps: Annotated[int, Field(ge=1)] | None
     """Optimizer steps between two checkpoints, the most that a killed training loses; null writes none."""
+    halve_batch_on_out_of_memory: bool
+    """Once, when the memory runs out: half the rows in a forward pass, twice as many passes; the same step within
+    rounding."""
+    evaluation_steps: Annotated[int, Field(ge=1)] | None
+    """Optimizer steps between two measurements of the loss at fixed noise and timesteps; null measures none. The best
+    so far is kept as a checkpoint of its own."""
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None
+    """Measurements without a better one after which the training ends; null never ends it early."""
+    load_best_model_at_end: bool
+    """Ship the weights of the best measurement instead of the last ones. Its loss says little about the pictures
+    (docs/decisions/0013)."""
+    preview_steps: Annotated[int, Field(ge=1)] | None
+    """Optimizer steps between two sets of previews, drawn from the weights in memory; null draws none."""
+    preview_prompts: Annotated[list[Template], Field(max_length=64)]
+    """What they show: sentences with {} for the subject. Each is drawn from a seed of its own, always the same."""
+    preview_guidance_scale: Annotated[float, Field(ge=0, le=50)]
+    """Weight of classifier-free guidance in previews."""
     gradient_checkpointing: bool
     """Trade a third more compute for the memory of the UNet's activations."""
     save_dtype: Dtype
@@ -171,6 +195,8 @@ class Evaluate(Section):
     """At most so many, each kind in its share and in the order of its file; null takes all (25 are the standard)."""
     seeds: Annotated[list[Seed], Field(min_length=1, max_length=64)]
     """Every prompt is drawn once with each seed, by the base and by the personalised model."""
+    encoders: Literal["bundled", "hub"]
+    """bundled: Lite0 and the scorer of data/base, offline. hub: DINO ViT-S/16 and CLIP ViT-B/32, for photos."""
     num_class_images: Annotated[int, Field(ge=0, le=1000)]
     """Images of the class prompt by each model, for the prior drift (PRES); 50 are ample, 0 leaves it unmeasured."""
     class_seed: Seed
@@ -246,28 +272,6 @@ class Params(Section):
         return self.classes[self.subject(subject_id).class_id]
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without tags, aliases or duplicate keys: each of them hides what a run will do."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not allowed", None)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, "a map as a key", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def load_params(path: Path) -> Params:
     """Read and check a params.yaml.
 
@@ -277,10 +281,10 @@ def load_params(path: Path) -> Params:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ParamsError([f"{path}: larger than {MAX_BYTES} bytes; it should hold parameters only"])
-        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        loaded = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ParamsError([f"{path} does not exist; run this in the folder of a project, beside dvc.yaml"]) from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (YamlError, UnicodeDecodeError, OSError) as error:
         raise ParamsError([f"{path}: cannot be read: {' '.join(str(error).split())}"]) from None
     if not isinstance(loaded, dict):
         raise ParamsError([f"{path}: should be a map of sections (got {type(loaded).__name__})"])
@@ -326,8 +330,22 @@ def _contradictions(params: Params) -> Iterator[str]:
             f"train.lr_warmup_steps: {params.train.lr_warmup_steps} leave none of the {params.train.max_train_steps} "
             "steps at the full rate"
         )
+    yield from _needs_evaluation(params.train)
+    if params.train.preview_steps is not None and not params.train.preview_prompts:
+        yield f"train.preview_prompts: empty, but preview_steps is {params.train.preview_steps}; name one"
     if len(set(params.evaluate.seeds)) != len(params.evaluate.seeds):
         yield f"evaluate.seeds: the same seed stands twice in {params.evaluate.seeds}"
+
+
+def _needs_evaluation(train: Train) -> Iterator[str]:
+    """Faults of what hangs on the evaluation loss."""
+    if train.evaluation_steps is None:
+        if train.early_stopping_patience is not None:
+            yield "train.early_stopping_patience: needs train.evaluation_steps; set it, or write null here"
+        if train.load_best_model_at_end:
+            yield "train.load_best_model_at_end: needs train.evaluation_steps; set it, or write false here"
+    elif train.load_best_model_at_end and train.checkpointing_steps is None:
+        yield "train.load_best_model_at_end: needs checkpoints; set train.checkpointing_steps, or write false here"
 
 
 def _unknown(what: str, value: str, known: Mapping[str, Any], remedy: str) -> str:
@@ -345,8 +363,7 @@ def _explain(fault: Any) -> str:
     if kind == "missing":
         return f"{where}: missing; add it (its meaning stands in dreambooth/params.py)"
     if isinstance(got, str) and kind in ("float_type", "int_type") and _is_number(got):
-        remedy = f"YAML wants a dot before the e: write {_yaml_float(got)}" if "e" in got.lower() else "drop the quotes"
-        return f"{where}: should be a number (got the text {got!r}; {remedy})"
+        return f"{where}: should be a number (got the text {got!r}; drop the quotes)"
     message = re.sub(r"^(Value error, |Input |String )", "", fault["msg"])
     return f"{where}: {message} (got {_short(got)})"
 
@@ -381,12 +398,6 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _yaml_float(text: str) -> str:
-    mantissa, e, exponent = text.lower().partition("e")
-    exponent = exponent if exponent[:1] in ("+", "-") else f"+{exponent}"
-    return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{exponent}" if e else text
 
 
 def _short(value: Any) -> str:

@@ -1,6 +1,7 @@
 """The sentences a model is trained and tested with, made from an identifier and a class noun."""
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,11 @@ from dreambooth.errors import EvaluationError, PhotosError
 PLACEHOLDER = "{}"
 INSTANCE_TEMPLATE = "a photo of {}"
 MAX_CAPTION = 1000  # characters; CLIP reads 77 tokens
+ARTICLE = re.compile(r"\b(?:an?|the) ", re.IGNORECASE)
+# after these a new noun phrase begins
+PREPOSITION = re.compile(
+    r"\b(?:and|at|behind|beside|by|for|from|in|like|near|of|on|over|to|under|with) ", re.IGNORECASE
+)
 KINDS = ("recontextualisation", "property", "accessory")
 
 
@@ -62,8 +68,12 @@ def with_article(noun: str) -> str:
 def fill(template: str, words: str) -> str:
     """Put the words for a subject or a class where a template has {}.
 
-    "a photo of {} in space" with "sks dog" is the prompt of the subject, with "a dog" that of the base model.
+    "a photo of {} in space" with "sks dog" is the prompt of the subject, with "a dog" that of the base model. Where the
+    template has an article for them, the words lose theirs: "a photo of a red {}" becomes "a photo of a red dog".
     """
+    phrase = PREPOSITION.split(template.partition(PLACEHOLDER)[0])[-1]
+    if ARTICLE.search(phrase):
+        words = re.sub(r"^(?:an?|the) ", "", words, flags=re.IGNORECASE)
     return template.replace(PLACEHOLDER, words)
 
 
@@ -117,3 +127,5 @@ def _faults(row: dict[str | Any, Any]) -> Iterator[str]:
         yield f"kind {row['kind']!r} is none of {', '.join(KINDS)}"
     if (row["prompt"] or "").count(PLACEHOLDER) != 1:
         yield f"the prompt {row['prompt']!r} should have one {{}}"
+    elif re.search(r"\ban? \{\}", row["prompt"], re.IGNORECASE):
+        yield f"the prompt {row['prompt']!r} should have {{}} without a or an: a class noun brings its own"

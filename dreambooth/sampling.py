@@ -69,14 +69,12 @@ def draw(
         settings: of the sampler.
         description: shows a progress bar under this name; None shows none.
     """
-    bar = progress_bar(len(prompts) * settings.num_inference_steps, description, unit="step")
-    with bar:
-        batches = [
-            draw_batch(model, prompts[start : start + settings.batch_size], seeds_of_batch, settings, bar)
-            for start in range(0, len(prompts), settings.batch_size)
-            for seeds_of_batch in [seeds[start : start + settings.batch_size]]
-        ]
-    return [drawing.image for batch in batches for drawing in batch]
+    images: list[Image.Image] = []
+    with progress_bar(len(prompts) * settings.num_inference_steps, description, unit="step") as bar:
+        for start in range(0, len(prompts), settings.batch_size):
+            batch = slice(start, start + settings.batch_size)
+            images += [drawing.image for drawing in draw_batch(model, prompts[batch], seeds[batch], settings, bar)]
+    return images
 
 
 @torch.inference_mode()
@@ -86,8 +84,9 @@ def draw_batch(
     seeds: Sequence[int],
     settings: SamplerSettings,
     bar: "tqdm[Any] | None" = None,
-) -> list[Drawing]:
-    """Draw up to a batch of pictures at once, one for each prompt and seed.
+    wanted: Sequence[int] | None = None,
+) -> Iterator[Drawing]:
+    """Draw up to a batch of pictures at once, one for each prompt and seed; yield each when it is decoded.
 
     Args:
         model: on its device.
@@ -95,6 +94,8 @@ def draw_batch(
         seeds: B seeds.
         settings: of the sampler; its batch_size is not looked at.
         bar: is moved on by B at every step.
+        wanted: which of the B to decode; None: all. The others only stand in the batch, whose size decides about the
+            last bits.
     """
     scheduler = make_scheduler(settings.scheduler, model.scheduler_config)
     scheduler.set_timesteps(settings.num_inference_steps, device=model.device)
@@ -115,8 +116,8 @@ def draw_batch(
             new = min(settings.num_inference_steps, i + 1) * len(seeds)
             bar.update(new - done)
             done = new
-    images = decode(model, latents)
-    return [Drawing(image, latent) for image, latent in zip(images, latents.cpu(), strict=True)]
+    for i in range(len(prompts)) if wanted is None else wanted:
+        yield Drawing(decode(model, latents[i : i + 1])[0], latents[i].cpu())
 
 
 def guide(unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
@@ -166,9 +167,3 @@ def make_scheduler(name: str, config: dict[str, Any]) -> Any:
     """Build a solver by name on the noise schedule of a model."""
     scheduler_class, options = SCHEDULERS[name]
     return scheduler_class.from_config(config, **options)
-
-
-def batches(count: int, batch_size: int) -> Iterator[range]:
-    """Yield the index ranges of whole batches that cover 0..count-1; the last may reach beyond."""
-    for start in range(0, count, batch_size):
-        yield range(start, start + batch_size)

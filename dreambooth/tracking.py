@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from filelock import FileLock, Timeout
 
 from dreambooth.folders import scratch_folder, write_file
+from dreambooth.interruption import Interrupted
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -157,7 +158,7 @@ def open_run(root: Path, *, key: str, name: str, tags: Mapping[str, str] | None 
     run = Run(root, key, name, tags or {})
     try:
         yield run
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, Interrupted):
         run.close("KILLED")
         raise
     except BaseException:
@@ -218,6 +219,11 @@ class Run:
         MLflow never changes a parameter.
         """
         self._parcel.params |= {_name_for_mlflow(name): _clip(value) for name, value in values.items()}
+        self._wake.set()
+
+    def tag(self, name: str, value: str) -> None:
+        """Note a tag, in place of an earlier one of that name."""
+        self._parcel.tags |= {_name_for_mlflow(name): _clip(value)}
         self._wake.set()
 
     def metric(self, name: str, value: float, step: int = 0) -> None:

@@ -146,6 +146,18 @@ def rows(root: Path, subject_id: str, limit: int | None = 20, deep: bool = False
         ]
 
 
+def in_words(root: Path, subject_id: str) -> list[str]:
+    """Return the versions of a subject in words, the newest first: "v2 @champion"; none where nothing is registered."""
+    if not is_there(root):
+        return []
+    with explained(root, f"list the versions of {subject_id}", "try again when it answers"):
+        client = client_of(root)
+        named: dict[int, str] = {}
+        for alias, number in sorted(aliases_of(client, check_id(subject_id)).items()):
+            named[number] = f"{named.get(number, '')} @{alias}"
+        return [f"v{one.version}{named.get(int(one.version), '')}" for one in all_versions(client, subject_id)]
+
+
 def check_files(root: Path, client: "MlflowClient", version: "ModelVersion", deep: bool = True) -> list[str]:
     """Say what is wrong with the files of a version; an empty list if nothing is.
 

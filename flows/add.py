@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
-
 from dreambooth.consent import PERSON, RECORD, read_consent, require_lasting
 from dreambooth.errors import ConsentError, ParamsError, PhotosError, PipelineError, SubjectError
 from dreambooth.folders import write_file
@@ -27,6 +25,7 @@ from dreambooth.images import (
 )
 from dreambooth.params import Params, Photos, check_id, load_params, parse_params
 from dreambooth.prompts import read_caption
+from dreambooth.yaml12 import YamlError, dump_yaml, load_yaml
 from flows.dvcrun import child_environment
 from flows.project import PARAMS
 
@@ -157,7 +156,7 @@ def with_subject(text: str, params: Params, wish: Wish, class_id: str) -> str:
         text = _insert(text, "subjects", wish.subject_id, entry)
     checked = parse_params(wanted)
     if not _says(text, checked):
-        lines = yaml.safe_dump({"subjects": {wish.subject_id: entry}}, default_flow_style=True).strip()
+        lines = dump_yaml({"subjects": {wish.subject_id: entry}}, flow=True).strip()
         raise ParamsError([f"{PARAMS}: lines cannot be added to `classes:` and `subjects:`; add by hand: {lines}"])
     return text
 
@@ -254,8 +253,8 @@ def _replaced(folder: Path, aside: Path) -> Iterator[None]:
 
 def _says(text: str, params: Params) -> bool:
     try:
-        return parse_params(yaml.safe_load(text)) == params
-    except (yaml.YAMLError, ParamsError):
+        return parse_params(load_yaml(text)) == params
+    except (YamlError, ParamsError):
         return False
 
 
@@ -276,6 +275,6 @@ def _insert(text: str, section: str, key: str, entry: dict[str, str]) -> str:
     lines[start] = re.sub(r":\s*(\{\s*\}|null|~)", ":", lines[start])
     if not lines[last].endswith("\n"):
         lines[last] += "\n"
-    block = yaml.safe_dump({key: entry}, sort_keys=False, allow_unicode=True)
+    block = dump_yaml({key: entry})
     indented = "".join(f"{indent}{line}\n" for line in block.splitlines())
     return "".join([*lines[: last + 1], indented, *lines[last + 1 :]])

@@ -225,7 +225,7 @@ def _print_outcome(root: Path, params: "Params", subject_id: str, outcome: "Outc
     more = [
         ("class images", prior or prior_line(root, one.class_id)),
         ("time", f"{sum(run.seconds for run in mine):.0f} s: {names}" if mine else "nothing had to run"),
-        ("pictures", _shown(one.grid) if one.grid else "none yet"),
+        ("report", _shown(one.report) if one.report else "none yet"),
         ("version", version),
     ]
     out.print(subject_table(one, more), "")

@@ -182,15 +182,19 @@ def _has_limit(name: str) -> bool:
 def _publish(
     root: Path, params: Params, stages: dict[str, PrefectFuture[Any]], versions: dict[str, PrefectFuture[Any]]
 ) -> None:
-    """Leave a table of all subjects and a page with the pictures of each as artifacts of the flow run."""
+    """Leave a table of all subjects, pictures and scores of each as artifacts of the flow run; renew the index."""
+    summary.write_index(root, {subject_id: ", ".join(_versions(root, subject_id)) for subject_id in params.subjects})
     table = []
     for subject_id, version in versions.items():
         one = summary.read_summary(root, params, subject_id)
         more = [
+            ("report", str(one.report.relative_to(root)) if one.report else "none yet"),
             ("registered", _registered(version)),
             ("failed", ", ".join(name for name, future in stages.items() if _failed(name, subject_id, future))),
         ]
         create_markdown_artifact(summary.markdown(one, more), key=f"subject-{subject_id}")
+        if prompts := summary.read_prompts(root, subject_id):
+            create_table_artifact(prompts, key=f"prompts-{subject_id}", description=f"Scores of {subject_id} by prompt")
         table.append(dict(summary.rows(one) + more))
     create_table_artifact(table, key="personalize", description="Subjects of this run")
 
@@ -204,6 +208,16 @@ def _registered(future: PrefectFuture[Any]) -> str:
         return "no"
     version = future.result()
     return f"{version.name} version {version.version}"
+
+
+def _versions(root: Path, subject_id: str) -> list[str]:
+    from dreambooth import versions
+
+    try:
+        return versions.in_words(root, subject_id)
+    except DreamboothError as error:  # the index is worth less than the run
+        get_run_logger().warning("%s: %s", error.code, error)
+        return []
 
 
 def main() -> int:

@@ -1,9 +1,11 @@
 """Turn what lies on disk about a subject into the rows, the markdown and the picture that people read."""
 
 import base64
+import csv
 import html
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,12 +43,17 @@ class Summary:
     photos: int
     identity: Identity | None
     grid: Path | None
+    verdict: str | None
+    """Of the gate, with its reason."""
+    report: Path | None
+    """The page with the pictures."""
 
 
 def read_summary(root: Path, params: Params, subject_id: str) -> Summary:
     """Read what the stages have left; what is missing is None."""
     subject = params.subject(subject_id)
     grid = root / "build" / subject_id / "evaluation" / "grid.png"
+    page = root / "reports" / subject_id / "index.html"
     return Summary(
         subject_id,
         subject.class_id,
@@ -55,6 +62,8 @@ def read_summary(root: Path, params: Params, subject_id: str) -> Summary:
         count_photos(root, subject_id),
         read_identity(root / "metrics" / f"{subject_id}.json"),
         grid if grid.is_file() else None,
+        read_verdict(root / "reports" / subject_id / "report.json"),
+        page if page.is_file() else None,
     )
 
 
@@ -65,6 +74,32 @@ def read_identity(path: Path) -> Identity | None:
         return Identity(**{name: float(scores[name]) for name in Identity.__dataclass_fields__})
     except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
         return None
+
+
+def read_verdict(path: Path) -> str | None:
+    """Read the line of the gate in reports/<subject>/report.json; None before the first report."""
+    try:
+        line: str = json.loads(path.read_text(encoding="utf-8"))["decision"]["line"]
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        return None
+    return line
+
+
+def read_prompts(root: Path, subject_id: str) -> list[dict[str, str]]:
+    """Return the rows of reports/<subject>/prompts.csv, empty before the first report."""
+    path = root / "reports" / subject_id / "prompts.csv"
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_index(root: Path, versions: Mapping[str, str]) -> None:
+    """Write reports/index.html over the reports that there are, with the registered versions of each in words."""
+    from dreambooth import pages
+
+    if (root / "reports").is_dir():
+        pages.write_index(root / "reports", versions)
 
 
 def count_photos(root: Path, subject_id: str) -> int:
@@ -99,14 +134,18 @@ def rows(summary: Summary) -> list[tuple[str, str]]:
             ("gain", f"{identity.gain:+.3f}, between {identity.low:+.3f} and {identity.high:+.3f}"),
             ("floor / ceiling", f"{identity.base:.3f} (base) / {identity.ceiling:.3f} (photos among themselves)"),
         ]
+    if summary.verdict:
+        found.append(("verdict", summary.verdict))
     return found
 
 
 def markdown(summary: Summary, more: list[tuple[str, str]]) -> str:
-    """Return a table, with the grid of pictures inside it as data: Prefect keeps no files."""
+    """Return a table, with the pictures and curves of the report inside it as data: Prefect keeps no files."""
     lines = [f"| {_cell(label)} | {_cell(value)} |" for label, value in [*rows(summary), *more]]
-    picture = f"\n\n![pictures of {summary.subject_id}]({picture_uri(summary.grid)})" if summary.grid else ""
-    return "\n".join(["| | |", "|---|---|", *lines]) + picture
+    curves = [summary.report.with_name(name) for name in ("tradeoff.png", "loss.png")] if summary.report else []
+    pictures = [path for path in (summary.grid, *curves) if path is not None and path.is_file()]
+    shown = [f"\n\n![{path.stem} of {summary.subject_id}]({picture_uri(path)})" for path in pictures]
+    return "\n".join(["| | |", "|---|---|", *lines]) + "".join(shown)
 
 
 def picture_uri(path: Path, largest: int = LARGEST_PICTURE) -> str:

@@ -1,11 +1,12 @@
 """What every stage does when it is called as a program: read its id and the parameters, run, explain a mistake."""
 
+import argparse
 import errno
 import io
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -14,24 +15,32 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 from dreambooth.consent import require_consent
 from dreambooth.errors import DreamboothError
 from dreambooth.interruption import die_with_parent
-from dreambooth.params import Params, check_id, load_params
+from dreambooth.params import check_id, load_params
 
 MACHINE_FAULT = 71  # EX_OSERR of sysexits.h
-Run = Callable[[Params, str, Path], None]
+Run = Callable[..., None]
 
 
-def main(run: Run) -> None:
-    """Run a stage in the current folder with the id on the command line; exit with the code of a user's mistake."""
+def main(run: Run, options: Sequence[str] = ()) -> None:
+    """Run a stage in the current folder with the id on the command line; exit with the code of a user's mistake.
+
+    Args:
+        run: takes the parameters, the id, the project's folder, and each of the options as a path or None.
+        options: names that may follow the id: --resume-from PATH for resume_from.
+    """
     die_with_parent()
+    parser = argparse.ArgumentParser(prog=f"python -m stages.{Path(sys.argv[0]).stem}", allow_abbrev=False)
+    parser.add_argument("id")
+    for name in options:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=Path)
+    given = vars(parser.parse_args())
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file name may hold bytes that are no text
             stream.reconfigure(errors="backslashreplace")
     try:
-        if len(sys.argv) != 2:
-            raise SystemExit(f"usage: python -m {run.__module__ if run.__module__ != '__main__' else 'stages.NAME'} ID")
-        root, params = Path.cwd(), load_params(Path("params.yaml"))
-        require_consent(params, check_id(sys.argv[1]), root)
-        run(params, sys.argv[1], root)
+        root, params, key = Path.cwd(), load_params(Path("params.yaml")), check_id(given.pop("id"))
+        require_consent(params, key, root)
+        run(params, key, root, **given)
     except DreamboothError as error:
         if os.environ.get("DREAMBOOTH_DEBUG"):
             raise

@@ -1,9 +1,8 @@
 """Turn a trained model into pictures beside those of the base model, their scores, and one table of metrics."""
 
-import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,120 +11,80 @@ import torch
 from PIL import Image
 
 from dreambooth import evaluation, prompts
+from dreambooth.comparison import BASE, Candidate, Comparison, Plan, compare_models, write_comparison
 from dreambooth.encoders import Lite0Encoder
 from dreambooth.errors import EvaluationError
-from dreambooth.evaluation import Encoders, Scores
-from dreambooth.folders import cache_folder, code_hash, new_folder, read_manifest, sha256_of, write_file
-from dreambooth.grid import comparison_grid
-from dreambooth.images import png_bytes, read_prepared
-from dreambooth.models import (
-    DTYPES,
-    default_device,
-    device_name,
-    library_versions,
-    load_model,
-    model_hash,
-    resolve_model,
-)
+from dreambooth.evaluation import Encoders, Reference
+from dreambooth.folders import cache_folder, new_folder, read_manifest, scratch_folder, sha256_of, write_file
+from dreambooth.hub_encoders import ClipEncoder, DinoEncoder
+from dreambooth.images import read_prepared
+from dreambooth.models import model_hash, resolve_model
 from dreambooth.params import Params
-from dreambooth.sampling import SamplerSettings, draw, settings_of
+from dreambooth.sampling import settings_of
+from dreambooth.scorer import BundledScorer
 from dreambooth.tracking import open_run
 from stages.entry import main, say
 
 INPUTS = ("models/{id}", "build/{id}/instance", "data/base", "data/prompts")
 OUTPUTS = ("build/{id}/evaluation", "metrics/{id}.json")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What every model of a subject is asked to draw, and how: the same for all of them."""
-
-    base: Path
-    cases: list[evaluation.Case]
-    class_prompt: str
-    class_seeds: list[int]
-    settings: SamplerSettings
-    dtype: str
-
-    @property
-    def prompts(self) -> list[str]:
-        """Of the personalised model, one for all seeds."""
-        return list(dict.fromkeys(case.personalised_prompt for case in self.cases))
-
-    @property
-    def noise_seeds(self) -> list[int]:
-        """Of the cases, then of the class images."""
-        return [case.noise_seed for case in self.cases] + self.class_seeds
-
-    @property
-    def base_texts(self) -> list[str]:
-        """What the base model is asked for, and the encoder of texts: no identifier."""
-        return [case.base_prompt for case in self.cases] + [self.class_prompt] * len(self.class_seeds)
-
-    @property
-    def texts(self) -> list[str]:
-        """What a personalised model is asked for."""
-        return [case.personalised_prompt for case in self.cases] + [self.class_prompt] * len(self.class_seeds)
+SCORER = "data/base/scorer"
 
 
 def run(params: Params, subject_id: str, root: Path) -> None:
     """Write build/<id>/evaluation/ (pictures, grid.png, {scores,prompts,class_images}.csv) and metrics/<id>.json."""
-    plan = _plan(params, subject_id, root)
-    trained, prepared = (root / path.format(id=subject_id) for path in INPUTS[:2])
-    manifest, encoders = read_manifest(trained), _encoders(root)
-    squares = [evaluation.as_photo(photo) for _, photo in read_prepared(prepared)]
-    photos, texts = evaluation.reference(squares, encoders.image), _embed_texts(plan, encoders, subject_id)
-    drawn = {"base": _base_pictures(plan), "personalised": draw_pictures(plan, trained, "personalised")}
-    scores = {
-        name: evaluation.score(
-            plan.cases, images[: len(plan.cases)], images[len(plan.cases) :], photos, encoders, texts
-        )
-        for name, images in drawn.items()
-    }
-    metrics = evaluation.summarise(scores["base"], scores["personalised"], photos, params.evaluate.confidence)
-    how = fingerprint(plan, encoders, read_manifest(prepared)["files"])
-    about = {"fingerprint": sha256_of(how), "model": manifest["fingerprint"]}
+    trained = root / INPUTS[0].format(id=subject_id)
+    model, encoders = read_manifest(trained)["fingerprint"], _encoders(params, root)
+    found = compare(params, subject_id, root, {"personalised": (trained, model)}, encoders)
+    confidence = params.evaluate.confidence
+    metrics = evaluation.summarise(found.scores[BASE], found.scores["personalised"], found.photos, confidence)
+    about = {"fingerprint": sha256_of(found.how), "model": model}
     metrics |= encoders.describe() | about
-    models = {
-        "base": {"model": how["base"], "is_base": True, "safety": evaluation.NOT_CHECKED},
-        "personalised": {"model": manifest["fingerprint"], "is_base": False, "safety": evaluation.NOT_CHECKED},
-    }
     with new_folder(root / OUTPUTS[0].format(id=subject_id), about) as target:
-        write_file(target / "evaluation.json", json.dumps({"how": how, "models": models}, indent=1).encode() + b"\n")
-        _write_pictures(target, drawn, len(plan.cases))
-        _write_scores(target, scores, plan)
-        identities = {name: one.cases["identity"].to_list() for name, one in scores.items()}
-        sheet = comparison_grid(squares, plan.prompts, params.evaluate.seeds, drawn, identities)
-        (target / "grid.png").write_bytes(png_bytes(sheet))
+        write_comparison(target, found)
+        if (checkpoints := _checkpoints(params, subject_id, trained, found.photos, encoders)) is not None:
+            checkpoints.to_csv(target / "checkpoints.csv", index=False)
+    shutil.rmtree(found.models["personalised"].store)  # only a drawing that was stopped needs it
     path = root / OUTPUTS[1].format(id=subject_id)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, json.dumps(metrics, indent=1).encode() + b"\n")
-    _track(root, subject_id, manifest["fingerprint"], metrics)
+    _track(root, subject_id, model, metrics)
     say(f"evaluate {subject_id}: {evaluation.headline(metrics)}")
 
 
-def fingerprint(plan: Plan, encoders: Encoders, photos: Mapping[str, Any]) -> dict[str, Any]:
-    """Say what scores depend on besides the model: only those with the same hash may be compared."""
-    return {
-        "base": model_hash(plan.base),
-        "cases": [asdict(case) for case in plan.cases],
-        "class_prompt": plan.class_prompt,
-        "class_seeds": plan.class_seeds,
-        "code": code_hash(evaluation.MODULES),
-        "device": device_name(default_device()),
-        "dtype": plan.dtype,
-        "encoders": encoders.describe(),
-        "photos": sha256_of(photos),
-        "settings": asdict(plan.settings),
-        "versions": library_versions(),
-    }
+def beside_champion(
+    params: Params, subject_id: str, root: Path, champion: Path, fingerprint: str, target: Path
+) -> None:
+    """Evaluate champion and challenger in one run, for scores that may be compared; no part of the DAG.
+
+    Args:
+        params: of the project.
+        subject_id: whose models they are.
+        root: of the project, with the challenger in models/<id>.
+        champion: folder of the champion's parts, for example its export, downloaded.
+        fingerprint: of the champion's training.
+        target: a folder that gets what build/<id>/evaluation has, with the champion as one model more.
+    """
+    trained = root / INPUTS[0].format(id=subject_id)
+    model, encoders = read_manifest(trained)["fingerprint"], _encoders(params, root)
+    models = {"champion": (champion, fingerprint), "personalised": (trained, model)}
+    with new_folder(target, {"model": model, "champion": fingerprint}) as folder:
+        write_comparison(folder, compare(params, subject_id, root, models, encoders))
 
 
-def draw_pictures(plan: Plan, trained: Path | None, name: str) -> list[Image.Image]:
-    """Draw the cases, then the class images, with the base or with the parts that a training made of it."""
-    texts = plan.base_texts if trained is None else plan.texts
-    model = load_model(plan.base, DTYPES[plan.dtype], trained=trained)
-    return draw(model, texts, plan.noise_seeds, plan.settings, description=f"evaluation images, {name}")
+def compare(
+    params: Params, subject_id: str, root: Path, models: dict[str, tuple[Path, str]], encoders: Encoders
+) -> Comparison:
+    """Draw and score the base and these models: by name, the folder of the trained parts and its fingerprint."""
+    plan, prepared = _plan(params, subject_id, root), root / INPUTS[1].format(id=subject_id)
+    shared, own = cache_folder() / "evaluation", scratch_folder(root) / "evaluation" / subject_id
+    candidates = {BASE: Candidate(None, model_hash(plan.base), shared)}
+    candidates |= {name: Candidate(folder, fingerprint, own) for name, (folder, fingerprint) in models.items()}
+    squares = [evaluation.as_photo(photo) for _, photo in read_prepared(prepared)]
+    photos_hash, texts = (
+        sha256_of(read_manifest(prepared)["files"]),
+        _embed_texts(plan.base_prompts, encoders, subject_id),
+    )
+    return compare_models(plan, candidates, squares, photos_hash, encoders, texts)
 
 
 def _plan(params: Params, subject_id: str, root: Path) -> Plan:
@@ -142,69 +101,47 @@ def _plan(params: Params, subject_id: str, root: Path) -> Plan:
     )
 
 
-def _encoders(root: Path) -> Encoders:
-    return Encoders(Lite0Encoder(), None)
+def _encoders(params: Params, root: Path) -> Encoders:
+    if params.evaluate.encoders == "hub":
+        return Encoders(DinoEncoder(), ClipEncoder())
+    folder = root / SCORER
+    return Encoders(Lite0Encoder(), BundledScorer(folder) if folder.is_dir() else None)
 
 
-def _embed_texts(plan: Plan, encoders: Encoders, subject_id: str) -> torch.Tensor | None:
+def _embed_texts(texts: Sequence[str], encoders: Encoders, subject_id: str) -> torch.Tensor | None:
     """Embed the prompts without the identifier; None, said aloud, where the encoder refuses to judge one."""
     if encoders.text is None:
-        say(f"evaluate {subject_id}: no image-text encoder in data/base/scorer: prompt fidelity is not measured")
+        say(f"evaluate {subject_id}: no image-text encoder in {SCORER}: prompt fidelity is not measured")
         return None
     try:
-        return encoders.text.embed_texts(list(dict.fromkeys(case.base_prompt for case in plan.cases)))
+        return encoders.text.embed_texts(texts)
     except EvaluationError as error:
         say(f"evaluate {subject_id}: prompt fidelity is not measured: {error}")
         return None
 
 
-def _base_pictures(plan: Plan) -> list[Image.Image]:
-    """Return the pictures of the untouched model, drawn once for all subjects of a class."""
-    key = {
-        "base": model_hash(plan.base),
-        "device": device_name(default_device()),
-        "dtype": plan.dtype,
-        "seeds": plan.noise_seeds,
-        "settings": asdict(plan.settings),
-        "texts": plan.base_texts,
-        "versions": library_versions(),
-    }
-    store = cache_folder() / "evaluation" / sha256_of(key)
-    if not store.is_dir():
-        with new_folder(store, key) as target:
-            for number, image in enumerate(draw_pictures(plan, None, "base")):
-                (target / f"{number:05d}.png").write_bytes(png_bytes(image))
-    files = sorted(read_manifest(store)["files"])
-    return [Image.open(io.BytesIO((store / name).read_bytes()), formats=["PNG"]).convert("RGB") for name in files]
-
-
-def _write_pictures(target: Path, drawn: Mapping[str, Sequence[Image.Image]], cases: int) -> None:
-    """Write <model>/000.png ... in the order of scores.csv, and class/<model>/000.png ... in that of their seeds."""
-    for name, images in drawn.items():
-        for folder, part in ((target / name, images[:cases]), (target / "class" / name, images[cases:])):
-            folder.mkdir(parents=True)
-            for number, image in enumerate(part):
-                (folder / f"{number:03d}.png").write_bytes(png_bytes(image))
-
-
-def _write_scores(target: Path, scores: Mapping[str, Scores], plan: Plan) -> None:
-    tables = {
-        "scores": {name: one.cases for name, one in scores.items()},
-        "prompts": {name: one.prompts for name, one in scores.items()},
-        "class_images": {
-            name: pd.DataFrame({"noise_seed": plan.class_seeds, "pres": one.pres}) for name, one in scores.items()
-        },
-    }
-    for file, parts in tables.items():
-        table = pd.concat([part.assign(model=name) for name, part in parts.items()])
-        table.to_csv(target / f"{file}.csv", index=False)
+def _checkpoints(
+    params: Params, subject_id: str, trained: Path, photos: Reference, encoders: Encoders
+) -> pd.DataFrame | None:
+    """Score the previews that the training left, if it drew any."""
+    previews: dict[int, list[Image.Image]] = {}
+    for path in sorted((trained / "previews").glob("step-*.png")):
+        with Image.open(path, formats=["PNG"]) as image:
+            previews.setdefault(int(path.stem.split("-")[1]), []).append(image.convert("RGB"))
+    noun = prompts.with_article(params.class_of(subject_id).class_noun)
+    asked = [prompts.fill(template, noun) for template in params.train.preview_prompts]
+    whole = {step: images for step, images in previews.items() if len(images) == len(asked)}
+    if not whole:
+        return None
+    texts = _embed_texts(asked, encoders, subject_id)
+    return evaluation.score_checkpoints(whole, photos, encoders, texts, params.evaluate.confidence)
 
 
 def _track(root: Path, subject_id: str, fingerprint: str, metrics: dict[str, Any]) -> None:
     with open_run(root, key=fingerprint, name=subject_id, tags={"subject": subject_id}) as tracked:
         values = {
             f"{measure}.{name}": float(value)
-            for measure in ("identity", "prompt", "diversity", "copying", "prior")
+            for measure in ("identity", "identity_second", "prompt", "diversity", "copying", "prior")
             for name, value in metrics.get(measure, {}).items()
             if isinstance(value, int | float)
         }

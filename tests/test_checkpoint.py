@@ -1,11 +1,9 @@
-"""A training that was stopped ends with the same bits as one that was not."""
+"""Checkpoints: exact, whole, of one training only; named when they are not."""
 
+import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,20 +11,20 @@ from typing import Any
 import pytest
 import torch
 from test_training import largest_difference, make_samples, settings, weights
-from tiny_project import REPOSITORY, make_project, tiny_values
 
-from dreambooth import training
+from dreambooth import checkpoint, trainer, training
 from dreambooth.checkpoint import KEEP, Checkpoints, State
 from dreambooth.errors import TrainingError
-from dreambooth.folders import DiskFullError, TornFolderError, content_hash
+from dreambooth.folders import DiskFullError, TornFolderError
 from dreambooth.interruption import Interrupted
 from dreambooth.models import Model, load_model
-from dreambooth.training import StepRecord, train
+from dreambooth.training import History, train
 
 STEPS = 6
+FILES = ["weights.safetensors", "moments.safetensors", "plain.json", "records.json", "manifest.json"]
 
 
-def run(model: Model, checkpoints: Checkpoints | None = None, **changes: Any) -> list[StepRecord]:
+def run(model: Model, checkpoints: Checkpoints | None = None, **changes: Any) -> History:
     instance = make_samples(model, 3, "instance", "a photo of sks dog")
     prior = make_samples(model, 4, "prior", "a photo of a dog")
     values = {"max_train_steps": STEPS, "gradient_accumulation_steps": 2, "checkpointing_steps": 1}
@@ -34,63 +32,61 @@ def run(model: Model, checkpoints: Checkpoints | None = None, **changes: Any) ->
 
 
 @pytest.fixture(scope="module")
-def straight(tiny_model_folder: Path) -> tuple[dict[str, torch.Tensor], list[StepRecord]]:
+def straight(tiny_model_folder: Path) -> tuple[dict[str, torch.Tensor], History]:
     model = load_model(tiny_model_folder, device="cpu")
     history = run(model)
     return weights(model), history
 
 
-def fall_over_in_step(step: int, part: int) -> Callable[..., Any]:
-    """Return a `forward` that fails in a step, at the first or the second of its two micro-batches."""
-    original, calls = training.forward, iter(range(10_000))
-
-    def forward(*arguments: Any) -> Any:
-        if next(calls) == 2 * step + part:
-            raise MemoryError("the process is gone")
-        return original(*arguments)
-
-    return forward
+def state(step: int, **changes: Any) -> State:
+    values = {
+        "weights": {"unet.w": torch.full((3,), float(step))},
+        "moments": {"unet.w/exp_avg": torch.zeros(2)},
+        "plain": {"parts": 1},
+        "records": {"steps": [{"step": step}]},
+    }
+    return State(step, **values | changes)
 
 
-@pytest.mark.parametrize("part", [0, 1])
-@pytest.mark.parametrize("step", range(STEPS))
-def test_a_stop_at_any_point_and_a_resume_end_with_the_same_bits(
-    tiny_model_folder: Path,
-    tmp_path: Path,
-    straight: tuple[dict[str, torch.Tensor], list[StepRecord]],
-    step: int,
-    part: int,
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "forward", fall_over_in_step(step, part))
-        with pytest.raises(MemoryError):
-            run(load_model(tiny_model_folder, device="cpu"), Checkpoints(tmp_path))
-    said: list[str] = []
-    model = load_model(tiny_model_folder, device="cpu")
-    history = run(model, Checkpoints(tmp_path, said.append))
-    assert said == ([f"continues after step {step}"] if step else [])
-    assert largest_difference(weights(model), straight[0]) == 0
-    assert history == straight[1]
-
-
-def state(step: int) -> State:
-    return State(
-        step, {"unet.w": torch.full((3,), float(step))}, {"optimizer": {"m": torch.zeros(2)}}, [{"step": step}]
-    )
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_the_newest_ones_are_kept(tmp_path: Path) -> None:
     for step in range(1, 6):
         Checkpoints(tmp_path).save(state(step))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000004", "step-0000005"]
+    assert names(tmp_path) == ["step-0000004", "step-0000005"]
     assert KEEP == 2
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.pt", "records.json", "manifest.json"])
+def test_the_best_one_is_kept_until_a_better_one_comes(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for step, score in ((1, None), (2, 0.5), (3, None), (4, None), (5, None)):
+        checkpoints.save(state(step), score)
+    assert names(tmp_path) == ["best.json", "step-0000002", "step-0000004", "step-0000005"]
+    assert json.loads((tmp_path / "best.json").read_text()) == {"checkpoint": "step-0000002", "score": 0.5, "step": 2}
+    best = checkpoints.best()
+    assert best is not None
+    assert best.step == 2
+    checkpoints.save(state(6), 0.4)
+    assert names(tmp_path) == ["best.json", "step-0000005", "step-0000006"]
+
+
+def test_the_pointer_is_written_again_if_a_stop_came_before_it(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state(1), 0.5)
+    before = (tmp_path / "best.json").read_bytes()
+    checkpoints.save(state(2), 0.4)
+    (tmp_path / "best.json").write_bytes(before)
+    assert Checkpoints(tmp_path).newest() is not None
+    assert json.loads((tmp_path / "best.json").read_text())["step"] == 2
+
+
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path: Path, name: str, damage: str) -> None:
     said: list[str] = []
-    checkpoints = Checkpoints(tmp_path, said.append)
+    checkpoints = Checkpoints(tmp_path, say=said.append)
     checkpoints.save(state(1))
     newest = checkpoints.save(state(2))
     content = bytearray((newest / name).read_bytes())
@@ -99,8 +95,10 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path: Pat
     else:
         content[len(content) // 2] ^= 1
         (newest / name).write_bytes(content if damage == "flip" else content[:-3])
-    with pytest.raises(TornFolderError):
+    with pytest.raises(TornFolderError, match=name):
         checkpoints.load(newest)
+    with pytest.raises(TornFolderError, match=name):
+        Checkpoints(tmp_path, resume_from=newest).newest()
     found = checkpoints.newest()
     assert found is not None
     assert found.step == 1
@@ -108,19 +106,43 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path: Pat
     assert (tmp_path / "torn-step-0000002").is_dir()
 
 
-def test_a_stop_while_a_checkpoint_is_written_leaves_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_file_of_a_checkpoint_is_tried_above(tmp_path: Path) -> None:
+    assert names(Checkpoints(tmp_path).save(state(1))) == sorted(FILES)
+
+
+def test_when_all_are_torn_there_is_none(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(state(1))
+    for step in (1, 2):
+        (checkpoints.save(state(step)) / "manifest.json").unlink()
+    assert checkpoints.newest() is None
+    assert names(tmp_path) == ["torn-step-0000001", "torn-step-0000002"]
 
-    def full(*arguments: Any) -> None:
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space"):
-        checkpoints.save(state(2))
-    assert [path.name for path in tmp_path.iterdir()] == ["step-0000001"]
+INPUTS = {"train": {"learning_rate": 1e-4, "seed": 0}, "versions": {"torch": "2.13"}, "device": "cpu", "processes": 1}
+
+
+def test_a_checkpoint_of_other_parameters_is_refused_with_the_difference(tmp_path: Path) -> None:
+    path = Checkpoints(tmp_path, INPUTS).save(state(1))
+    other = Checkpoints(tmp_path / "other", INPUTS | {"train": {"learning_rate": 2e-4, "seed": 0}}, resume_from=path)
+    with pytest.raises(TrainingError, match=r"another training: train.learning_rate was 0.0001, is 0.0002; take") as no:
+        other.newest()
+    assert "seed" not in str(no.value)
+    with pytest.raises(TrainingError, match=r"processes was 1, is 2"):
+        Checkpoints(tmp_path, INPUTS | {"processes": 2}).newest()
+
+
+def test_another_library_or_device_is_a_warning_with_both_and_is_remembered(tmp_path: Path) -> None:
+    Checkpoints(tmp_path, INPUTS).save(state(1))
+    said: list[str] = []
+    changed = INPUTS | {"versions": {"torch": "2.14"}, "device": "cuda"}
+    checkpoints = Checkpoints(tmp_path, changed, said.append)
+    assert checkpoints.newest() is not None
+    assert said[0].startswith("warning: device was 'cpu', is 'cuda': what follows may differ")
+    assert said[1].startswith("warning: versions.torch was '2.13', is '2.14'")
+    checkpoints.save(state(2))
+    again = Checkpoints(tmp_path, changed)
+    assert again.newest() is not None
+    assert again.changes == ["device was 'cpu', is 'cuda'", "versions.torch was '2.13', is '2.14'"]
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_with_both_numbers(
@@ -130,95 +152,179 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_both_numbers(
     checkpoints.save(state(1))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3_000_000))
-    big = State(2, {"unet.w": torch.zeros(1_000_000)}, {}, [])
-    with pytest.raises(DiskFullError, match="needs 4 MB, 3 MB are free"):
-        checkpoints.save(big)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-0000001"]
+    big = state(2, weights={"unet.w": torch.zeros(1_000_000)})
+    for save in (checkpoints.save, checkpoints.begin_save):
+        with pytest.raises(DiskFullError, match=r"needs 4,\d+,\d+ bytes, 3,000,000 are free"):
+            save(big)
+    assert names(tmp_path) == ["step-0000001"]
+
+
+def test_what_goes_wrong_beside_the_training_is_raised_at_the_next_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state(1))
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.safetensors.torch, "save_file", full)
+    checkpoints.begin_save(state(2))
+    with pytest.raises(DiskFullError, match=r"needs [\d,]+ bytes, [\d,]+ are free; step-0000001 is whole"):
+        checkpoints.begin_save(state(3))
+    checkpoints.finish()
 
 
 def test_a_checkpoint_of_other_weights_is_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
-    Checkpoints(tmp_path).save(state(1))
+    records = {"steps": [], "evaluations": []}
+    Checkpoints(tmp_path).save(state(1, records=records))
     with pytest.raises(TrainingError, match="other weights"):
         run(load_model(tiny_model_folder, device="cpu"), Checkpoints(tmp_path))
 
 
-def test_a_signal_finishes_the_step_and_saves(
-    tiny_model_folder: Path, tmp_path: Path, straight: tuple[dict[str, torch.Tensor], list[StepRecord]]
-) -> None:
-    original = training.train_step
+def test_weights_and_moments_keep_their_order_in_memory(tiny_model_folder: Path, tmp_path: Path) -> None:
+    """The fused kernel reads a weight and its moments in the order of memory, whatever their strides say."""
+    seen: list[tuple[Any, Any]] = []
+    step = torch.optim.AdamW.step
 
-    def signalled(trainer: Any, batches: Any, rate: float) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return original(trainer, batches, rate)
+    def watch(self: Any, *arguments: Any, **named: Any) -> Any:
+        for weight, entry in self.state.items():
+            seen.append((weight.stride(), entry["exp_avg"].stride()))
+        return step(self, *arguments, **named)
 
+    run(load_model(tiny_model_folder, device="cpu"), Checkpoints(tmp_path), max_train_steps=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "train_step", signalled)
+        patch.setattr(torch.optim.AdamW, "step", watch)
+        run(load_model(tiny_model_folder, device="cpu"), Checkpoints(tmp_path), max_train_steps=4)
+    assert any(len(weight) == 4 and weight[1] == 1 for weight, _ in seen)  # channels_last
+    assert all(weight == moment for weight, moment in seen)
+
+
+def signalled_in(step: int) -> Callable[..., Any]:
+    original, calls = trainer.train_step, iter(range(1000))
+
+    def signalled(*arguments: Any) -> Any:
+        if next(calls) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    return signalled
+
+
+def test_a_signal_finishes_the_step_and_saves(
+    tiny_model_folder: Path, tmp_path: Path, straight: tuple[dict[str, torch.Tensor], History]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "train_step", signalled_in(0))
         with pytest.raises(Interrupted, match="after step 1 of 6, state saved") as stopped:
             run(load_model(tiny_model_folder, device="cpu"), Checkpoints(tmp_path), checkpointing_steps=None)
     assert stopped.value.exit_code == 75
     model = load_model(tiny_model_folder, device="cpu")
-    run(model, Checkpoints(tmp_path), checkpointing_steps=None)
+    history = run(model, Checkpoints(tmp_path), checkpointing_steps=None)
     assert largest_difference(weights(model), straight[0]) == 0
+    assert history == straight[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)])
-def test_a_killed_stage_continues_and_ends_with_the_same_bytes(
-    tmp_path: Path, tiny_model_folder: Path, number: signal.Signals, code: int
+@pytest.mark.parametrize("spoiled", [2, 3])
+def test_a_training_that_diverges_keeps_its_last_finite_checkpoint(
+    tiny_model_folder: Path, tmp_path: Path, spoiled: int
 ) -> None:
-    from dreambooth.params import load_params
-    from stages import prior, train, validate
+    model = load_model(tiny_model_folder, device="cpu")
+    original = trainer.train_step
 
-    values = tiny_values()
-    values["train"] |= {"max_train_steps": 80, "checkpointing_steps": 10, "train_batch_size": 1}
-    root = make_project(tmp_path / "project", tiny_model_folder, values)
-    params = load_params(root / "params.yaml")
-    validate.run(params, "biscuit", root)
-    prior.run(params, "dog", root)
-    command = [sys.executable, "-m", "stages.train", "biscuit"]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    process = subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list((root / ".scratch").glob("checkpoints/*/step-*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(number)
-    assert process.wait(timeout=60) == code
-    assert not (root / "models/biscuit").exists()
-    again = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
-    assert "continues after step" in again.stdout
-    assert not list((root / ".scratch/checkpoints").iterdir())
-    resumed = content_hash(root / "models/biscuit")
-    train.run(params, "biscuit", root)
-    assert content_hash(root / "models/biscuit") == resumed
+    def spoil(self: Any, rows: Any, step: int, rate: float) -> Any:
+        result = original(self, rows, step, rate)
+        if step == spoiled:  # a step too large: its own loss was finite
+            with torch.no_grad():
+                model.unet.conv_out.bias.fill_(float("inf"))
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "train_step", spoil)
+        with pytest.raises(TrainingError, match=f"weights are not finite after step {spoiled}") as stopped:
+            run(model, Checkpoints(tmp_path))
+    assert stopped.value.code == "E_DIVERGED"
+    newest = Checkpoints(tmp_path).newest()
+    assert newest is not None
+    assert newest.step == spoiled
+    assert all(weight.isfinite().all() for weight in newest.weights.values())
 
 
-@pytest.mark.slow
-def test_a_stage_ends_with_whoever_started_it(tmp_path: Path, tiny_model_folder: Path) -> None:
-    values = tiny_values()
-    values["train"] |= {"max_train_steps": 100_000, "train_batch_size": 1}
-    root = make_project(tmp_path / "project", tiny_model_folder, values)
-    from dreambooth.params import load_params
-    from stages import prior, validate
+def out_of_memory_in(step: int, times: int) -> Callable[..., Any]:
+    """Return a `forward` whose second micro-batch of a step finds no memory, some times."""
+    original, left = trainer.forward, iter(range(times))
+    calls = iter(range(1000))
 
-    params = load_params(root / "params.yaml")
-    validate.run(params, "biscuit", root)
-    prior.run(params, "dog", root)
-    starter = (
-        "import subprocess, sys, time; "
-        "child = subprocess.Popen([sys.executable, '-m', 'stages.train', 'biscuit'], stderr=subprocess.DEVNULL); "
-        "print(child.pid, flush=True); time.sleep(600)"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", starter],
-        cwd=root, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, stdout=subprocess.PIPE, text=True,
-    ) as parent:  # fmt: skip
-        assert parent.stdout is not None
-        child = int(parent.stdout.readline())
-        next(line for line in parent.stdout if "steps on cpu" in line)
-        time.sleep(1)
-        parent.kill()
-    deadline = time.monotonic() + 20
-    while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split()[2]:
-        assert time.monotonic() < deadline, "the training outlived its parent"
-        time.sleep(0.1)
-    assert list((root / ".scratch").glob("checkpoints/*/step-*"))
+    def forward(*arguments: Any) -> Any:
+        if next(calls) >= 2 * step + 1 and next(left, None) is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return original(*arguments)
+
+    return forward
+
+
+def test_a_step_without_memory_is_taken_again_in_halves(
+    tiny_model_folder: Path, tmp_path: Path, straight: tuple[dict[str, torch.Tensor], History]
+) -> None:
+    sizes: list[int] = []
+    model = load_model(tiny_model_folder, device="cpu")
+    model.unet.conv_in.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "forward", out_of_memory_in(1, 1))
+        history = run(model, Checkpoints(tmp_path), adam_epsilon=1e-2, max_train_steps=3)
+    plain = load_model(tiny_model_folder, device="cpu")
+    expected = run(plain, adam_epsilon=1e-2, max_train_steps=3)
+    assert sizes == [4, 4, 4, *[2] * 8]  # rows of both roles: 2 x 4; 4 and then none; 4 x 2 from there on
+    assert largest_difference(weights(model), weights(plain)) < 1e-6
+    for halved, whole in zip(history.steps, expected.steps, strict=True):
+        assert halved.loss == pytest.approx(whole.loss, rel=1e-5)
+
+
+def test_halves_are_remembered_by_a_checkpoint(tiny_model_folder: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "forward", out_of_memory_in(1, 1))
+        run(load_model(tiny_model_folder, device="cpu"), Checkpoints(tmp_path), max_train_steps=3)
+    newest = Checkpoints(tmp_path).newest()
+    assert newest is not None
+    assert newest.plain["parts"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "times", "said"),
+    [
+        ({"halve_batch_on_out_of_memory": False}, 1, "at step 1; .*or allow train.halve_batch_on_out_of_memory"),
+        ({"train_batch_size": 1}, 1, "a batch of 1 has no half; lower"),
+        ({}, 2, "at step 1, at half the batch too; lower"),
+    ],
+)
+def test_a_step_that_does_not_fit_stops_with_advice_and_keeps_the_state(
+    tiny_model_folder: Path, tmp_path: Path, changes: dict[str, Any], times: int, said: str
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "forward", out_of_memory_in(1, times))
+        with pytest.raises(TrainingError, match=said) as stopped:
+            run(load_model(tiny_model_folder, device="cpu"), Checkpoints(tmp_path), **changes)
+    assert stopped.value.code == "E_OUT_OF_MEMORY"
+    newest = Checkpoints(tmp_path).newest()
+    assert newest is not None
+    assert newest.step == 1
+
+
+def test_a_mistake_of_ours_is_not_taken_for_a_lack_of_memory(tiny_model_folder: Path) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "forward", fail)
+        with pytest.raises(RuntimeError, match="mat1"):
+            run(load_model(tiny_model_folder, device="cpu"))
+
+
+def test_the_answer_to_a_stop_waits_for_the_checkpoint(tiny_model_folder: Path, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "train_step", signalled_in(2))
+        with pytest.raises(Interrupted):
+            run(load_model(tiny_model_folder, device="cpu"), checkpoints, checkpointing_steps=2)
+    assert names(tmp_path) == ["step-0000002", "step-0000003"]
+    assert training.FLUSH_EVERY > 3  # the records of a stop were not due

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -16,11 +17,13 @@ from dreambooth.evaluation import (
     Encoders,
     Scores,
     cases,
+    choose_step,
     class_seeds,
     compare,
     headline,
     reference,
     score,
+    score_checkpoints,
     summarise,
 )
 from dreambooth.prompts import (
@@ -72,7 +75,7 @@ def scored(
 ) -> Scores:
     encoders = Encoders(ColourEncoder(), text)
     texts = text.embed_texts(list(dict.fromkeys(case.base_prompt for case in todo))) if text else None
-    seen = reference(plain(*photos), encoders.image)
+    seen = reference(plain(*photos), encoders)
     return score(todo, plain(*pictures), plain(*class_pictures), seen, encoders, texts)
 
 
@@ -96,7 +99,7 @@ def test_class_images_are_none_of_the_training() -> None:
 def test_identity_is_averaged_over_seeds_then_prompts_and_property_prompts_stay_out() -> None:
     todo = cases([*PLACES[:2], TEMPLATES[1]], "sks", "dog", [1, 2])
     base, personalised = scored(todo, [GREEN] * 6), scored(todo, [RED, GREEN, RED, RED, GREEN, GREEN])
-    metrics = summarise(base, personalised, reference(plain(RED, RED), ColourEncoder()), 0.95)
+    metrics = summarise(base, personalised, reference(plain(RED, RED), Encoders(ColourEncoder(), None)), 0.95)
     assert metrics["identity"]["base"] == pytest.approx(0)
     assert metrics["identity"]["personalised"] == pytest.approx((0.5 + 1) / 2)
     assert metrics["identity"]["gain"] == pytest.approx(0.75)
@@ -109,10 +112,18 @@ def test_identity_is_averaged_over_seeds_then_prompts_and_property_prompts_stay_
 def test_prompt_fidelity_asks_for_the_prompt_without_the_identifier() -> None:
     todo = cases([Template("property", "a green {}"), *PLACES[:2]], "sks", "red dog", [1, 2])
     found = scored(todo, [GREEN, BLUE, RED, RED, RED, GREEN], text=ColourEncoder())
-    assert found.cases["prompt"][0] == "a green a red dog"
+    assert found.cases["prompt"][0] == "a green red dog"
     half = 0.5**0.5
     assert found.cases["prompt_fidelity"].tolist() == pytest.approx([half, 0, 1, 1, 1, 0])
     assert found.prompts["prompt_fidelity"].tolist() == pytest.approx([half / 2, 1, 0.5])
+
+
+def test_an_image_text_encoder_that_tells_subjects_gives_a_second_opinion_without_another_pass() -> None:
+    todo = cases([Template("accessory", f"{{}} in {colour}") for colour in ("red", "green", "blue")], "sks", "dog", [1])
+    base, personalised = (scored(todo, [colour] * 3, text=ColourEncoder()) for colour in (GREEN, RED))
+    photos = reference(plain(RED, RED), Encoders(ColourEncoder(), ColourEncoder()))
+    second = summarise(base, personalised, photos, 0.95)["identity_second"]
+    assert (second["base"], second["personalised"], second["ceiling"]) == pytest.approx((0, 1, 1))
 
 
 def test_diversity_is_a_difference_to_the_base_at_the_same_prompts() -> None:
@@ -126,19 +137,19 @@ def test_prior_drift_is_the_rise_of_the_class_images_at_paired_seeds() -> None:
     todo = cases(PLACES, "sks", "dog", [1, 2])
     base = scored(todo, [GREEN] * 6, class_pictures=[GREEN, BLUE, GREEN, BLUE])
     leaked = scored(todo, [RED] * 6, class_pictures=[RED, BLUE, RED, BLUE])
-    metrics = summarise(base, leaked, reference(plain(RED, RED), ColourEncoder()), 0.95)
+    metrics = summarise(base, leaked, reference(plain(RED, RED), Encoders(ColourEncoder(), None)), 0.95)
     assert metrics["prior"]["rise"] == pytest.approx(0.5)
     assert metrics["prior"]["images"] == 4
     assert metrics["prior"]["mmd2"] > 0
     assert compare(base, base, 0.95)["pres_rise"]["mean"] == 0
-    same = summarise(base, base, reference(plain(RED, GREEN), ColourEncoder()), 0.95)["prior"]
+    same = summarise(base, base, reference(plain(RED, GREEN), Encoders(ColourEncoder(), None)), 0.95)["prior"]
     assert (same["mmd2"], same["p_value"]) == (0, 1)
 
 
 def test_what_was_not_measured_is_missing_and_not_zero() -> None:
     todo = cases(PLACES, "sks", "dog", [1])
     base, personalised = scored(todo, [GREEN] * 3), scored(todo, [RED] * 3)
-    metrics = summarise(base, personalised, reference(plain(RED, RED), ColourEncoder()), 0.95)
+    metrics = summarise(base, personalised, reference(plain(RED, RED), Encoders(ColourEncoder(), None)), 0.95)
     assert not {"prompt", "diversity", "prior"} & set(metrics)
     assert metrics["safety"] == "not checked"
 
@@ -162,15 +173,15 @@ def test_a_picture_that_is_a_photo_or_its_mirror_image_is_a_copy_and_named() -> 
     pictures = [photos[2], photos[1].transpose(Image.Transpose.FLIP_LEFT_RIGHT), make_photo(9)]
     todo = cases(PLACES, "sks", "dog", [1])
     encoders = Encoders(ColourEncoder(), None)
-    found = score(todo, pictures, [], reference(photos, encoders.image), encoders, None).cases
+    found = score(todo, pictures, [], reference(photos, encoders), encoders, None).cases
     assert found["copy"].tolist() == [True, True, False]  # by perceptual hash: no colour is nearer than 2
     assert found["nearest_distance"].tolist()[:2] == [0, 0]
     assert found["nearest_photo"][0] == 2
 
 
 def test_without_a_measured_threshold_the_nearest_pair_of_photos_sets_it() -> None:
-    assert reference(plain(RED, GREEN, BLUE), ColourEncoder(None)).copy_cosine == pytest.approx(0.02)
-    assert reference(plain(RED, RED), ColourEncoder(None)).copy_cosine == 1
+    assert reference(plain(RED, GREEN, BLUE), Encoders(ColourEncoder(None), None)).copy_cosine == pytest.approx(0.02)
+    assert reference(plain(RED, RED), Encoders(ColourEncoder(None), None)).copy_cosine == 1
 
 
 def test_a_subset_of_the_prompts_keeps_the_share_of_each_kind() -> None:
@@ -233,3 +244,23 @@ def test_a_faulty_caption_is_refused_with_its_file(tmp_path: Path, text: bytes) 
 def test_a_caption_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "00.txt").write_text("a photo of {}\n  in a park\n")
     assert read_caption(tmp_path / "00.txt") == "a photo of {} in a park"
+
+
+def test_previews_are_scored_by_step_over_their_prompts() -> None:
+    encoders = Encoders(ColourEncoder(), ColourEncoder())
+    texts = ColourEncoder().embed_texts(["a red dog", "a green dog"])
+    previews = {100: plain(RED, RED), 50: plain(GREEN, GREEN)}
+    points = score_checkpoints(previews, reference(plain(RED, RED), encoders), encoders, texts, 0.95)
+    assert points["step"].tolist() == [50, 100]
+    assert points["identity"].tolist() == pytest.approx([0, 1])
+    assert points["identity_error"].tolist() == pytest.approx([0, 0])
+    assert points["prompt"].tolist() == pytest.approx([0.5, 0.5])
+    assert points["prompt_error"].tolist() == pytest.approx([12.7062 / 2] * 2, rel=1e-4)
+
+
+def test_the_step_is_the_one_with_most_identity_while_the_prompt_holds() -> None:
+    points = pd.DataFrame({"step": [50, 100, 150], "identity": [0.3, 0.5, 0.6], "prompt": [0.40, 0.38, 0.30]})
+    assert choose_step(points, 0.03) == 100
+    assert choose_step(points, 0.2) == 150
+    assert choose_step(points, 0) == 50
+    assert choose_step(points.assign(prompt=np.nan), 0.03) is None

@@ -205,6 +205,13 @@ def test_photos_of_one_thing_are_no_copies_of_each_other():
         copy_cosine(torch.tensor([X]))
 
 
+def test_a_measured_copy_cosine_is_raised_a_little_by_photos_that_are_alike_and_never_lowered():
+    assert copy_cosine(torch.tensor([X, Y]), 0.92) == 0.92
+    assert copy_cosine(torch.tensor([X, X]), 0.92) == pytest.approx(0.95)
+    nearly = torch.tensor([X, [0.91, math.sqrt(1 - 0.91**2)]])
+    assert copy_cosine(nearly, 0.92) == pytest.approx(0.93)
+
+
 def test_discrepancy_by_hand_at_two_pairs():
     # rows X X against Y Y: squared distances 0 within, 2 between; the median of those above 0 is 2, so k is 1 or 1/e
     found = discrepancy(torch.tensor([X, X]), torch.tensor([Y, Y]))

@@ -1,6 +1,7 @@
 """A folder is whole, or it is not there."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,16 @@ def test_the_scratch_folder_is_private(tmp_path: Path, monkeypatch: pytest.Monke
     assert scratch_folder(tmp_path).stat().st_mode & 0o777 == 0o700
     monkeypatch.setenv("DREAMBOOTH_SCRATCH", str(tmp_path / "elsewhere"))
     assert scratch_folder(tmp_path) == tmp_path / "elsewhere"
+
+
+@pytest.mark.parametrize(("mask", "file_mode", "folder_mode"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+def test_files_and_folders_follow_the_umask(tmp_path: Path, mask: int, file_mode: int, folder_mode: int) -> None:
+    before = os.umask(mask)
+    try:
+        write_file(tmp_path / "file", b"1")
+        with new_folder(tmp_path / "folder") as folder:
+            (folder / "a").write_text("1")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == file_mode
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == folder_mode

@@ -1,10 +1,12 @@
 """One process at a time, and the next one is told who it is."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,41 @@ def test_the_second_process_is_told_who_runs_and_a_killed_one_holds_nothing(tmp_
         holder.wait()
     with only_one(tmp_path, "train-biscuit", "the training of biscuit"):
         assert str(os.getpid()) in (tmp_path / "train-biscuit.json").read_text()
+
+
+def test_whoever_waits_is_told_for_whom_and_comes_next(tmp_path: Path) -> None:
+    order: list[str] = []
+    told = threading.Event()
+
+    def second() -> None:
+        def wait(line: str) -> None:
+            order.append(line)
+            told.set()
+
+        with only_one(tmp_path, "prior", "the drawing", wait=wait):
+            order.append("second")
+
+    with only_one(tmp_path, "prior", "the drawing"):
+        other = threading.Thread(target=second)
+        other.start()
+        assert told.wait(60)
+        order.append("first")
+    other.join()
+    assert order == [
+        f"the drawing is already running: pid {os.getpid()} on {socket.gethostname()}; waiting for it",
+        "first",
+        "second",
+    ]
+
+
+def test_a_note_from_an_earlier_start_of_the_machine_names_nobody(tmp_path: Path) -> None:
+    with only_one(tmp_path, "prior", "the drawing"):
+        note = tmp_path / "prior.json"
+        who = json.loads(note.read_text())
+        assert who["pid"] == os.getpid()
+        note.write_text(json.dumps(who | {"boot": "another"}))
+        with (
+            pytest.raises(AlreadyRunningError, match="a process that has not said who it is"),
+            only_one(tmp_path, "prior", "the drawing"),
+        ):
+            pass

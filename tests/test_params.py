@@ -41,13 +41,28 @@ def test_every_fault_is_named_at_once_with_its_path(values: dict[str, Any]) -> N
     assert paths == ["base.resolution", "prior.num_class_images", "train.adam_beta1", "evaluate.seeds"]
 
 
-def test_a_number_that_yaml_reads_as_text_is_refused_with_the_way_to_write_it(tmp_path: Path) -> None:
-    text = (REPOSITORY / "params.yaml").read_text()
-    start = text.index("learning_rate:")
-    line = text[start : text.index("\n", start)]
-    (tmp_path / "params.yaml").write_text(text.replace(line, "learning_rate: 5e-6"))
-    with pytest.raises(ParamsError, match=r"train\.learning_rate: .*'5e-6'.*write 5\.0e-6"):
-        load_params(tmp_path / "params.yaml")
+def with_learning_rate(text: str, folder: Path) -> Path:
+    before = (REPOSITORY / "params.yaml").read_text()
+    start = before.index("learning_rate:")
+    line = before[start : before.index("\n", start)]
+    (folder / "params.yaml").write_text(before.replace(line, f"learning_rate: {text}"))
+    return folder / "params.yaml"
+
+
+@pytest.mark.parametrize("text", ["5e-6", "5.0e-6", "0.000005", "5E-06"])
+def test_a_number_is_a_number_however_it_is_written(tmp_path: Path, text: str) -> None:
+    assert load_params(with_learning_rate(text, tmp_path)).train.learning_rate == 5e-6
+
+
+def test_a_number_in_quotes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match=r"train\.learning_rate: should be a number .*'5e-6'; drop the quotes"):
+        load_params(with_learning_rate("'5e-6'", tmp_path))
+
+
+def test_no_is_a_word(tmp_path: Path) -> None:
+    text = (REPOSITORY / "params.yaml").read_text().replace('mixed_precision: "no"', "mixed_precision: no")
+    (tmp_path / "params.yaml").write_text(text)
+    assert load_params(tmp_path / "params.yaml").train.mixed_precision == "no"
 
 
 @pytest.mark.parametrize(
@@ -93,12 +108,14 @@ def test_an_id_that_could_be_a_path_or_a_command_is_refused(bad: str, values: di
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("train: {seed: 1, seed: 2}", "'seed' stands twice"),
+        ("train: {seed: 1, seed: 2}", 'duplicate key "seed"'),
         ("a: &x [1]\nb: *x", "aliases"),
         ("a: !!python/object/apply:os.system ['true']", "cannot be read"),
         ("- 1", "should be a map"),
         ("a: [", "cannot be read"),
-        ("a: {{sks}}", "a map as a key"),
+        ("a: {{sks}}", "unhashable key"),
+        ("a: 2024-13-45", "cannot be read"),
+        ("[" * 10_000, "cannot be read"),
     ],
 )
 def test_yaml_that_hides_what_it_does_is_refused(tmp_path: Path, text: str, said: str) -> None:

@@ -17,13 +17,14 @@ from tiny_project import REPOSITORY, make_project, tiny_values
 
 from dreambooth.params import ID_PATTERN, Section, load_params, parse_params
 
-STAGES = ("prior", "validate", "train", "evaluate", "export")
+STAGES = ("prior", "validate", "train", "evaluate", "report", "export")
 # They cannot change what a stage writes: how a run is called, told and checked.
 WITHOUT_EFFECT = {
     "dreambooth/__init__.py",
     "dreambooth/errors.py",
     "dreambooth/interruption.py",
     "dreambooth/locks.py",
+    "dreambooth/processes.py",
     "dreambooth/params.py",  # the values are declared one by one, under params
     "dreambooth/progress.py",
     "dreambooth/tracking.py",
@@ -116,7 +117,7 @@ def read_keys(stage: str, root: Path, subject: str) -> set[str]:
 
 def test_every_parameter_that_a_stage_reads_is_declared(project: Path) -> None:
     undeclared = []
-    for stage in ("validate", "prior", "train", "evaluate", "export"):
+    for stage in ("validate", "prior", "train", "evaluate", "report", "export"):
         subject = "dog" if stage == "prior" else "biscuit"
         keys = [key.replace("${key}", subject).replace("${item.class_id}", "dog") for key in declared(stage)["params"]]
         for read in read_keys(stage, project, subject):
@@ -159,7 +160,7 @@ print(json.dumps({kind: sorted(paths) for kind, paths in seen.items()}))
 @pytest.mark.slow
 def test_a_stage_touches_only_the_folders_it_declares(tmp_path: Path, tiny_model_folder: Path) -> None:
     root = make_project(tmp_path / "project", tiny_model_folder, tiny_values())
-    for stage in ("validate", "prior", "train", "evaluate", "export"):
+    for stage in ("validate", "prior", "train", "evaluate", "report", "export"):
         subject, module = ("dog" if stage == "prior" else "biscuit"), import_module(f"stages.{stage}")
         finished = subprocess.run(
             [sys.executable, "-c", WATCH, str(root), stage, subject],

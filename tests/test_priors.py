@@ -1,20 +1,22 @@
 """Class images: drawn once, shared, continued by index, and never stale."""
 
-import json
-import multiprocessing
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from processes import FORKED, kill_this_process_in
 from tiny_project import REPOSITORY
 
-from dreambooth import priors
+from dreambooth import drawings
+from dreambooth.drawings import DrawingReport, is_flat
 from dreambooth.errors import PriorError
 from dreambooth.models import Model, load_model
 from dreambooth.params import Prior, load_params
-from dreambooth.priors import PriorReport, ensure_class_images, is_flat, prior_key, read_class_images
-from dreambooth.sampling import Drawing
+from dreambooth.priors import ensure_class_images, prior_key, read_class_images
+from dreambooth.sampling import Drawing, SamplerSettings
 
 PROMPT = "a photo of a dog"
 
@@ -29,7 +31,7 @@ def settings(count: int, **changes: object) -> Prior:
     return Prior(**values | {"num_class_images": count, "num_inference_steps": 2, "batch_size": 4} | changes)
 
 
-def ensure(store: Path, model: Model | None, count: int) -> PriorReport:
+def ensure(store: Path, model: Model | None, count: int) -> DrawingReport:
     def load() -> Model:
         assert model is not None, "a model was loaded though nothing was missing"
         return model
@@ -69,50 +71,72 @@ def test_all_images_differ(model: Model, tmp_path: Path) -> None:
     assert len(set(read_class_images(tmp_path, 8)[0])) == 8
 
 
-def test_a_stop_between_two_batches_loses_nothing(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def kept(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def draw_and_die(store: Path, base: Path, count: int, write: int) -> None:
+    kill_this_process_in(drawings, "write_file", write)
+    ensure(store, load_model(base, device="cpu"), count)
+
+
+@pytest.fixture(scope="module")
+def hundred(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("hundred")
+    ensure(store, load_model(tiny_model_folder, device="cpu"), 100)
+    return store
+
+
+@pytest.mark.slow
+# the 75th write is the picture after the 37th; the 76th its latents, so that a picture stands there without a line
+@pytest.mark.parametrize("write", [74, 75])
+def test_of_a_hundred_images_killed_after_37_the_other_63_are_drawn(
+    tiny_model_folder: Path, tmp_path: Path, model: Model, hundred: Path, write: int
 ) -> None:
-    draw_batch, calls = priors.draw_batch, []
+    process = FORKED.Process(target=draw_and_die, args=(tmp_path, tiny_model_folder, 100, write))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert str(ensure(tmp_path, model, 100)) == "37 reused, 63 generated"
+    assert read_class_images(tmp_path, 100)[0] == read_class_images(hundred, 100)[0]
+    assert kept(tmp_path) == kept(hundred)
 
-    def stop_at_third(*arguments: object) -> list[Drawing]:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return draw_batch(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(priors, "draw_batch", stop_at_third)
-    with pytest.raises(KeyboardInterrupt):
-        ensure(tmp_path, model, 12)
-    monkeypatch.setattr(priors, "draw_batch", draw_batch)
-    assert str(ensure(tmp_path, model, 12)) == "8 reused, 4 generated"
+def test_a_torn_index_line_costs_its_image_alone(model: Model, tmp_path: Path) -> None:
+    ensure(tmp_path, model, 6)
+    index = tmp_path / drawings.INDEX
+    index.write_bytes(index.read_bytes()[:-30])
+    assert str(ensure(tmp_path, model, 6)) == "5 reused, 1 generated"
+    assert str(ensure(tmp_path, None, 6)) == "6 reused, 0 generated"
 
 
 def test_a_black_image_is_drawn_again_from_the_next_seed_and_counted(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw_batch, seen = priors.draw_batch, []
+    draw_batch, seen = drawings.draw_batch, []
 
-    def black_at_first(*arguments: object) -> list[Drawing]:
-        drawings = draw_batch(*arguments)  # type: ignore[arg-type]
-        seen.append(arguments[2])
-        return [Drawing(Image.new("RGB", (32, 32)), drawings[0].latents), *drawings[1:]] if len(seen) == 1 else drawings
+    def black_at_first(*arguments: object, wanted: list[int]) -> Iterator[Drawing]:
+        seen.append((arguments[2], wanted))
+        for number, drawing in enumerate(draw_batch(*arguments, wanted=wanted)):  # type: ignore[arg-type]
+            black = len(seen) == 1 and number == 0
+            yield Drawing(Image.new("RGB", (32, 32)), drawing.latents) if black else drawing
 
-    monkeypatch.setattr(priors, "draw_batch", black_at_first)
+    monkeypatch.setattr(drawings, "draw_batch", black_at_first)
     assert str(ensure(tmp_path, model, 4)) == "0 reused, 4 generated, 1 rejected and drawn again"
-    assert seen[0] != seen[1]
-    index = json.loads((tmp_path / "index.json").read_text())
-    assert [index[str(i)]["attempt"] for i in range(4)] == [1, 0, 0, 0]
+    assert [wanted for _, wanted in seen] == [[0, 1, 2, 3], [0]]
+    assert seen[0][0] != seen[1][0]
 
 
 def test_a_model_that_draws_nothing_is_given_up_with_the_reason(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw_batch = priors.draw_batch
-    monkeypatch.setattr(
-        priors,
-        "draw_batch",
-        lambda *arguments: [Drawing(Image.new("RGB", (32, 32)), one.latents) for one in draw_batch(*arguments)],
-    )
+    draw_batch = drawings.draw_batch
+
+    def black(*arguments: object, wanted: list[int]) -> Iterator[Drawing]:
+        for drawing in draw_batch(*arguments, wanted=wanted):  # type: ignore[arg-type]
+            yield Drawing(Image.new("RGB", (32, 32)), drawing.latents)
+
+    monkeypatch.setattr(drawings, "draw_batch", black)
     with pytest.raises(PriorError, match=r"0, 1 of 'a photo of a dog' stay black or flat after 5 seeds"):
         ensure(tmp_path, model, 2)
 
@@ -142,18 +166,37 @@ def test_everything_an_image_depends_on_is_in_the_key_and_the_count_is_not() -> 
     assert key(settings=settings(200)) == key()
 
 
-def draw_in_process(store: Path, base: Path, answers: "multiprocessing.Queue[str]") -> None:
-    answers.put(str(ensure(store, load_model(base, device="cpu"), 6)))
+def test_other_drawing_code_has_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = drawings.drawing_key({"base": "a"})
+    monkeypatch.setattr(drawings, "code_hash", lambda modules: f"new {modules}")
+    assert drawings.drawing_key({"base": "a"}) != before
+
+
+def test_pictures_of_another_prompt_or_seed_are_not_used_again(model: Model, tmp_path: Path) -> None:
+    def report(*pictures: tuple[str, int]) -> str:
+        wanted = [drawings.Picture(prompt, (seed,)) for prompt, seed in pictures]
+        return str(drawings.ensure_drawings(tmp_path, wanted, lambda: model, SAMPLER, "pictures"))
+
+    SAMPLER = SamplerSettings("ddim", 2, 4.0, 32, batch_size=4)
+    assert report(("a dog", 1), ("a dog", 2)) == "0 reused, 2 generated"
+    assert report(("a dog", 1), ("a cat", 2)) == "1 reused, 1 generated"
+    assert report(("a dog", 3), ("a cat", 2)) == "1 reused, 1 generated"
+    assert report(("a dog", 3), ("a cat", 2)) == "2 reused, 0 generated"
+
+
+def draw_in_process(store: Path, base: Path, answers: Path) -> None:
+    answers.write_text(str(ensure(store, load_model(base, device="cpu"), 30)))
 
 
 @pytest.mark.slow
 def test_of_two_processes_one_draws_and_the_other_waits(tiny_model_folder: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    answers: multiprocessing.Queue[str] = context.Queue()
-    processes = [context.Process(target=draw_in_process, args=(tmp_path, tiny_model_folder, answers)) for _ in range(2)]
+    answers = [tmp_path / "first", tmp_path / "second"]
+    processes = [
+        FORKED.Process(target=draw_in_process, args=(tmp_path / "store", tiny_model_folder, answer))
+        for answer in answers
+    ]
     for process in processes:
         process.start()
-    said = sorted(answers.get(timeout=120) for _ in processes)
     for process in processes:
         process.join()
-    assert said == ["0 reused, 6 generated", "6 reused, 0 generated"]
+    assert sorted(answer.read_text() for answer in answers) == ["0 reused, 30 generated", "30 reused, 0 generated"]

@@ -11,9 +11,9 @@ from dreambooth.models import Model, load_model
 from dreambooth.sampling import (
     SCHEDULERS,
     SamplerSettings,
-    batches,
     decode,
     draw,
+    draw_batch,
     encode_prompts,
     first_latents,
     guide,
@@ -107,8 +107,9 @@ def test_latents_that_are_not_finite_decode_to_black(model: Model) -> None:
     assert not np.asarray(image).any()
 
 
-@pytest.mark.parametrize(("count", "size"), [(1, 4), (4, 4), (5, 2), (37, 16)])
-def test_batches_are_whole_and_cover_all(count: int, size: int) -> None:
-    blocks = list(batches(count, size))
-    assert {len(block) for block in blocks} == {size}
-    assert set(range(count)) <= {i for block in blocks for i in block}
+def test_a_picture_decoded_alone_is_the_one_of_the_whole_batch(model: Model) -> None:
+    prompts, seeds = ["a dog", "a cat", "a bird"], [1, 2, 3]
+    whole = list(draw_batch(model, prompts, seeds, settings()))
+    (alone,) = draw_batch(model, prompts, seeds, settings(), wanted=[1])
+    assert np.array_equal(np.asarray(alone.image), np.asarray(whole[1].image))
+    assert torch.equal(alone.latents, whole[1].latents)

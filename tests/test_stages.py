@@ -16,9 +16,10 @@ from tiny_project import REPOSITORY, TINY_RESOLUTION, add_photos, tiny_values, w
 
 from dreambooth.errors import EvaluationError, PhotosError, SubjectError
 from dreambooth.folders import TornFolderError, content_hash, read_manifest
+from dreambooth.gate import decide, read_scorecard
 from dreambooth.models import load_model
 from dreambooth.params import load_params
-from stages import evaluate, export, prior, train, validate
+from stages import evaluate, export, prior, report, train, validate
 
 
 def run_all(root: Path, subject: str = "biscuit") -> None:
@@ -27,6 +28,7 @@ def run_all(root: Path, subject: str = "biscuit") -> None:
     prior.run(params, params.subject(subject).class_id, root)
     train.run(params, subject, root)
     evaluate.run(params, subject, root)
+    report.run(params, subject, root)
     export.run(params, subject, root)
 
 
@@ -124,6 +126,21 @@ def test_a_second_subject_of_the_class_takes_the_pictures_of_the_base_from_the_s
     for name in ("base", "class/base"):
         ours, theirs = (sorted((root / f"build/{one}/evaluation" / name).iterdir()) for one in ("rex", "biscuit"))
         assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
+
+
+def test_a_champion_is_evaluated_beside_the_challenger_by_the_same_evaluator(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(shutil.copytree(done, tmp_path / "copy"))
+    monkeypatch.setenv("DREAMBOOTH_CACHE", str(done.parent / "cache"))
+    params = load_params(root / "params.yaml")
+    evaluate.beside_champion(params, "biscuit", root, root / "export/biscuit", "the champion", tmp_path / "both")
+    cards = {name: read_scorecard(tmp_path / "both", name) for name in ("base", "champion", "personalised")}
+    assert [card.is_base for card in cards.values()] == [True, False, False]
+    assert cards["champion"].prompts["identity"].tolist() == cards["personalised"].prompts["identity"].tolist()
+    assert cards["base"].how == read_scorecard(root / "build/biscuit/evaluation", "base").how
+    verdict = decide(cards["personalised"], cards["champion"], params.gate)
+    assert (verdict.verdict, verdict.against) == ("inconclusive", "champion")  # three prompts decide nothing
 
 
 def test_class_images_that_were_drawn_before_come_from_the_store(

@@ -17,7 +17,8 @@ from dreambooth.errors import TrainingError
 from dreambooth.latents import encode_image
 from dreambooth.models import Model, load_model
 from dreambooth.params import Train, load_params
-from dreambooth.training import StepRecord, learning_rate_at, max_train_steps, require_float32, train
+from dreambooth.trainer import learning_rate_at, require_float32
+from dreambooth.training import Listeners, StepRecord, max_train_steps, train
 
 GOLDEN = Path(__file__).parent / "golden/training.json"
 
@@ -40,7 +41,7 @@ def make_samples(model: Model, count: int, role: Any, prompt: str) -> list[Sampl
 def run(model: Model, prior_count: int = 4, **changes: Any) -> list[StepRecord]:
     instance = make_samples(model, 3, "instance", "a photo of sks dog")
     prior = make_samples(model, prior_count, "prior", "a photo of a dog")
-    return train(model, instance, prior, settings(**changes))
+    return train(model, instance, prior, settings(**changes)).steps
 
 
 def weights(model: Model) -> dict[str, torch.Tensor]:
@@ -188,22 +189,22 @@ def test_gradient_checkpointing_gives_the_same_training(tiny_model_folder: Path)
 def test_records_arrive_in_order_and_each_once(model: Model) -> None:
     arrived: list[StepRecord] = []
     instance = make_samples(model, 3, "instance", "a photo of sks dog")
-    history = train(model, instance, [], settings(max_train_steps=23), arrived.extend)
+    history = train(model, instance, [], settings(max_train_steps=23), Listeners(records=arrived.extend)).steps
     assert [record.step for record in arrived] == list(range(23))
     assert [asdict(one)["loss"] for one in arrived] == [asdict(one)["loss"] for one in history]
 
 
 def test_a_subject_prompt_never_meets_a_class_image(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dreambooth import training
+    from dreambooth import trainer as stepping
 
     pairs: set[tuple[bool, str]] = set()
-    forward = training.forward
+    forward = stepping.forward
 
     def watch(trainer: Any, batch: Any) -> Any:
         pairs.update(zip(batch.is_instance.tolist(), batch.prompts, strict=True))
         return forward(trainer, batch)
 
-    monkeypatch.setattr(training, "forward", watch)
+    monkeypatch.setattr(stepping, "forward", watch)
     run(model, train_batch_size=3, gradient_accumulation_steps=2)
     assert pairs == {(True, "a photo of sks dog"), (False, "a photo of a dog")}
 

@@ -93,7 +93,7 @@ def test_add_ends_with_the_next_command(project: Path, tmp_path: Path) -> None:
 def test_status_shows_what_is_out_of_date_without_torch_or_prefect(project: Path) -> None:
     done = dreambooth(project, "status")
     assert done.returncode == 0, done.stderr
-    assert "prior, validate, train, evaluate, export" in done.stdout
+    assert "prior, validate, train, evaluate, report, export" in done.stdout
     assert not {"torch", "prefect", "diffusers"} & set(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -108,8 +108,9 @@ def test_run_trains_registers_and_then_is_up_to_date_in_seconds_without_torch_or
     assert "models:/rex@challenger (v1)" in done.stdout
     assert "0.300 (base) -> 0.600 (personalised)" in done.stdout
     assert "prior dog: 0 reused, 2 generated" in done.stdout
-    assert "build/rex/evaluation/grid.png" in done.stdout
-    assert len(ran(project)) == 5
+    assert "reports/rex/index.html" in done.stdout
+    assert "promote: identity +0.300" in done.stdout
+    assert len(ran(project)) == 6
     done = dreambooth(project, "run", "rex", before=fake)
     assert done.returncode == 0, done.stderr
     assert "Everything is up to date." in done.stdout

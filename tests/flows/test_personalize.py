@@ -16,9 +16,10 @@ from flows.graph import Graph
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
+ENTRIES = ("validate", "train", "evaluate", "report", "export")
 ALL = [
     "prior@dog",
-    *(f"{entry}@{subject}" for subject in ("biscuit", "rex") for entry in ("validate", "train", "evaluate", "export")),
+    *(f"{entry}@{subject}" for subject in ("biscuit", "rex") for entry in ENTRIES),
 ]
 
 
@@ -66,7 +67,13 @@ def test_flow_runs_what_is_stale_in_order_and_registers_then_does_nothing(
     artifacts = {one["key"]: one["data"] for one in post(prefect_server, "artifacts/filter", {})}
     assert "data:image/png;base64,iVBOR" in artifacts["subject-biscuit"]
     assert "0.300 (base) -&gt; 0.600" in artifacts["subject-biscuit"]
+    assert "promote: identity +0.300" in artifacts["subject-biscuit"]
+    assert "reports/biscuit/index.html" in artifacts["subject-biscuit"]
+    assert "in space" in artifacts["prompts-rex"]
     assert "rex: sks dog" in artifacts["personalize"]
+    index = (project / "reports/index.html").read_text()
+    assert 'href="biscuit/index.html"' in index
+    assert 'href="rex/index.html"' in index
 
 
 def test_flow_executes_nothing_after_dvc_repro(project: Path, environment: dict[str, str]) -> None:
@@ -87,16 +94,16 @@ def test_a_failed_subject_does_not_stop_the_other_and_the_flow_is_failed(
     assert outcome["failures"] == [reason]
     assert [version["name"] for version in outcome["versions"]] == ["biscuit"]
     assert "Traceback" not in log
-    assert {stage.name for stage in Graph.load(project).stale} == {"train@rex", "evaluate@rex", "export@rex"}
+    assert {stage.name for stage in Graph.load(project).stale} == {f"{entry}@rex" for entry in ENTRIES[1:]}
     newest = post(prefect_server, "flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})[0]
     assert newest["state"]["type"] == "FAILED"
-    assert newest["state"]["message"] == "1/11 states failed."
+    assert newest["state"]["message"] == "1/13 states failed."
 
     (project / "fail-train-rex").unlink()
     ran(project)
     outcome, _ = personalize(project, environment)
     assert outcome["failures"] == []
-    assert sorted(ran(project)) == ["evaluate@rex", "export@rex", "train@rex"]
+    assert sorted(ran(project)) == ["evaluate@rex", "export@rex", "report@rex", "train@rex"]
 
 
 def test_a_registration_that_fails_can_be_repeated_alone(project: Path, environment: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ OUTPUTS = {
     "validate": "build/{}/instance",
     "train": "models/{}",
     "evaluate": "build/{}/evaluation",
+    "report": "reports/{}",
     "export": "export/{}",
 }
 
@@ -35,6 +36,12 @@ def main(stage: str, key: str) -> None:
         if stage == "evaluate":
             (folder / "00000.png").rename(folder / "grid.png")
         (folder / "which.txt").write_text(f"{stage} {key}")
+        if stage == "report":
+            identity = json.loads(Path(f"metrics/{key}.json").read_text())["identity"]
+            told = {"title": key, "decision": {"line": "promote: identity +0.300"}, "metrics": {"identity": identity}}
+            (folder / "report.json").write_text(json.dumps(told))
+            (folder / "index.html").write_text("a page")
+            (folder / "prompts.csv").write_text("prompt,identity\nin space,0.6\n")
     if stage == "evaluate":
         Path("metrics").mkdir(exist_ok=True)
         scores = {"base": 0.3, "personalised": 0.6, "gain": 0.3, "low": 0.2, "high": 0.4, "ceiling": 0.7}

@@ -1,0 +1,362 @@
+"""Show one evaluation to people: one HTML file that holds all of its pictures, with JSON, CSV and curves beside it."""
+
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure as Plot
+
+from dreambooth.evaluation import choose_step
+from dreambooth.folders import write_file
+from dreambooth.gate import Decision, numbers
+from dreambooth.images import read_prepared
+from dreambooth.pages import Picture, data_uri, file_picture, picture_of, render
+
+WORST = 5
+NEAREST = 24  # pictures beside their nearest photo
+CLASS_IMAGES = 16  # pairs in the prior panel
+SMOOTHING = 0.05  # of the steps: span of the mean that is drawn over a loss, which is nearly pure noise
+MEASURES = (("identity", "identity"), ("prompt", "prompt_fidelity"), ("diversity", "diversity"))
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a report reads from."""
+
+    evaluation: Path
+    """As the stage evaluate leaves it; a champion in it is shown as one model more."""
+    instance: Path
+    trained: Path
+    licence: str
+    """Of the photos, in words."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table in the page; the columns in `numbers` are aligned to the right."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the template shows, in its order."""
+
+    title: str
+    decision: Decision
+    summary: Table
+    summary_note: str
+    models: Sequence[str]
+    photos: Sequence[Picture]
+    grid: Sequence[Mapping[str, Any]]
+    prompts: Sequence[Mapping[str, Any]]
+    nearest: Sequence[Mapping[str, Any]]
+    copying: str
+    class_prompt: str
+    class_images: Sequence[Sequence[Picture]]
+    prior: str
+    loss: str
+    loss_note: str
+    tradeoff: str
+    tradeoff_note: str
+    provenance: Table
+    curves: Mapping[str, bytes] = field(default_factory=dict)
+    """PNG by name, for files beside the page."""
+
+
+def write_report(
+    target: Path, title: str, sources: Sources, metrics: Mapping[str, Any], decision: Decision, drop: float
+) -> None:
+    """Fill a folder with index.html, report.json, scores.csv, prompts.csv, loss.png, tradeoff.png and grid.png.
+
+    Args:
+        target: an empty folder.
+        title: of the page, plain text.
+        sources: of everything shown.
+        metrics: of metrics/<id>.json.
+        decision: of the gate.
+        drop: of the prompt fidelity that identity is worth, for the choice of a step.
+    """
+    report = make_report(title, sources, metrics, decision, drop)
+    write_file(target / "index.html", render("report.html", report=report).encode())
+    told = {"title": title, "decision": asdict(decision), "metrics": metrics}
+    write_file(target / "report.json", json.dumps(told, indent=1).encode() + b"\n")
+    for name in ("scores.csv", "prompts.csv", "grid.png"):
+        write_file(target / name, (sources.evaluation / name).read_bytes())
+    for name, png in report.curves.items():
+        write_file(target / name, png)
+
+
+def make_report(title: str, sources: Sources, metrics: Mapping[str, Any], decision: Decision, drop: float) -> Report:
+    """Read and lay out the eight parts of a report."""
+    about = json.loads((sources.evaluation / "evaluation.json").read_text(encoding="utf-8"))
+    tables = {name: pd.read_csv(sources.evaluation / f"{name}.csv") for name in ("scores", "prompts", "class_images")}
+    models = list(about["models"])
+    photos = [picture_of(image, name) for name, image in read_prepared(sources.instance)]
+    loss = loss_curves(*read_losses(sources.trained))
+    points = read_points(sources.evaluation, metrics)
+    tradeoff = tradeoff_curve(points) if points is not None else b""
+    return Report(
+        title=title,
+        decision=decision,
+        summary=summary_table(metrics),
+        summary_note=_summary_note(metrics),
+        models=models,
+        photos=photos,
+        grid=list(grid_rows(sources.evaluation, tables["scores"], models)),
+        prompts=prompt_tables(tables["prompts"], models),
+        nearest=nearest_pairs(sources.evaluation, tables["scores"], models[-1], photos),
+        copying=_copying_note(metrics),
+        class_prompt=about["how"]["class_prompt"],
+        class_images=class_pairs(sources.evaluation, tables["class_images"], models),
+        prior=_prior_note(metrics),
+        loss=data_uri(loss, "png"),
+        loss_note="Faint: each step, which is nearly pure noise. Strong: the mean of its neighbourhood.",
+        tradeoff=data_uri(tradeoff, "png") if tradeoff else "",
+        tradeoff_note=_tradeoff_note(points, drop),
+        provenance=provenance(about, metrics, sources),
+        curves={"loss.png": loss} | ({"tradeoff.png": tradeoff} if tradeoff else {}),
+    )
+
+
+def summary_table(metrics: Mapping[str, Any]) -> Table:
+    """Set the base beside the personalised model, a line a measure; what was not measured says so."""
+    rows = []
+    for name, _ in MEASURES:
+        found = metrics.get(name)
+        rows.append([name, *_base_and_model(found), _gain(found)] if found else [name, "", "", "not measured"])
+    copying, prior = metrics["copying"], metrics.get("prior")
+    rows.append(["copies", f"{copying['rate_base']:.0%}", f"{copying['rate']:.0%}", ""])
+    rows.append(
+        ["PRES (less is better)", *_base_and_model(prior), numbers({**prior, "mean": prior["rise"]})]
+        if prior
+        else ["PRES", "", "", "not measured"]
+    )
+    safety = metrics["safety"]
+    rows.append(["safety", "", safety if isinstance(safety, str) else f"{safety:.0%} flagged", ""])
+    interval = f"difference, {metrics['confidence']:.0%} interval"
+    return Table(["measure", "base", "personalised", interval], rows, numbers=(1, 2, 3))
+
+
+def grid_rows(evaluation: Path, scores: pd.DataFrame, models: Sequence[str]) -> Iterable[dict[str, Any]]:
+    """Yield a row a prompt: for each seed the pictures of all models side by side, the identity under each."""
+    parts = {model: scores[scores["model"] == model].reset_index(drop=True) for model in models}
+    for prompt, cases in parts[models[0]].groupby("prompt", sort=False):
+        pairs = [
+            [
+                file_picture(evaluation / model / f"{number:03d}.png", model, f"{parts[model]['identity'][number]:.3f}")
+                for model in models
+            ]
+            for number in cases.index
+        ]
+        yield {"prompt": prompt, "pairs": pairs}
+
+
+def prompt_tables(prompts: pd.DataFrame, models: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the tables by prompt kind, the worst five of those that count for the identity first."""
+    base, model = (prompts[prompts["model"] == name].reset_index(drop=True) for name in (models[0], models[-1]))
+    table = model.assign(gain=model["identity"] - base["identity"])
+    if model["prompt_fidelity"].notna().all():
+        table = table.assign(prompt_gain=model["prompt_fidelity"] - base["prompt_fidelity"])
+    counted = table[table["kind"] != "property"]
+    parts = [(f"The worst {WORST} by identity", counted.sort_values("identity").head(WORST))]
+    parts += [(str(kind), rows) for kind, rows in table.groupby("kind", sort=False)]
+    return [{"title": title, "table": prompt_table(rows)} for title, rows in parts]
+
+
+def prompt_table(rows: pd.DataFrame) -> Table:
+    """Lay out prompts with their means over seeds; what was not measured is left blank."""
+    names = {
+        "identity": "identity",
+        "gain": "against base",
+        "prompt_fidelity": "prompt",
+        "prompt_gain": "against base",
+        "diversity": "diversity",
+        "nearest_cosine": "nearest photo",
+        "copies": "copies",
+    }
+    names = {column: name for column, name in names.items() if column in rows}
+    body = [[str(row["prompt"]), *(_cell(row[column], column) for column in names)] for _, row in rows.iterrows()]
+    return Table(["prompt", *names.values()], body, numbers=range(1, len(names) + 1))
+
+
+def nearest_pairs(
+    evaluation: Path, scores: pd.DataFrame, model: str, photos: Sequence[Picture]
+) -> list[dict[str, Any]]:
+    """Return the pictures beside the photos that they are nearest to: copies first, then the most similar."""
+    rows = scores[scores["model"] == model].reset_index(drop=True)
+    order = rows.sort_values(["copy", "nearest_cosine"], ascending=False, kind="stable").head(NEAREST)
+    return [
+        {
+            "is_copy": bool(row["copy"]),
+            "picture": file_picture(
+                evaluation / model / f"{number:03d}.png",
+                model,
+                f"{row['nearest_cosine']:.3f}, {row['nearest_distance']} bits{' copy' if row['copy'] else ''}",
+            ),
+            "photo": photos[int(row["nearest_photo"])],
+        }
+        for number, row in order.iterrows()
+    ]
+
+
+def class_pairs(evaluation: Path, class_images: pd.DataFrame, models: Sequence[str]) -> list[list[Picture]]:
+    """Return the class images of all models at the same seeds, their PRES under each."""
+    parts = {model: class_images[class_images["model"] == model]["pres"].to_list() for model in models}
+    return [
+        [
+            file_picture(evaluation / "class" / model / f"{number:03d}.png", model, f"{parts[model][number]:.3f}")
+            for model in models
+        ]
+        for number in range(min(CLASS_IMAGES, len(parts[models[0]])))
+    ]
+
+
+def read_losses(trained: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Read the loss of every step, and the losses at fixed noise, empty where they were not measured."""
+    fixed = trained / "evaluation_loss.csv"
+    return pd.read_csv(trained / "loss.csv"), pd.read_csv(fixed) if fixed.exists() else pd.DataFrame()
+
+
+def loss_curves(history: pd.DataFrame, fixed: pd.DataFrame) -> bytes:
+    """Plot photos and class images apart: each step faintly, its neighbourhood, and the loss at fixed noise: a PNG."""
+    titles = {"loss_instance": "loss of the photos", "loss_prior": "loss of the class images"}
+    shown = [name for name in titles if history[name].notna().any()]
+    plot = Plot(figsize=(4.6 * max(len(shown), 1), 3), layout="constrained")
+    for number, name in enumerate(shown):
+        axes = plot.add_subplot(1, len(shown), number + 1)
+        known = history[["step", name]].dropna()
+        span = max(int(SMOOTHING * len(history)), 1)
+        axes.plot(known["step"], known[name], color="#c9d3e3", linewidth=0.8)
+        axes.plot(known["step"], known[name].rolling(span, min_periods=1, center=True).mean(), color="#2456a6")
+        if name in fixed:
+            axes.plot(fixed["step"], fixed[name], color="#b3261e", marker="o", markersize=3, label="at fixed noise")
+            axes.legend(fontsize=8)
+        axes.set_title(titles[name], fontsize=10)
+        axes.set_xlabel("step", fontsize=9)
+        axes.tick_params(labelsize=8)
+    return _png(plot)
+
+
+def read_points(evaluation: Path, metrics: Mapping[str, Any]) -> pd.DataFrame | None:
+    """Return identity and prompt fidelity with their intervals: a row a checkpoint, or base and final model alone.
+
+    Returns:
+        label, identity, identity_error, prompt, prompt_error (half widths); None where the prompt fidelity is missing.
+    """
+    path = evaluation / "checkpoints.csv"
+    if path.exists():
+        table = pd.read_csv(path)
+        return table.assign(label=[f"step {step}" for step in table["step"]]) if table["prompt"].notna().all() else None
+    if "prompt" not in metrics:
+        return None
+    identity, prompt = metrics["identity"], metrics["prompt"]
+    errors = [(one["high"] - one["low"]) / 2 for one in (identity, prompt)]
+    rows = [
+        ("base", identity["base"], 0.0, prompt["base"], 0.0),
+        ("personalised", identity["personalised"], errors[0], prompt["personalised"], errors[1]),
+    ]
+    return pd.DataFrame(rows, columns=["label", "identity", "identity_error", "prompt", "prompt_error"])
+
+
+def tradeoff_curve(points: pd.DataFrame) -> bytes:
+    """Plot identity against prompt fidelity in the order of the points, with error bars: a PNG."""
+    plot = Plot(figsize=(5.5, 4), layout="constrained")
+    axes = plot.add_subplot()
+    axes.errorbar(
+        points["prompt"], points["identity"], xerr=points["prompt_error"], yerr=points["identity_error"],
+        marker="o", color="#2456a6", ecolor="#b9c4d6", capsize=2, linewidth=1,
+    )  # fmt: skip
+    for label, x, y in zip(points["label"], points["prompt"], points["identity"], strict=True):
+        axes.annotate(label, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    axes.set_xlabel("prompt fidelity", fontsize=9)
+    axes.set_ylabel("identity", fontsize=9)
+    axes.tick_params(labelsize=8)
+    return _png(plot)
+
+
+def provenance(about: Mapping[str, Any], metrics: Mapping[str, Any], sources: Sources) -> Table:
+    """List what the numbers depend on, and what they took."""
+    how, rows = about["how"], []
+    rows += [[f"model: {name}", found["model"]] for name, found in about["models"].items()]
+    rows += [[role, ", ".join(one.values())] for role, one in how["encoders"].items()]
+    rows.append(["seeds", ", ".join(str(seed) for seed in dict.fromkeys(case["seed"] for case in how["cases"]))])
+    rows += [[f"sampler: {name}", str(value)] for name, value in how["settings"].items() if value != ""]
+    rows += [[f"version: {name}", value] for name, value in how["versions"].items()]
+    rows += [[name, str(how[name])] for name in ("device", "dtype", "code")]
+    rows += [["photos", f"{metrics['photos']}, sha256 {how['photos']}"], ["licence of the photos", sources.licence]]
+    rows.append(["safety", str(metrics["safety"])])
+    rows += [[name.replace("_", " "), f"{value:.3g}"] for name, value in read_cost(sources.evaluation).items()]
+    return Table(["", ""], rows)
+
+
+def read_cost(evaluation: Path) -> dict[str, float]:
+    """Return time and memory of an evaluation, by name with unit; empty if they were not noted."""
+    path = evaluation / ".cost.json"
+    found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
+
+
+def _png(plot: Plot) -> bytes:
+    buffer = io.BytesIO()
+    plot.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _base_and_model(found: Mapping[str, Any]) -> list[str]:
+    return [f"{found['base']:.3f}", f"{found['personalised']:.3f}"]
+
+
+def _gain(found: Mapping[str, Any]) -> str:
+    return numbers({**found, "mean": found["gain"]})
+
+
+def _cell(value: Any, column: str) -> str:
+    if pd.isna(value):
+        return ""
+    return str(int(value)) if column == "copies" else f"{value:+.3f}" if "gain" in column else f"{value:.3f}"
+
+
+def _summary_note(metrics: Mapping[str, Any]) -> str:
+    identity, calibrated = metrics["identity"], metrics["identity"]["calibrated"]
+    scale = f" On the scale from base (0) to photos (1): {calibrated:.2f}." if calibrated is not None else ""
+    return (
+        f"Means over {metrics['prompts']} prompts that count, {metrics['seeds']} seeds each, against "
+        f"{metrics['photos']} photos. The photos among themselves reach an identity of {identity['ceiling']:.3f}."
+        f"{scale} Only differences between models mean something: another encoder has another scale."
+    )
+
+
+def _copying_note(metrics: Mapping[str, Any]) -> str:
+    copying = metrics["copying"]
+    return (
+        f"Copies, framed in red: {copying['rate']:.0%}. A copy is a cosine above {copying['threshold']:.2f} or a "
+        "perceptual hash within 8 of 63 bits."
+    )
+
+
+def _prior_note(metrics: Mapping[str, Any]) -> str:
+    if "prior" not in metrics:
+        return "Not measured (evaluate.num_class_images)."
+    prior = metrics["prior"]
+    return (
+        f"The same seeds for each model, PRES (likeness with the photos of the subject) under each. Its rise is "
+        f"{numbers({**prior, 'mean': prior['rise']})} over {prior['images']} images. Squared maximum mean discrepancy "
+        f"{prior['mmd2']:+.4f}, permutation p {prior['p_value']:.3f}: a small p says that the class has changed."
+    )
+
+
+def _tradeoff_note(points: pd.DataFrame | None, drop: float) -> str:
+    if points is None:
+        return "Not drawn: the prompt fidelity was not measured."
+    means = "Up: more like the subject. Right: more like the prompt. Bars: the interval over prompts."
+    if "step" not in points:
+        return f"{means} One point a model; with train.preview_steps the report shows one a step."
+    best = choose_step(points, drop)
+    return f"{means} One point a step, by its previews. Most identity within {drop:g} of the best prompt: step {best}."

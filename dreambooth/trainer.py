@@ -1,0 +1,310 @@
+"""One optimizer step: what it needs, what it computes, and the state that the next one starts from.
+
+B rows, C latent channels, H height and W width of the latents, L tokens, D text width.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor
+
+from dreambooth import dataset, loss
+from dreambooth.checkpoint import State, named_weights, restore_weights
+from dreambooth.dataset import Batch, Row, Sample
+from dreambooth.errors import OutOfMemoryError, TrainingError
+from dreambooth.models import Model
+from dreambooth.params import Train
+from dreambooth.sampling import make_scheduler, tokenize
+
+_ADVICE = "lower train_batch_size and raise gradient_accumulation_steps, or set gradient_checkpointing (train: ...)"
+_CPU_ALLOCATOR = "can't allocate memory"  # of c10/core/impl/alloc_cpu.cpp, a plain RuntimeError
+
+
+@dataclass
+class Trainer:
+    """What a step needs, on its device."""
+
+    accelerator: Accelerator
+    model: Model
+    unet: torch.nn.Module
+    text_encoder: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    trained: dict[str, torch.nn.Module]
+    trainable: list[torch.nn.Parameter]
+    text: "TextSource"
+    alphas_cumprod: Tensor
+    prediction_type: loss.PredictionType
+    settings: Train
+    parts: int
+    """Forward passes in a step: as set, or twice as many after memory ran out."""
+
+    @property
+    def processes(self) -> int:
+        """How many processes share the rows of a step."""
+        return int(self.accelerator.num_processes)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Instance rows of a step, over all of its forward passes and processes."""
+        return self.settings.train_batch_size * self.settings.gradient_accumulation_steps * self.processes
+
+
+class TextSource:
+    """The text side of a batch: the few prompts are tokenised once, and encoded once if their encoder is frozen."""
+
+    def __init__(self, model: Model, prompts: Sequence[str], device: torch.device, trained: bool) -> None:
+        self.prompts = list(dict.fromkeys(prompts))
+        self.input_ids = tokenize(model, self.prompts).to(device)
+        self.embeds: Tensor | None = None
+        if not trained:
+            with torch.no_grad():
+                self.embeds = model.text_encoder(self.input_ids)[0]
+
+    def encode(self, prompts: Sequence[str], text_encoder: torch.nn.Module) -> Tensor:
+        """Return (B, L, D) prompt_embeds: each prompt of the batch goes through the encoder once, not once a row."""
+        rows = [self.prompts.index(prompt) for prompt in prompts]
+        if self.embeds is not None:
+            return self.embeds[rows]
+        used = sorted(set(rows))
+        embeds: Tensor = text_encoder(self.input_ids[used])[0]
+        return embeds[[used.index(row) for row in rows]]
+
+
+def learning_rate_at(step: int, settings: Train, steps: int) -> float:
+    """Return the rate of optimizer step `step`, from 0: linear warm-up, then constant, or falling to 0 at the end."""
+    warmup = settings.lr_warmup_steps
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(steps - warmup, 1)
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return settings.learning_rate * shape[settings.lr_scheduler]
+
+
+def prepare(model: Model, samples: Sequence[Sample], settings: Train) -> Trainer:
+    """Put optimizer, precision and processes around a model's trainable parts."""
+    if settings.mixed_precision == "fp16" and model.device.type == "cpu":
+        raise TrainingError('train.mixed_precision: fp16 needs a GPU; write "no" or "bf16"')
+    accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=model.device.type == "cpu")
+    trained = {"unet": model.unet} | ({"text_encoder": model.text_encoder} if settings.train_text_encoder else {})
+    for module in trained.values():
+        module.requires_grad_(True).train()
+    if settings.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    trainable = [parameter for _, parameter in named_weights(trained)]
+    require_float32(trainable)
+    optimizer = torch.optim.AdamW(
+        trainable,
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        weight_decay=settings.adam_weight_decay,
+        eps=settings.adam_epsilon,
+        fused=True,
+    )
+    text = TextSource(model, [sample.prompt for sample in samples], model.device, settings.train_text_encoder)
+    scheduler = make_scheduler("ddim", model.scheduler_config)
+    return Trainer(
+        accelerator=accelerator,
+        model=model,
+        unet=accelerator.prepare(model.unet),
+        text_encoder=accelerator.prepare(model.text_encoder) if settings.train_text_encoder else model.text_encoder,
+        optimizer=accelerator.prepare(optimizer),
+        trained=trained,
+        trainable=trainable,
+        text=text,
+        alphas_cumprod=scheduler.alphas_cumprod.float(),
+        prediction_type=_prediction_type(scheduler.config.prediction_type),
+        settings=settings,
+        parts=settings.gradient_accumulation_steps,
+    )
+
+
+def release(model: Model) -> None:
+    """Take the wrapper of precision off again, and put the parts into evaluation mode."""
+    model.unet = extract_model_from_parallel(model.unet, keep_fp32_wrapper=False)
+    model.text_encoder = extract_model_from_parallel(model.text_encoder, keep_fp32_wrapper=False)
+    for module in (model.unet, model.text_encoder):
+        module.requires_grad_(False).eval()
+    # Else the next training of this process could choose neither another precision nor another device.
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def take_step(trainer: Trainer, rows: Sequence[Row], step: int, learning_rate: float) -> dict[str, Tensor]:
+    """Take one optimizer step; where memory runs out, once more in twice as many parts if that is allowed.
+
+    The rows and their noise are the same however they are dealt, so the step is the same within rounding.
+
+    Raises:
+        OutOfMemoryError: it does not fit, and may not or can not be halved.
+    """
+    try:
+        return train_step(trainer, rows, step, learning_rate)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0]
+    # Not in the except block: the traceback would keep alive what has to be freed. What the failed parts left too.
+    trainer.optimizer.zero_grad(set_to_none=True)
+    _require_halving(trainer, reason, step)
+    trainer.parts *= 2
+    if trainer.accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        return train_step(trainer, rows, step, learning_rate)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0]
+    raise OutOfMemoryError(f"{reason} at step {step}, at half the batch too; {_ADVICE}")
+
+
+def train_step(trainer: Trainer, rows: Sequence[Row], step: int, learning_rate: float) -> dict[str, Tensor]:
+    """Take one optimizer step over this process's share of its rows.
+
+    Returns:
+        loss, loss_instance, loss_prior and grad_norm as tensors on the device, so that no step waits for them; the
+        losses are of this process's rows.
+    """
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = learning_rate
+    parts = dataset.micro_batches(rows, trainer.parts * trainer.processes)
+    own = parts[trainer.accelerator.process_index :: trainer.processes]
+    results = []
+    for number, part in enumerate(own):
+        batch = dataset.collate(part, step, len(trainer.alphas_cumprod), trainer.settings.seed)
+        with ExitStack() as stack:
+            if number < len(own) - 1:  # gradients meet those of other processes once a step
+                for module in (trainer.unet, trainer.text_encoder):
+                    stack.enter_context(trainer.accelerator.no_sync(module))
+            step_loss, losses = forward(trainer, batch)
+            trainer.accelerator.backward(step_loss / len(own))
+        results.append(_means(step_loss, losses, batch.is_instance.to(losses.device)))
+    grad_norm = trainer.accelerator.clip_grad_norm_(trainer.trainable, trainer.settings.max_grad_norm)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    means = {name: torch.stack([result[name] for result in results]).mean() for name in results[0]}
+    return means | {"grad_norm": grad_norm}
+
+
+def forward(trainer: Trainer, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the loss of a micro-batch, and the (B,) losses of its rows before any weight."""
+    device = trainer.accelerator.device
+    alpha_bar = trainer.alphas_cumprod[batch.timesteps].to(device)
+    losses = row_losses(trainer, batch, trainer.unet, trainer.text_encoder)
+    snr_weights = loss.min_snr_weights(trainer.prediction_type, alpha_bar, trainer.settings.snr_gamma)
+    weights = batch.weights.to(device) * snr_weights
+    return loss.dreambooth_loss(losses, weights, batch.is_instance.to(device)), losses.detach()
+
+
+def row_losses(trainer: Trainer, batch: Batch, unet: torch.nn.Module, text_encoder: torch.nn.Module) -> Tensor:
+    """Return the (B,) losses of rows before any weight, by the modules that are given."""
+    device = trainer.accelerator.device
+    latents, noise = batch.latents.to(device), batch.noise.to(device)
+    alpha_bar = trainer.alphas_cumprod[batch.timesteps].to(device)
+    noisy_latents = loss.add_noise(latents, noise, alpha_bar).contiguous(memory_format=torch.channels_last)
+    encoder_hidden_states = trainer.text.encode(batch.prompts, text_encoder)
+    model_pred = unet(noisy_latents, batch.timesteps.to(device), encoder_hidden_states).sample
+    target = loss.prediction_target(trainer.prediction_type, latents, noise, alpha_bar)
+    return loss.row_losses(model_pred, target)
+
+
+def capture(trainer: Trainer, step: int, records: Mapping[str, Any]) -> State:
+    """Copy the state after `step` optimizer steps to the memory of the CPU, apart from what the next steps change."""
+    moments: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    for name, parameter in named_weights(trainer.trained):
+        for key, value in trainer.optimizer.state[parameter].items():
+            if isinstance(value, Tensor):
+                moments[f"{name}/{key}"] = _snapshot(value)
+            else:
+                plain[f"{name}/{key}"] = value
+    scaler = trainer.accelerator.scaler
+    return State(
+        step=step,
+        weights={name: _snapshot(weight) for name, weight in named_weights(trainer.trained)},
+        moments=moments,
+        plain={
+            "optimizer": plain,
+            "scaler": scaler.state_dict() if scaler is not None else {},
+            "parts": trainer.parts,
+            "position": {"step": step, "part": 0},
+        },
+        records=dict(records),
+    )
+
+
+def restore(trainer: Trainer, state: State) -> None:
+    """Put weights, optimizer, scaler and accumulation where they were.
+
+    Raises:
+        TrainingError: the state is of other weights.
+    """
+    restore_weights(trainer.trained, state.weights)
+    for name, parameter in named_weights(trainer.trained):
+        entry = trainer.optimizer.state[parameter]
+        prefix = f"{name}/"
+        for key, value in state.plain["optimizer"].items():
+            if key.startswith(prefix):
+                entry[key.removeprefix(prefix)] = value
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            if (saved := state.moments.get(prefix + key)) is not None:
+                # In the weight's own memory format: the fused kernel reads both in the order of memory.
+                place = torch.empty_like(parameter) if saved.shape == parameter.shape else torch.empty_like(saved)
+                entry[key] = place.detach().to(parameter.device).copy_(saved)
+    if trainer.accelerator.scaler is not None:
+        trainer.accelerator.scaler.load_state_dict(state.plain["scaler"])
+    trainer.parts = state.plain["parts"]
+
+
+def require_float32(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Refuse trainable weights below float32: small steps would be rounded away."""
+    kinds = {parameter.dtype for parameter in parameters} - {torch.float32}
+    if kinds:
+        raise TrainingError(f"trainable weights are {kinds}; load the model in float32 and set train.mixed_precision")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the device, or of the machine, ran out."""
+    return isinstance(error, torch.OutOfMemoryError) or _CPU_ALLOCATOR in str(error)
+
+
+def _require_halving(trainer: Trainer, reason: str, step: int) -> None:
+    """Refuse to deal a step into twice as many parts where that is not allowed, not possible, or was done before."""
+    settings, share = trainer.settings, trainer.settings.train_batch_size
+    if trainer.processes > 1 or not settings.halve_batch_on_out_of_memory:
+        allowed = "" if trainer.processes > 1 else ", or allow train.halve_batch_on_out_of_memory: true"
+        raise OutOfMemoryError(f"{reason} at step {step}; {_ADVICE}{allowed}")
+    if trainer.parts > settings.gradient_accumulation_steps or share % 2:
+        again = "at half the batch" if share % 2 == 0 else f"and a batch of {share} has no half"
+        raise OutOfMemoryError(f"{reason} at step {step}, {again}; {_ADVICE}")
+
+
+def _snapshot(tensor: Tensor) -> Tensor:
+    """Copy a tensor to the CPU, in the order that a file has: row after row, whatever its memory format is."""
+    if tensor.device.type == "cpu":
+        return tensor.detach().clone(memory_format=torch.contiguous_format)
+    return tensor.detach().cpu().contiguous()
+
+
+def _means(step_loss: Tensor, losses: Tensor, is_instance: Tensor) -> dict[str, Tensor]:
+    """Means of the losses by role; NaN where a batch has no prior rows. Without indexing, which waits for a GPU."""
+    mask = is_instance.to(losses.dtype)
+    return {
+        "loss": step_loss.detach(),
+        "loss_instance": (losses * mask).sum() / mask.sum(),
+        "loss_prior": (losses * (1 - mask)).sum() / (1 - mask).sum(),
+    }
+
+
+def _prediction_type(name: str) -> loss.PredictionType:
+    if name == "epsilon":
+        return "epsilon"
+    if name == "v_prediction":
+        return "v_prediction"
+    raise TrainingError(f"the base model predicts {name!r}; only epsilon and v_prediction can be trained")

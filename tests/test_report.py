@@ -1,0 +1,257 @@
+"""The report: one file, all pictures inside, nothing fetched or run, every text escaped."""
+
+import base64
+import dataclasses
+import hashlib
+import io
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+from tiny_project import REPOSITORY, make_photo
+
+from dreambooth.evaluation import Encoders, cases, class_seeds, reference, score, summarise
+from dreambooth.folders import new_folder
+from dreambooth.gate import decide, read_scorecard
+from dreambooth.images import png_bytes
+from dreambooth.pages import picture_of, write_index
+from dreambooth.params import parse_params
+from dreambooth.prompts import Template
+from dreambooth.report import Sources, make_report, write_report
+
+MARGINS = parse_params(yaml.safe_load((REPOSITORY / "params.yaml").read_text())).gate
+EVIL = "<script>document.title='owned'</script>"
+TEMPLATES = [Template("recontextualisation", f"a photo of {{}} in place {i} {EVIL}") for i in range(6)]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class PatchEncoder:
+    """Embeds a picture as its pixels at 4 x 4: real cosines without a network."""
+
+    name, revision, transform, copy_cosine = "patches", "1", "4 x 4", 0.999
+
+    def embed(self, images: Any, batch_size: int = 16) -> Any:
+        import torch
+
+        rows = [list(image.resize((4, 4)).convert("L").tobytes()) for image in images]
+        return torch.nn.functional.normalize(torch.tensor(rows, dtype=torch.float32) + 1, dim=1)
+
+    embed_images = embed
+
+    def embed_texts(self, prompts: Any) -> Any:
+        import torch
+
+        return torch.nn.functional.normalize(torch.rand(len(prompts), 16, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sources, dict[str, Any]]:
+    """Write what the stages leave: photos, pictures of two models, their scores, a loss curve."""
+    root, encoders = tmp_path_factory.mktemp("report"), Encoders(PatchEncoder(), PatchEncoder())
+    photos = [make_photo(number, 64) for number in range(4)]
+    with new_folder(root / "instance", {"photos": [{"file": f"{i:02d}.png"} for i in range(4)]}) as target:
+        for number, photo in enumerate(photos):
+            (target / f"{number:02d}.png").write_bytes(png_bytes(photo))
+    todo, seen = cases(TEMPLATES, EVIL, "dog", [1, 2]), reference(photos, encoders)
+    texts = encoders.text.embed_texts(range(6)) if encoders.text else None
+    pictures = {
+        "base": [make_photo(100 + i, 64) for i in range(16)],
+        "personalised": [*photos[:2], *(make_photo(200 + i, 64) for i in range(14))],  # two copies
+    }
+    tables: dict[str, list[pd.DataFrame]] = {"scores": [], "prompts": [], "class_images": []}
+    scored = {}
+    for name, images in pictures.items():
+        scored[name] = found = score(todo, images[:12], images[12:], seen, encoders, texts)
+        parts = (found.cases, found.prompts, pd.DataFrame({"pres": found.pres}))
+        for table, part in zip(tables.values(), parts, strict=True):
+            table.append(part.assign(model=name))
+        for folder, some in ((name, images[:12]), (f"class/{name}", images[12:])):
+            (root / "evaluation" / folder).mkdir(parents=True)
+            for number, image in enumerate(some):
+                (root / f"evaluation/{folder}/{number:03d}.png").write_bytes(png_bytes(image))
+    for table_name, parts_of in tables.items():
+        pd.concat(parts_of).to_csv(root / f"evaluation/{table_name}.csv", index=False)
+    how = {
+        "cases": [{"seed": 1}, {"seed": 2}], "class_prompt": "a photo of a dog", "class_seeds": class_seeds(4, 0),
+        "code": "c", "device": "cpu", "dtype": "float32", "encoders": encoders.describe(), "photos": "p",
+        "settings": {"scheduler": "ddim", "negative_prompt": ""}, "versions": {"torch": "2"},
+    }  # fmt: skip
+    models = {
+        name: {"model": name, "is_base": name == "base", "safety": "not checked"} for name in ("base", "personalised")
+    }
+    (root / "evaluation/evaluation.json").write_text(json.dumps({"how": how, "models": models}))
+    (root / "evaluation/.cost.json").write_text(json.dumps({"seconds_per_image_drawn": 0.5}))
+    Image.new("RGB", (8, 8)).save(root / "evaluation/grid.png")
+    (root / "trained").mkdir()
+    history = {"step": range(50), "loss_instance": [1 / (i + 1) for i in range(50)], "loss_prior": [0.1] * 50}
+    pd.DataFrame(history).to_csv(root / "trained/loss.csv", index=False)
+    metrics = summarise(scored["base"], scored["personalised"], seen, 0.95)
+    return Sources(root / "evaluation", root / "instance", root / "trained", f"CC BY 4.0 {EVIL}"), metrics
+
+
+@pytest.fixture(scope="module")
+def page(sources: tuple[Sources, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write the report of a subject called <script>."""
+    where, metrics = sources
+    decision = decide(*(read_scorecard(where.evaluation, name) for name in ("personalised", "base")), MARGINS)
+    target = tmp_path_factory.mktemp("page")
+    write_report(target, EVIL, where, metrics, decision, 0.03)
+    return target / "index.html"
+
+
+class Seen(HTMLParser):
+    """Collects the tags of a page with their attributes, and its text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def test_every_picture_is_inside_and_decodes(page: Path) -> None:
+    images = Seen(page).all("img")
+    assert len(images) == 4 + 2 * 12 + 2 * 12 + 2 * 4 + 2  # photos, grid, nearest, class images, curves
+    for attributes in images:
+        kind, content = re.fullmatch(r"data:image/(png|jpeg);base64,(.+)", attributes["src"] or "").groups()  # type: ignore[union-attr]
+        with Image.open(io.BytesIO(base64.b64decode(content)), formats=[kind.upper()]) as image:
+            image.load()
+        assert attributes["alt"]
+
+
+def test_nothing_is_fetched_and_nothing_is_run(page: Path) -> None:
+    seen = Seen(page)
+    assert {tag for tag, _ in seen.tags} & {"script", "iframe", "object", "embed", "form", "base"} == set()
+    for tag, attributes in seen.tags:
+        assert not [name for name in attributes if name.startswith("on") or name == "style"], tag
+        links = [value for name, value in attributes.items() if name in ("src", "href", "srcset", "action")]
+        assert all((link or "").startswith("data:") for link in links), tag
+    assert not re.search(r"url\(|@import", page.read_text())
+
+
+def test_the_policy_of_the_page_allows_its_own_style_and_pictures_alone(page: Path) -> None:
+    text = page.read_text()
+    policy = next(
+        one["content"] for one in Seen(page).all("meta") if one.get("http-equiv") == "Content-Security-Policy"
+    )
+    style = re.search(r"<style>(.*?)</style>", text, re.DOTALL).group(1)  # type: ignore[union-attr]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    wanted = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    assert policy == wanted
+    assert text.index("Content-Security-Policy") < text.index("<style>")
+
+
+def test_a_subject_called_script_stays_text(page: Path) -> None:
+    seen = Seen(page)
+    assert seen.all("script") == []
+    assert "".join(seen.text).count(EVIL) >= 4  # title, heading, prompts, licence
+
+
+def test_copies_are_framed_and_come_first(page: Path) -> None:
+    pairs = [one["class"] for one in Seen(page).all("div") if (one.get("class") or "").startswith("pair ")]
+    assert pairs == ["pair copy", "pair copy"]
+    text = page.read_text()
+    nearest = text[text.index("<h2>Nearest photos") :]
+    assert nearest.index("pair copy") < nearest.index('class="pair"')
+
+
+def test_the_eight_parts_are_there_with_the_reason_of_the_verdict(page: Path) -> None:
+    text = " ".join("".join(Seen(page).text).split())
+    parts = ("Photos and pictures", "Prompts", "Nearest photos", "Prior: a photo of a dog", "Identity against prompt")
+    for part in (*parts, "Loss", "Provenance", "not checked", "CC BY 4.0", "seconds per image drawn", "worst 5"):
+        assert part in text
+    assert json.loads((page.parent / "report.json").read_text())["decision"]["line"] in text
+    assert 'name="viewport"' in page.read_text()
+
+
+def test_scores_lie_beside_the_page_for_programs(page: Path) -> None:
+    told = json.loads((page.parent / "report.json").read_text())
+    assert told["decision"]["verdict"] == "keep"
+    assert told["metrics"]["copying"]["rate"] == pytest.approx(2 / 12)
+    assert len(pd.read_csv(page.parent / "prompts.csv")) == 12
+    for name in ("loss.png", "tradeoff.png", "grid.png"):
+        with Image.open(page.parent / name) as image:
+            image.load()
+
+
+def test_what_was_not_measured_says_so(sources: tuple[Sources, dict[str, Any]]) -> None:
+    where, metrics = sources
+    less = {name: value for name, value in metrics.items() if name not in ("prompt", "prior")}
+    decision = decide(*(read_scorecard(where.evaluation, name) for name in ("personalised", "base")), MARGINS)
+    report = make_report("biscuit", where, less, decision, 0.03)
+    assert ["prompt", "", "", "not measured"] in [list(row) for row in report.summary.rows]
+    assert report.tradeoff == ""
+    assert "Not measured" in report.prior
+
+
+def test_with_scored_previews_the_plot_has_a_point_a_step_and_a_choice(
+    sources: tuple[Sources, dict[str, Any]], tmp_path: Path
+) -> None:
+    where, metrics = sources
+    copy = Path(shutil.copytree(where.evaluation, tmp_path / "evaluation"))
+    points = {"step": [50, 100, 150], "identity": [0.3, 0.5, 0.6], "prompt": [0.4, 0.39, 0.2]}
+    errors = {"identity_error": [0.1] * 3, "prompt_error": [0.1] * 3}
+    pd.DataFrame(points | errors).to_csv(copy / "checkpoints.csv", index=False)
+    decision = decide(*(read_scorecard(copy, name) for name in ("personalised", "base")), MARGINS)
+    report = make_report("biscuit", dataclasses.replace(where, evaluation=copy), metrics, decision, 0.03)
+    assert report.tradeoff_note.endswith("step 100.")
+    assert report.tradeoff.startswith("data:image/png")
+
+
+def test_a_large_picture_is_shrunk_and_a_small_one_keeps_its_pixels() -> None:
+    small, large = picture_of(make_photo(1, 64), "a"), picture_of(make_photo(1, 960), "a")
+    assert small.small
+    assert not large.small
+    content = base64.b64decode(large.uri.partition(",")[2])
+    with Image.open(io.BytesIO(content)) as image:
+        assert max(image.size) == 256
+    with Image.open(io.BytesIO(base64.b64decode(small.uri.partition(",")[2]))) as image:
+        assert image.tobytes() == make_photo(1, 64).tobytes()
+
+
+def test_the_index_lists_every_subject_with_its_versions(page: Path, tmp_path: Path) -> None:
+    for name in ("biscuit", "rex"):
+        shutil.copytree(page.parent, tmp_path / name)
+    write_index(tmp_path, {"rex": "1, 2 @champion"})
+    seen = Seen(tmp_path / "index.html")
+    assert [one["href"] for one in seen.all("a")] == ["biscuit/index.html", "rex/index.html"]
+    assert "1, 2 @champion" in "".join(seen.text)
+    assert seen.all("script") == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH; apt-get install chromium")
+def test_a_browser_loads_every_picture_and_complains_about_nothing(page: Path, tmp_path: Path) -> None:
+    # Chromium writes every console message, refused request and error of the page to its log.
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--hide-scrollbars"]
+    own = [f"--user-data-dir={tmp_path}/profile", f"--screenshot={tmp_path}/page.png", "--window-size=390,2400"]
+    done = subprocess.run(
+        [str(CHROMIUM), *options, *own, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "CONSOLE" not in done.stderr
+    with Image.open(tmp_path / "page.png") as shot:
+        colours = shot.convert("RGB").getcolors(1 << 24)
+    assert colours is not None
+    assert len(colours) > 1000  # photos were drawn, not empty frames
+    dumped = subprocess.run(
+        [str(CHROMIUM), *options[:3], own[0], "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "<title>&lt;script&gt;" in dumped.stdout
