@@ -8,11 +8,11 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, ValidationError
 
 from dreambooth.errors import ConsentError
 from dreambooth.params import Params, Section, Words
+from dreambooth.yaml12 import YamlError, load_yaml
 
 RECORD = "subject.yaml"
 PERSON = "person"
@@ -44,14 +44,14 @@ def read_consent(folder: Path) -> Consent | None:
     """
     path = folder / RECORD
     try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content: Any = load_yaml(path.read_text(encoding="utf-8"))
         return Consent.model_validate(content["consent"])
     except FileNotFoundError:
         return None
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
         raise ConsentError(f"{path}: {faults}; write: {_EXAMPLE}") from None
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+    except (OSError, YamlError, UnicodeDecodeError, KeyError, TypeError):
         raise ConsentError(f"{path} holds no consent; write: {_EXAMPLE}") from None
 
 

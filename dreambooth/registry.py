@@ -16,7 +16,6 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from dreambooth import __version__
@@ -38,6 +37,7 @@ from dreambooth.versions import (
     listing,
     load_folder,
 )
+from dreambooth.yaml12 import YamlError, load_yaml
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
@@ -48,8 +48,8 @@ LOCK_SECONDS = 3600.0
 SCORES = ("evaluation.json", "prompts.csv", "class_images.csv", "scores.csv")  # what the gate reads of an evaluation
 # What the shipped code of dreambooth imports to draw pictures; pinned to what the export was made with.
 SERVED_WITH = (
-    "accelerate", "diffusers", "mlflow", "numpy", "pandas", "pillow", "platformdirs", "pydantic", "pyyaml",
-    "safetensors", "scipy", "torch", "tqdm", "transformers",
+    "accelerate", "diffusers", "mlflow", "numpy", "pandas", "pillow", "platformdirs", "pydantic",
+    "ruamel.yaml", "safetensors", "scipy", "torch", "tqdm", "transformers",
 )  # fmt: skip
 
 
@@ -144,8 +144,8 @@ def _read_export(root: Path, subject_id: str, max_logged_bytes: int | None) -> E
 def _md5_of(root: Path, path: str) -> str | None:
     """Return the md5 that dvc.lock has of an output; None without one."""
     try:
-        stages = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        stages = load_yaml((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+    except (OSError, YamlError, KeyError, TypeError):
         return None
     found = (out.get("md5") for stage in stages.values() for out in stage.get("outs", ()) if out.get("path") == path)
     return next(found, None)

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dreambooth.errors import PipelineError
+from dreambooth.yaml12 import YamlError, load_yaml
 
 
 @dataclass
@@ -116,7 +115,7 @@ def _places(root: Path) -> Iterator[list[_Place]]:
 
 def _entries_of_project(root: Path) -> Iterator[Mapping[str, Any]]:
     """Yield every entry of a lock file, of today and of the history of git."""
-    for path in [root / "dvc.lock", *root.glob("data/**/*.dvc")]:
+    for path in [root / "dvc.lock", *root.glob("data/subjects/*.dvc")]:
         if path.is_file():
             yield from _entries(path.read_text(encoding="utf-8"))
     for text in _history(root):
@@ -125,8 +124,8 @@ def _entries_of_project(root: Path) -> Iterator[Mapping[str, Any]]:
 
 def _entries(text: str) -> Iterator[Mapping[str, Any]]:
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError:
+        content = load_yaml(text)
+    except YamlError:
         return
     if not isinstance(content, Mapping):
         return
@@ -143,7 +142,7 @@ def _under_data(out: Mapping[str, Any]) -> dict[str, Any]:
 
 def _history(root: Path) -> Iterator[str]:
     """Yield every committed version of dvc.lock and of the .dvc files; nothing without git."""
-    log = ["rev-list", "--all", "--objects", "--", "dvc.lock", "data"]
+    log = ["rev-list", "--all", "--objects", "--", "dvc.lock", "data/subjects"]
     for line in _git(root, *log).splitlines():
         sha, _, path = line.partition(" ")
         if path.endswith(("dvc.lock", ".dvc")):
@@ -164,8 +163,8 @@ def _run_entries(place: _Place) -> Iterator[tuple[str, Mapping[str, Any]]]:
         return
     for path in place.fs.find(folder):
         with place.fs.open(path, "r") as file:
-            for entry in _entries(f"stages: {{x: {json.dumps(yaml.safe_load(file.read()))}}}"):
-                yield "/".join(place.fs.parts(path)[-3:]), entry
+            entry = load_yaml(file.read())
+        yield "/".join(place.fs.parts(path)[-3:]), entry
 
 
 def _is_of(entry: Mapping[str, Any], subject_id: str) -> bool:

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-import yaml
-
 from dreambooth import erasure
 from dreambooth.errors import ParamsError, SubjectError
 from dreambooth.folders import scratch_folder, write_file
 from dreambooth.params import check_id, load_params
 from dreambooth.registry import alone
+from dreambooth.yaml12 import dump_yaml, load_yaml
 from flows import dvcstore, prefectstore
 from flows.dvcstore import Kept
 from flows.project import PARAMS
@@ -153,7 +152,7 @@ def _mentions(root: Path, subject_id: str) -> int:
 
 def _stages(root: Path, subject_id: str) -> list[str]:
     try:
-        stages = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+        stages = load_yaml((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
     except (FileNotFoundError, TypeError, KeyError):
         return []
     return [name for name in stages if name.endswith(f"@{subject_id}") and not name.startswith("prior@")]
@@ -163,9 +162,9 @@ def _forget_in_lock(root: Path, subject_id: str) -> None:
     gone = _stages(root, subject_id)
     if not gone:
         return
-    content = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))
+    content = load_yaml((root / "dvc.lock").read_text(encoding="utf-8"))
     content["stages"] = {name: entry for name, entry in content["stages"].items() if name not in gone}
-    write_file(root / "dvc.lock", yaml.safe_dump(content, sort_keys=False, width=1000).encode())
+    write_file(root / "dvc.lock", dump_yaml(content).encode())
 
 
 def _forget_in_gitignore(root: Path, subject_id: str) -> None:
