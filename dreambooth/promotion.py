@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING
 from dreambooth import aliases
 from dreambooth.consent import PERSON, Consent, require_consent, require_lasting
 from dreambooth.errors import EvaluationError, GateError, RegistryError
-from dreambooth.folders import scratch_folder
+from dreambooth.folders import TornFolderError, read_manifest, scratch_folder
 from dreambooth.gate import Scorecard, decide, read_scorecard
 from dreambooth.params import Params, check_id
+from dreambooth.pointer import resolve
 from dreambooth.registry import alone
 from dreambooth.versions import (
     CHALLENGER,
@@ -23,6 +25,7 @@ from dreambooth.versions import (
     VERDICT_TAG,
     check_files,
     client_of,
+    downloaded,
     explained,
     find_version,
 )
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
+FINGERPRINT_TAG = "dreambooth.fingerprint"
+Rescore = Callable[[Params, str, Path, Path, str, Path], None]
 REMEDY = "nothing was changed, or what was begun is finished by the next call: dreambooth versions"
 
 
@@ -49,7 +54,12 @@ class Promotion:
 
 
 def promote(
-    root: Path, params: Params, subject_id: str, version: int | None = None, force: str | None = None
+    root: Path,
+    params: Params,
+    subject_id: str,
+    version: int | None = None,
+    force: str | None = None,
+    rescore: Rescore | None = None,
 ) -> Promotion:
     """Make a version the champion if the gate finds it better; write the verdict down, whatever it is.
 
@@ -59,6 +69,8 @@ def promote(
         subject_id: of the subject.
         version: else the challenger.
         force: why the gate is overruled. Files that are not whole, and a missing consent, it does not overrule.
+        rescore: evaluates challenger and champion in one run where they were evaluated differently, see
+            `stages.evaluate.beside_champion`; None keeps the champion then.
 
     Raises:
         GateError: the gate keeps the champion, or cannot tell; the message says why.
@@ -77,7 +89,7 @@ def promote(
         _require_files(root, client, candidate)
         if champion is not None and force is None:
             _require_champion(root, client, subject_id, champion)
-        verdict, reason = ("forced", force) if force else _judge(root, client, params, candidate, champion)
+        verdict, reason = ("forced", force) if force else _judge(root, client, params, candidate, champion, rescore)
         for tag, value in ((VERDICT_TAG, verdict), (REASON_TAG, reason)):
             client.set_model_version_tag(subject_id, str(number), tag, value[: aliases.MAX_TEXT])
         if verdict not in ("promote", "forced"):
@@ -189,20 +201,47 @@ def _newest_whole(
 
 
 def _judge(
-    root: Path, client: "MlflowClient", params: Params, candidate: "ModelVersion", champion: int | None
+    root: Path,
+    client: "MlflowClient",
+    params: Params,
+    candidate: "ModelVersion",
+    champion: int | None,
+    rescore: Rescore | None,
 ) -> tuple[str, str]:
     """Return verdict and reason of the gate; what cannot be compared keeps the champion."""
+    found = find_version(client, candidate.name, champion, None) if champion else None
     try:
         challenger = _scorecard(root, client, candidate)
-        if champion is None:
-            other = _scorecard(root, client, candidate, "base")
-        else:
-            found = find_version(client, candidate.name, champion, None)
-            other = _scorecard(root, client, found) if found else challenger
+        other = _scorecard(root, client, found) if found else _scorecard(root, client, candidate, "base")
+        if found and rescore and challenger.how != other.how and _is_trained_here(root, candidate):
+            challenger, other = _scored_again(root, client, params, found, rescore)
         decision = decide(challenger, other, params.gate, params.evaluate.confidence)
     except EvaluationError as error:
         return "keep", f"keep: {error}"
     return decision.verdict, decision.line
+
+
+def _is_trained_here(root: Path, candidate: "ModelVersion") -> bool:
+    """Tell whether models/<id> is the training that a version was made from."""
+    try:
+        manifest = read_manifest(root / "models" / candidate.name)
+    except TornFolderError:
+        return False
+    return bool(manifest.get("fingerprint") == candidate.tags.get(FINGERPRINT_TAG))
+
+
+def _scored_again(
+    root: Path, client: "MlflowClient", params: Params, champion: "ModelVersion", rescore: Rescore
+) -> tuple[Scorecard, Scorecard]:
+    """Evaluate challenger and champion in one run, with the evaluator of today."""
+    name, source = champion.name, client.get_model_version_download_uri(champion.name, str(champion.version))
+    with (
+        downloaded(root, source) as folder,
+        tempfile.TemporaryDirectory(prefix="scores-", dir=scratch_folder(root)) as target,
+    ):
+        parts, place = resolve(folder / "artifacts" / name), Path(target) / "evaluation"
+        rescore(params, name, root, parts, champion.tags[FINGERPRINT_TAG], place)
+        return read_scorecard(place, "personalised"), read_scorecard(place, "champion")
 
 
 def _scorecard(root: Path, client: "MlflowClient", version: "ModelVersion", model: str = "personalised") -> Scorecard:

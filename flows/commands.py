@@ -29,11 +29,12 @@ def promote(
     """Make a version the champion, if the gate finds it better; the verdict is written down either way."""
     from dreambooth import promotion
     from dreambooth.params import load_params
+    from stages.evaluate import beside_champion
 
     root = find_root(context.obj)
     params = load_params(root / PARAMS)
     params.subject(subject_id)
-    _say_promotion(promotion.promote(root, params, subject_id, version, force))
+    _say_promotion(promotion.promote(root, params, subject_id, version, force, beside_champion))
 
 
 def rollback(context: typer.Context, subject_id: SubjectId, force: Force = None) -> None:

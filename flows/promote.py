@@ -43,9 +43,10 @@ def _may_pass(task: Any, run: Any, state: "State[Any]") -> bool:
 def promote_one(subject_id: str, root: Path, params: Params, force: str | None) -> "Promotion | State[Any]":
     """Promote the challenger of one subject; what was begun by an earlier try is finished, not repeated."""
     from dreambooth import promotion
+    from stages.evaluate import beside_champion
 
     try:
-        done = promotion.promote(root, params, subject_id, force=force)
+        done = promotion.promote(root, params, subject_id, force=force, rescore=beside_champion)
     except (GateError, ConsentError) as error:
         return Failed(message=f"{error.code}: {error}")
     except DreamboothError as error:

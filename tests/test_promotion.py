@@ -9,11 +9,13 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from registered import BISCUIT, command, write_evaluation, write_export, write_project
 
 from dreambooth import aliases, tracking
 from dreambooth.errors import ConsentError, GateError, RegistryError
+from dreambooth.folders import new_folder
 from dreambooth.params import Params, load_params
 from dreambooth.promotion import promote, rollback
 from dreambooth.registry import register
@@ -186,6 +188,41 @@ def test_scores_of_two_evaluators_keep_the_champion(root: Path, params: Params, 
     write_evaluation(root, "2" * 64, 0.6)
     register(root, BISCUIT)
     assert promote(root, params, BISCUIT, 2).champion == 2
+
+
+def test_a_champion_of_another_evaluator_is_scored_again_where_the_challenger_was_trained(
+    root: Path, params: Params, tiny_model_folder: Path
+) -> None:
+    promote(root, params, BISCUIT, 1)
+    write_export(root, tiny_model_folder, "2" * 64)
+    write_evaluation(root, "2" * 64, 0.9, how={"code": "2", "photos": "p"})
+    register(root, BISCUIT)
+    asked: list[str] = []
+
+    def rescore(params: Params, name: str, root: Path, parts: Path, fingerprint: str, target: Path) -> None:
+        assert (parts / "unet").is_dir()
+        asked.append(fingerprint)
+        shutil.copytree(root / "build" / name / "evaluation", target)
+        about = json.loads((target / "evaluation.json").read_text())
+        about["models"]["champion"] = about["models"]["personalised"]
+        (target / "evaluation.json").write_text(json.dumps(about))
+        for file in ("prompts", "class_images", "scores"):
+            table = pd.read_csv(target / f"{file}.csv")
+            same = table[table["model"] == "personalised"].assign(model="champion")
+            pd.concat([table, same]).to_csv(target / f"{file}.csv", index=False)
+
+    try:
+        with pytest.raises(GateError, match="evaluated alike"):  # models/biscuit is not there: nothing to score
+            promote(root, params, BISCUIT, 2, rescore=rescore)
+        with new_folder(root / "models" / BISCUIT, {"fingerprint": "2" * 64}):
+            pass
+        with pytest.raises(GateError, match=r"identity \+0\.000"):
+            promote(root, params, BISCUIT, 2, rescore=rescore)
+        assert asked == ["1" * 64]
+    finally:
+        shutil.rmtree(root / "models", ignore_errors=True)
+        write_evaluation(root, "2" * 64, 0.6)
+        register(root, BISCUIT)
 
 
 def test_of_two_moves_from_one_state_the_second_is_told(root: Path, params: Params) -> None:

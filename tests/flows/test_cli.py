@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from toy_project import dvc, make_photos, quiet, ran
 
-from flows.generate import draw, full_prompts, slugs
+from dreambooth.errors import PipelineError
+from flows.generate import draw, full_prompts, read_prompts, slugs
 
 HEAVY = ("torch", "prefect", "dvc", "mlflow", "diffusers", "transformers", "PIL", "pandas")
 
@@ -163,6 +164,15 @@ def test_generated_files_are_named_by_prompt_and_seed(tmp_path: Path) -> None:
     assert drawn.sheet.is_file()
     with Image.open(drawn.pictures[3]) as picture:
         assert picture.getpixel((0, 0)) == 6
+
+
+def test_prompts_come_from_a_file_a_line_each(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("# places\na photo of {} in space\n\n  sks dog\n")
+    assert read_prompts(tmp_path / "prompts.txt") == ["a photo of {} in space", "sks dog"]
+    (tmp_path / "prompts.txt").write_text("# nothing\n")
+    for name in ("prompts.txt", "missing.txt"):
+        with pytest.raises(PipelineError, match=name):
+            read_prompts(tmp_path / name)
 
 
 def test_more_pictures_than_a_call_may_ask_for_have_consecutive_seeds(tmp_path: Path) -> None:
