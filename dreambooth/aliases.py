@@ -112,7 +112,7 @@ def move(
 
 
 def settle(client: "MlflowClient", name: str, alias: str) -> int | None:
-    """Finish a move that was interrupted, or take over one that was made by hand; return what the alias points to.
+    """Finish a move that was interrupted, or take over one that was made by hand; return what the log ends with.
 
     An alias that points to what the log's last move came from was left behind by a process that died: it follows the
     log. One that points to anything else was moved by hand: the log takes that over.
@@ -150,7 +150,7 @@ def _follow_log(client: "MlflowClient", name: str, alias: str) -> int | None:
         wanted = stack[-1] if stack else None
         points_to = aliases_of(client, name).get(alias)
         if points_to == wanted or wanted is None or find_version(client, name, wanted, None) is None:
-            return points_to
+            return wanted  # also of a version that somebody has deleted: the next move begins there
         client.set_registered_model_alias(name, alias, str(wanted))
     raise RegistryError(f"{alias} of {name} is moved all the time; try again when others are done")
 

@@ -35,11 +35,13 @@ def erase(subject_id: str) -> list[str]:
         if connection is None:
             return []
         runs = _runs(connection, subject_id)
-        marks = [*runs, *_task_runs(connection, runs), f"subject-{subject_id}"]
+        marks = [*runs, *_task_runs(connection, runs)]
         for table in TABLES:
             for column in _text_columns(connection, table):
                 for mark in marks:
                     connection.execute(f"DELETE FROM {table} WHERE instr({column}, ?)", [mark])
+        for table in ("artifact", "artifact_collection"):
+            connection.execute(f"DELETE FROM {table} WHERE key = ?", [f"subject-{subject_id}"])
         left = _deployments(connection, subject_id)
         connection.commit()
         connection.isolation_level = None
