@@ -78,7 +78,7 @@ def test_nothing_of_a_forgotten_subject_is_left_and_the_other_champion_still_loa
             picture.save(photos / f"{IN_NAME} {number}.png", pnginfo=mark)
         path.unlink()
     values = yaml.safe_load((project / "params.yaml").read_text())
-    values["subjects"][SUBJECT] = values["subjects"]["rex"]
+    values["subjects"][SUBJECT] = dict(values["subjects"]["rex"])
     (project / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     dvc(project, "remote", "add", "--default", "box", str(remote))
     dvc(project, "add", f"data/subjects/{SUBJECT}")
