@@ -3,7 +3,8 @@
 DreamboothError                 every error below; printed as one line, never as a traceback
 ├── ParamsError                 params.yaml: unknown key, wrong type, value out of range (all faults at once)
 ├── SubjectError                a subject that is not in params.yaml, an id that is no id, a missing folder
-│   └── PhotosError             photos that cannot be used (all of them at once)
+│   ├── PhotosError             photos that cannot be used (all of them at once)
+│   └── ConsentError            a person without a consent, or with one that does not hold today
 ├── ModelError                  a base or trained model that is missing, torn, or of the wrong kind
 ├── TornFolderError             a folder whose files are not what its manifest says (folders.py)
 ├── DiskFullError               not enough space for what is about to begin (folders.py)
@@ -16,6 +17,7 @@ DreamboothError                 every error below; printed as one line, never as
 ├── EvaluationError             an evaluation without the prompts or the numbers it needs
 │   └── UnknownWordError        a prompt with words that the image-text scorer never saw (all of them at once)
 ├── RegistryError               an export that cannot be registered, or a version that cannot be loaded
+│   └── GateError               a version that may not become the champion
 └── PipelineError               a stage that failed, a checkout that is no project, DVC that is busy
 
 Each message says what is wrong, the value, where it is, and what to do next. `code` is stable for scripts,
@@ -67,6 +69,13 @@ class PhotosError(SubjectError):
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = tuple(problems)
+
+
+class ConsentError(SubjectError):
+    """Refuse to work with the photos of a person."""
+
+    code = "E_CONSENT"
+    exit_code = 3
 
 
 class ModelError(DreamboothError):
@@ -135,6 +144,13 @@ class RegistryError(DreamboothError):
 
     code = "E_REGISTRY"
     exit_code = 8
+
+
+class GateError(RegistryError):
+    """Refuse to promote a version."""
+
+    code = "E_GATE"
+    exit_code = 10
 
 
 class PipelineError(DreamboothError):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth import prompts
+from dreambooth.consent import Consent
 from dreambooth.models import write_pipeline
 from dreambooth.params import Params
 
@@ -13,13 +14,20 @@ CARD = "README.md"
 
 
 def write_export(
-    folder: Path, base: Path, trained: Path, subject_id: str, params: Params, base_hash: str, metrics: dict[str, Any]
+    folder: Path,
+    base: Path,
+    trained: Path,
+    subject_id: str,
+    params: Params,
+    base_hash: str,
+    metrics: dict[str, Any],
+    consent: Consent | None = None,
 ) -> None:
     """Fill a folder with a pipeline of diffusers, its defaults of generation, and its card."""
     write_pipeline(base, trained, folder)
     defaults = generation_defaults(params, subject_id)
     (folder / GENERATION).write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
-    (folder / CARD).write_text(card(subject_id, params, base_hash, metrics), encoding="utf-8")
+    (folder / CARD).write_text(card(subject_id, params, base_hash, metrics, consent), encoding="utf-8")
 
 
 def generation_defaults(params: Params, subject_id: str) -> dict[str, Any]:
@@ -39,7 +47,9 @@ def generation_defaults(params: Params, subject_id: str) -> dict[str, Any]:
     }
 
 
-def card(subject_id: str, params: Params, base_hash: str, metrics: dict[str, Any]) -> str:
+def card(
+    subject_id: str, params: Params, base_hash: str, metrics: dict[str, Any], consent: Consent | None = None
+) -> str:
     """Write the model card in the hub's format: what it is, how to call it, what was measured, what was not."""
     defaults, identity, train = generation_defaults(params, subject_id), metrics["identity"], params.train
     base = params.base.pretrained_model_name_or_path
@@ -72,4 +82,13 @@ pipeline("{defaults["instance_prompt"]}", num_inference_steps={defaults["num_inf
 
 Trained from `{base}` (sha256 {base_hash}) on {metrics["photos"]} photos, rate {train.learning_rate:g}, prior weight \
 {train.prior_loss_weight:g}, {"with" if train.train_text_encoder else "without"} the text encoder, seed {train.seed}.
-"""
+{_consent_line(consent)}"""
+
+
+def _consent_line(consent: Consent | None) -> str:
+    if consent is None:
+        return ""
+    return (
+        f"\nConsent: given by {consent.who} on {consent.given}, for {consent.purpose}, until {consent.until}. "
+        "Do not use this model for anything else, or after that day.\n"
+    )

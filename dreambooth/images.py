@@ -4,14 +4,17 @@ Pictures are PIL images of mode RGB; W width, H height, in pixels.
 """
 
 import io
+import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 from scipy.fft import dctn
 
 from dreambooth.errors import PhotosError, SubjectError
@@ -25,6 +28,7 @@ FOREIGN_SUFFIXES = frozenset({".avif", ".bmp", ".cr2", ".dng", ".eps", ".gif", "
     ".nef", ".psd", ".raw", ".svg", ".tga", ".tif", ".tiff"
 }  # fmt: skip
 CAPTION_SUFFIX = ".txt"
+PROVENANCE = "dreambooth"  # keyword of the text of a PNG that says how it was made
 _HASH_SIDE = 32  # pixels of the grey thumbnail that is transformed; the 8 x 8 lowest frequencies count
 _GPS, _ORIENTATION = 0x8825, 0x0112  # EXIF tags
 _TURNS = {
@@ -176,11 +180,27 @@ def hash_distance(hashes: NDArray[np.bool_], other: NDArray[np.bool_]) -> int:
     return int(np.count_nonzero(hashes != other, axis=-1).min())
 
 
-def png_bytes(image: Image.Image) -> bytes:
-    """Encode a picture as PNG, the same pixels to the same bytes."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=4)
+def png_bytes(image: Image.Image, provenance: Mapping[str, Any] | None = None) -> bytes:
+    """Encode a picture as PNG, the same pixels to the same bytes.
+
+    Args:
+        image: any picture.
+        provenance: how it was made; becomes JSON under the keyword dreambooth (an iTXt chunk).
+    """
+    buffer, chunks = io.BytesIO(), PngInfo()
+    if provenance is not None:
+        chunks.add_itxt(PROVENANCE, json.dumps(provenance, sort_keys=True))
+    image.save(buffer, "PNG", compress_level=4, pnginfo=chunks)
     return buffer.getvalue()
+
+
+def read_provenance(png: bytes) -> dict[str, Any]:
+    """Return how a picture of ours was made, from the PNG itself; nothing where it does not say."""
+    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+        image.load()
+        text = str(image.info.get(PROVENANCE, ""))
+    found: dict[str, Any] = json.loads(text) if text else {}
+    return found
 
 
 def _check_one(path: Path, limits: Photos) -> tuple[PhotoReport, NDArray[np.bool_] | None]:

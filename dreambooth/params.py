@@ -79,8 +79,13 @@ class SubjectParams(Section):
     """Key in `classes`."""
     identifier: Annotated[str, Field(pattern=r"^\S{1,40}$")]
     """The rare word that will mean this subject (Ruiz et al. 2022, section 3.2)."""
-    kind: Literal["live", "object"]
-    """Chooses the evaluation prompts, <evaluate.prompts>/<kind>.csv."""
+    kind: Literal["live", "object", "person"]
+    """Chooses the evaluation prompts, <evaluate.prompts>/<live or object>.csv; a person needs a consent as well."""
+
+    @property
+    def prompt_kind(self) -> Literal["live", "object"]:
+        """Which evaluation prompts: those for animals are those for people."""
+        return "object" if self.kind == "object" else "live"
 
 
 class Photos(Section):
@@ -236,6 +241,13 @@ class Gate(Section):
     """Largest share of images of a first model that repeat a photo."""
 
 
+class Registry(Section):
+    """How exports are registered."""
+
+    max_logged_bytes: Annotated[int, Field(ge=0)]
+    """A larger export is not copied into MLflow: the version points to where DVC keeps it. Bytes."""
+
+
 class Params(Section):
     """Everything in params.yaml."""
 
@@ -247,6 +259,7 @@ class Params(Section):
     train: Train
     evaluate: Evaluate
     gate: Gate
+    registry: Registry
 
     def subject(self, subject_id: str) -> SubjectParams:
         """Return one subject; raise SubjectError with the known ones."""
@@ -374,6 +387,7 @@ def _keys_beside(location: tuple[Any, ...]) -> list[str]:
         "train": Train,
         "evaluate": Evaluate,
         "gate": Gate,
+        "registry": Registry,
     }
     return list(sections[location[0]].model_fields)
 

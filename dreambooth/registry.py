@@ -6,7 +6,6 @@ A version is made only after its files were uploaded, listed, compared with the 
 import json
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -16,44 +15,42 @@ from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
 from dreambooth import __version__
-from dreambooth.errors import ModelError, RegistryError
-from dreambooth.folders import TornFolderError, content_hash, read_manifest, scratch_folder
+from dreambooth.aliases import move, settle
+from dreambooth.errors import RegistryError
+from dreambooth.folders import MANIFEST, TornFolderError, content_hash, read_manifest, scratch_folder, sha256_of
 from dreambooth.params import check_id
-from dreambooth.tracking import connect, database_file, ensure_run, explain, hide_password, tracking_uri
+from dreambooth.pointer import POINTER, resolve, write_pointer
+from dreambooth.tracking import connect, database_file, ensure_run, hide_password, tracking_uri
+from dreambooth.versions import (
+    CHALLENGER,
+    CONSENT_TAG,
+    EVALUATION_TAG,
+    HASH_TAG,
+    MODEL_TAG,
+    RegisteredVersion,
+    downloaded,
+    explained,
+    listing,
+    load_folder,
+)
+from dreambooth.yaml12 import YamlError, load_yaml
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
-    from mlflow.pyfunc import PyFuncModel
     from mlflow.tracking import MlflowClient
 
-CHAMPION, CHALLENGER = "champion", "challenger"
-HASH_TAG = "dreambooth.export_hash"
-MODEL_TAG = "dreambooth.model_id"
-MOVE_TAG = "dreambooth.alias"  # .0001, .0002 ...: the log of alias moves, never rewritten
 LOCK_SECONDS = 3600.0
+SCORES = ("evaluation.json", "prompts.csv", "class_images.csv", "scores.csv")  # what the gate reads of an evaluation
 # What the shipped code of dreambooth imports to draw pictures; pinned to what the export was made with.
 SERVED_WITH = (
-    "accelerate", "diffusers", "mlflow", "numpy", "pandas", "pillow", "platformdirs", "pydantic", "pyyaml",
-    "safetensors", "scipy", "torch", "tqdm", "transformers",
+    "accelerate", "diffusers", "mlflow", "numpy", "pandas", "pillow", "platformdirs", "pydantic",
+    "ruamel.yaml", "safetensors", "scipy", "torch", "tqdm", "transformers",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class RegisteredVersion:
-    """A version of a registered model that is whole."""
-
-    name: str
-    version: int
-    created: bool
-    """False when it was there before."""
-    export_hash: str
-    """Content of export/<id> that it was made from."""
 
 
 @dataclass(frozen=True)
@@ -66,105 +63,50 @@ class Export:
     hash: str
     manifest: Mapping[str, Any]
     generation: Mapping[str, Any]
+    md5: str | None
+    """Of the folder in dvc.lock; None where DVC does not know these files."""
+    is_pointed_to: bool
+    """Whether the version points to it, and holds no copy."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its files."""
+        return sum(entry["size"] for entry in self.files.values())
 
 
-def register(root: Path, subject_id: str) -> RegisteredVersion:
-    """Make export/<id> a version of the model <id> and point `challenger` to it; do nothing twice.
+def register(root: Path, subject_id: str, max_logged_bytes: int | None = None) -> RegisteredVersion:
+    """Make export/<id> a version of the MLflow model <id> and point `challenger` to it; do nothing twice.
 
-    An upload that was cut short is taken up again in its place. A version whose files are gone gets them back.
+    An upload that was cut short is taken up again in its place. A version whose files are gone gets them back. A newer
+    evaluation of the same export is added to its version.
+
+    Args:
+        root: of the project.
+        subject_id: of the subject.
+        max_logged_bytes: a larger export stays where DVC keeps it, and the version points there; None copies all.
 
     Raises:
         TornFolderError: the export is not what its manifest says.
         RegistryError: the store cannot be reached, refuses, or holds other files than were sent.
     """
-    export = _read_export(root, check_id(subject_id))
+    export = _read_export(root, check_id(subject_id), max_logged_bytes)
     remedy = f"the export stays as it is, repeat this alone: dreambooth register {subject_id}"
-    with _explained(root, f"register {subject_id}", remedy), _alone(root, subject_id):
+    with explained(root, f"register {subject_id}", remedy), alone(root, subject_id):
         client, experiment = connect(root)
         version, model = _version_with(client, export) or (None, _begun(client, experiment, export))
         model = model or _new_place(client, experiment, export)
         if version is None or _faults(client, model, export):
             _upload(client, root, model, export)
             _verify(client, root, model, export)
-        registered = version or _new_version(client, root, model, export)
-        move_alias(client, subject_id, CHALLENGER, int(registered.version))
+        registered = version or _only_one(client, export, _new_version(client, root, model, export))
+        _add_evaluation(client, root, registered, export)
+        _challenge(client, subject_id, int(registered.version))
     return RegisteredVersion(subject_id, int(registered.version), version is None, export.hash)
 
 
-def find(root: Path, subject_id: str, version: int | None = None, alias: str | None = None) -> RegisteredVersion | None:
-    """Return a version of a subject: this one, the one with this alias, or the newest; None if there is none."""
-    file = database_file(tracking_uri(root))
-    if file is not None and not file.exists():
-        return None  # nothing was registered yet; asking MLflow would make the database
-    with _explained(root, f"find {subject_id}", "try again when it answers"):
-        found = _find(_client(root), check_id(subject_id), version, alias)
-    if found is None:
-        return None
-    return RegisteredVersion(subject_id, int(found.version), False, found.tags.get(HASH_TAG, ""))
-
-
-def versions(root: Path, subject_id: str) -> list[str]:
-    """Return the versions of a subject in words, the newest first: "v2 @champion"; none where nothing is registered."""
-    file = database_file(tracking_uri(root))
-    if file is not None and not file.exists():
-        return []
-    with _explained(root, f"list the versions of {subject_id}", "try again when it answers"):
-        client = _client(root)
-        found = client.search_model_versions(f"name = '{check_id(subject_id)}'", order_by=["version_number DESC"])
-        aliases = client.get_registered_model(subject_id).aliases if found else {}
-        named = {int(number): f" @{alias}" for alias, number in sorted(aliases.items())}
-        return [f"v{one.version}{named.get(int(one.version), '')}" for one in found]
-
-
-def load(root: Path, subject_id: str, version: int | None = None) -> "PyFuncModel":
-    """Load a version to draw with: this one, else the champion, else the challenger, else the newest.
-
-    The result's `predict({"prompt": "..."}, params={"seed": 1})` returns PNG bytes, see `dreambooth.serving`.
-
-    Raises:
-        RegistryError: there is none, or it cannot be loaded.
-    """
-    choices = [(version, None)] if version else [(None, CHAMPION), (None, CHALLENGER), (None, None)]
-    found = next((hit for number, alias in choices if (hit := find(root, subject_id, number, alias))), None)
-    if found is None:
-        which = f"version {version}" if version else "version"
-        raise RegistryError(
-            f"{subject_id} has no {which} in {hide_password(tracking_uri(root))}; dreambooth register {subject_id}"
-        )
-    remedy = f"its files come back when the same export is registered again: dreambooth register {subject_id}"
-    with _explained(root, f"load version {found.version} of {subject_id}", remedy):
-        client = _client(root)
-        source = client.get_model_version_download_uri(subject_id, str(found.version))
-        with _downloaded(root, source) as folder:
-            return load_folder(folder)
-
-
-def move_alias(client: "MlflowClient", name: str, alias: str, version: int) -> None:
-    """Point an alias to a version; what it pointed to before is written down first, and never rewritten."""
-    model = client.get_registered_model(name)
-    before = model.aliases.get(alias)
-    if before is not None and int(before) == version:
-        return
-    number = 1 + max((int(tag.rsplit(".", 1)[1]) for tag in model.tags if tag.startswith(f"{MOVE_TAG}.")), default=0)
-    entry = {"alias": alias, "from": before and int(before), "to": version, "time": int(time.time())}
-    client.set_registered_model_tag(name, f"{MOVE_TAG}.{number:04d}", json.dumps(entry))
-    client.set_registered_model_alias(name, alias, str(version))
-
-
-def _read_export(root: Path, subject_id: str) -> Export:
-    folder = root / "export" / subject_id
-    if not folder.is_dir():
-        raise RegistryError(f"{folder} does not exist; dreambooth run {subject_id} makes it")
-    manifest = read_manifest(folder)
-    if "generation.json" not in manifest["files"]:
-        raise RegistryError(f"{folder} has no generation.json; dreambooth run {subject_id} makes the export again")
-    generation = json.loads((folder / "generation.json").read_text(encoding="utf-8"))
-    return Export(subject_id, folder, manifest["files"], content_hash(folder), manifest, generation)
-
-
 @contextmanager
-def _alone(root: Path, subject_id: str) -> Iterator[None]:
-    """Let one process at a time register a subject."""
+def alone(root: Path, subject_id: str) -> Iterator[None]:
+    """Let one process at a time of a project change what is registered of a subject."""
     lock = FileLock(scratch_folder(root) / f"register-{subject_id}.lock", timeout=LOCK_SECONDS)
     try:
         lock.acquire()
@@ -178,47 +120,71 @@ def _alone(root: Path, subject_id: str) -> Iterator[None]:
         lock.release()
 
 
-@contextmanager
-def _explained(root: Path, what: str, remedy: str) -> Iterator[None]:
-    """Turn what MLflow, the network and a damaged store raise into one line with the next step."""
-    from mlflow.exceptions import MlflowException
+def _read_export(root: Path, subject_id: str, max_logged_bytes: int | None) -> Export:
+    folder = root / "export" / subject_id
+    if not folder.is_dir():
+        raise RegistryError(f"{folder} does not exist; dreambooth run {subject_id} makes it")
+    manifest = read_manifest(folder)
+    if "generation.json" not in manifest["files"]:
+        raise RegistryError(f"{folder} has no generation.json; dreambooth run {subject_id} makes the export again")
+    generation = json.loads((folder / "generation.json").read_text(encoding="utf-8"))
+    size = sum(entry["size"] for entry in manifest["files"].values())
+    return Export(
+        subject=subject_id,
+        folder=folder,
+        files=manifest["files"],
+        hash=content_hash(folder),
+        manifest=manifest,
+        generation=generation,
+        md5=_md5_of(root, f"export/{subject_id}"),
+        is_pointed_to=max_logged_bytes is not None and size > max_logged_bytes,
+    )
 
+
+def _md5_of(root: Path, path: str) -> str | None:
+    """Return the md5 that dvc.lock has of an output; None without one."""
     try:
-        yield
-    except (MlflowException, OSError, TornFolderError, ModelError) as error:
-        where = hide_password(tracking_uri(root))
-        raise RegistryError(f"cannot {what} in {where}: {explain(error)}; {remedy}") from error
-
-
-def _client(root: Path) -> "MlflowClient":
-    return connect(root)[0]
-
-
-def _find(client: "MlflowClient", name: str, version: int | None, alias: str | None) -> Any:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        if version is not None:
-            found = [client.get_model_version(name, str(version))]
-        elif alias is not None:
-            found = [client.get_model_version_by_alias(name, alias)]
-        else:
-            found = client.search_model_versions(f"name = '{name}'", order_by=["version_number DESC"], max_results=1)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # the second: no such alias
-            return None
-        raise
-    return next((hit for hit in found if hit.status == "READY"), None)
+        stages = load_yaml((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+    except (OSError, YamlError, KeyError, TypeError):
+        return None
+    found = (out.get("md5") for stage in stages.values() for out in stage.get("outs", ()) if out.get("path") == path)
+    return next(found, None)
 
 
 def _version_with(client: "MlflowClient", export: Export) -> "tuple[ModelVersion, LoggedModel] | None":
     """Return the version that was made from the same bytes with the place of its files, or None."""
-    query = f"name = '{export.subject}' and tags.`{HASH_TAG}` = '{export.hash}'"
-    for version in client.search_model_versions(query, order_by=["version_number DESC"]):
+    for version in _made_of(client, export):
         model = _logged_model(client, version.tags.get(MODEL_TAG))
         if version.status == "READY" and model is not None:
             return version, model
     return None
+
+
+def _made_of(client: "MlflowClient", export: Export) -> "list[ModelVersion]":
+    """Return the versions that were made from the same bytes, the oldest first."""
+    query = f"name = '{export.subject}' and tags.`{HASH_TAG}` = '{export.hash}'"
+    return sorted(client.search_model_versions(query), key=lambda version: int(version.version))
+
+
+def _only_one(client: "MlflowClient", export: Export, made: "ModelVersion") -> "ModelVersion":
+    """Keep the oldest of the versions that several machines made of the same bytes at once: each sees those before."""
+    first = next((one for one in _made_of(client, export) if one.status == "READY"), made)
+    if int(first.version) < int(made.version):
+        client.delete_model_version(export.subject, made.version)
+        return first
+    return made
+
+
+def _challenge(client: "MlflowClient", name: str, version: int) -> None:
+    """Point `challenger` to what was registered last; whoever does so at the same time is as right."""
+    for _ in range(10):
+        before = settle(client, name, CHALLENGER)
+        if before == version:
+            return
+        try:
+            return move(client, name, "register", CHALLENGER, before, version)
+        except RegistryError:
+            continue  # another process has registered something meanwhile
 
 
 def _logged_model(client: "MlflowClient", model_id: str | None) -> "LoggedModel | None":
@@ -251,14 +217,19 @@ def _upload(client: "MlflowClient", root: Path, model: "LoggedModel", export: Ex
 
     from dreambooth import serving
 
-    _require_space(root, export)
+    if not export.is_pointed_to:
+        _require_space(root, export)
     with tempfile.TemporaryDirectory(prefix="upload-", dir=scratch_folder(root)) as staging:
+        source = export.folder
+        if export.is_pointed_to:
+            source = Path(staging) / "pointer" / export.subject
+            write_pointer(source, root, f"export/{export.subject}", export.hash, export.md5)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*input example was not provided", category=UserWarning)
             mlflow.pyfunc.save_model(
                 path=f"{staging}/model",
                 python_model=serving.__file__,
-                artifacts={serving.ARTIFACT: str(export.folder)},
+                artifacts={serving.ARTIFACT: str(source)},
                 code_paths=[str(Path(__file__).parent)],
                 signature=serving.signature(export.folder),
                 pip_requirements=[f"{name}=={installed_version(name).partition('+')[0]}" for name in SERVED_WITH],
@@ -268,7 +239,7 @@ def _upload(client: "MlflowClient", root: Path, model: "LoggedModel", export: Ex
 
 def _require_space(root: Path, export: Export) -> None:
     copies = 2 if database_file(tracking_uri(root)) else 1
-    needed = copies * sum(entry["size"] for entry in export.files.values())
+    needed = copies * export.size
     free = shutil.disk_usage(scratch_folder(root)).free
     if free < needed:
         raise RegistryError(
@@ -279,7 +250,11 @@ def _require_space(root: Path, export: Export) -> None:
 def _faults(client: "MlflowClient", model: "LoggedModel", export: Export) -> list[str]:
     """Compare the names and sizes of what lies in MLflow with the manifest."""
     folder = f"artifacts/{export.folder.name}"
-    present = dict(_listing(client, model.model_id, folder))
+    present = dict(listing(client, model.model_id, folder))
+    if f"{folder}/{POINTER}" in present:
+        return []
+    if export.is_pointed_to and not present:
+        return [f"{folder}/{POINTER} is missing"]
     sizes = {f"{folder}/{name}": entry["size"] for name, entry in export.files.items()}
     return [
         f"{name} has {present.get(name, 'no')} bytes, not {size}"
@@ -288,21 +263,15 @@ def _faults(client: "MlflowClient", model: "LoggedModel", export: Export) -> lis
     ]
 
 
-def _listing(client: "MlflowClient", model_id: str, folder: str) -> Iterator[tuple[str, int]]:
-    for entry in client.list_logged_model_artifacts(model_id, folder):
-        if entry.is_dir:
-            yield from _listing(client, model_id, entry.path)
-        else:
-            yield entry.path, int(entry.file_size)
-
-
 def _verify(client: "MlflowClient", root: Path, model: "LoggedModel", export: Export) -> None:
     """Refuse an upload with another list of files, another size, another sha256, or that does not load."""
     faults = _faults(client, model, export)
     try:
         if not faults:
-            with _downloaded(root, model.artifact_location) as folder:
-                load_folder(folder)  # hashes every file
+            with downloaded(root, model.artifact_location) as folder:
+                if content_hash(resolve(folder / "artifacts" / export.subject)) != export.hash:
+                    faults = ["the files are those of another export"]
+                load_folder(folder)
     except Exception as error:  # whatever it is, nobody else should meet it first
         faults = [hide_password(" ".join(str(error).split()) or type(error).__name__)]
     if faults:
@@ -310,30 +279,6 @@ def _verify(client: "MlflowClient", root: Path, model: "LoggedModel", export: Ex
             f"{export.folder} arrived damaged in {hide_password(model.artifact_location)}: {'; '.join(faults)}; "
             f"no version was made, try again: dreambooth register {export.subject}"
         )
-
-
-@contextmanager
-def _downloaded(root: Path, source: str) -> Iterator[Path]:
-    """Yield a local folder with the files of a version: the stored one, or a copy that goes away."""
-    from mlflow.artifacts import download_artifacts
-
-    uri = tracking_uri(root)
-    if urlsplit(source).scheme in ("", "file"):
-        yield Path(download_artifacts(artifact_uri=source, tracking_uri=uri))
-        return
-    with tempfile.TemporaryDirectory(prefix="download-", dir=scratch_folder(root)) as target:
-        yield Path(download_artifacts(artifact_uri=source, dst_path=target, tracking_uri=uri))
-
-
-def load_folder(folder: Path) -> "PyFuncModel":
-    """Load a model folder of MLflow with the code of this package, not the copy that lies in it."""
-    import mlflow.pyfunc
-
-    before = list(sys.path)
-    try:
-        return mlflow.pyfunc.load_model(str(folder), suppress_warnings=True)
-    finally:
-        sys.path[:] = before
 
 
 def _new_version(client: "MlflowClient", root: Path, model: "LoggedModel", export: Export) -> "ModelVersion":
@@ -360,28 +305,81 @@ def _new_version(client: "MlflowClient", root: Path, model: "LoggedModel", expor
 
 
 def _version_tags(root: Path, model: "LoggedModel", export: Export, metrics: Mapping[str, float]) -> dict[str, str]:
+    training = _training(root, export)
+    consent = export.manifest.get("consent")
     tags = {
         HASH_TAG: export.hash,
         MODEL_TAG: model.model_id,
+        CONSENT_TAG: json.dumps(consent) if consent else None,
         "dreambooth.fingerprint": export.manifest.get("model"),
         "dreambooth.base": export.manifest.get("base"),
+        "dreambooth.prior": _prior_key(root, training),
+        "dreambooth.params": _params_hash(training),
         "dreambooth.subject": export.subject,
         "dreambooth.class_noun": export.generation["class_noun"],
         "dreambooth.identifier": export.generation["identifier"],
+        "dreambooth.size": export.size,
         "dreambooth.version": __version__,
+        "dvc.path": f"export/{export.subject}",
+        "dvc.md5": export.md5,
         "git.commit": _git_commit(root),
     }
     values = {f"metric.{name}": f"{value:.6g}" for name, value in metrics.items()}
     return {name: str(value) for name, value in tags.items() if value is not None} | values
 
 
+def _training(root: Path, export: Export) -> dict[str, Any]:
+    """Return what models/<id> says it was trained from, if that is the model of this export; else nothing."""
+    about = _about(root / "models" / export.subject)
+    inputs: dict[str, Any] = about.get("inputs") or {}
+    return inputs if about.get("fingerprint") == export.manifest.get("model") else {}
+
+
+def _prior_key(root: Path, training: Mapping[str, Any]) -> str | None:
+    """Return the key of the class images that a training saw; None when others lie there by now."""
+    for folder in (root / "build/classes").glob("*"):
+        about = _about(folder)
+        if about and sha256_of(about["files"]) == training.get("prior"):
+            return str(about["key"]) if "key" in about else None
+    return None
+
+
+def _params_hash(training: Mapping[str, Any]) -> str | None:
+    """Return the hash of all parameters of a training."""
+    chosen = {name: training.get(name) for name in ("train", "resolution", "identifier", "class_noun")}
+    return sha256_of(chosen) if training else None
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    if not (folder / MANIFEST).is_file():
+        return {}
+    try:
+        return read_manifest(folder, verify=False)
+    except TornFolderError:
+        return {}
+
+
+def _add_evaluation(client: "MlflowClient", root: Path, version: "ModelVersion", export: Export) -> None:
+    """Keep what the gate will look at beside the run, and say in the tags of the version which evaluation it is."""
+    folder = root / "build" / export.subject / "evaluation"
+    about = _about(folder)
+    key = about.get("fingerprint")
+    if not key or about.get("model") != export.manifest.get("model") or version.tags.get(EVALUATION_TAG) == key:
+        return
+    for name in SCORES:
+        client.log_artifact(version.run_id, str(folder / name), f"evaluation/{key}")
+    metrics = {f"metric.{name}": f"{value:.6g}" for name, value in _metrics(root, export).items()}
+    for name, value in {**metrics, EVALUATION_TAG: key}.items():
+        client.set_model_version_tag(export.subject, version.version, name, value)
+
+
 def _metrics(root: Path, export: Export) -> dict[str, float]:
     """Return the numbers of metrics/<id>.json, flat, if they were measured on this export; else nothing."""
     evaluation = root / "build" / export.subject / "evaluation"
+    about = _about(evaluation)
     try:
-        about = read_manifest(evaluation, verify=False)
         content = json.loads((root / "metrics" / f"{export.subject}.json").read_text(encoding="utf-8"))
-    except (TornFolderError, FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, json.JSONDecodeError):
         return {}
     return dict(_flat(content)) if about.get("model") == export.manifest.get("model") else {}
 

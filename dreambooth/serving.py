@@ -5,7 +5,8 @@ MLflow stores this file beside the export and runs it to get the model ("models 
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from mlflow.pyfunc import PythonModel
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import AnyType
 
+from dreambooth import __version__
 from dreambooth.export import GENERATION
-from dreambooth.folders import read_manifest
+from dreambooth.folders import content_hash
 from dreambooth.images import png_bytes
 from dreambooth.models import DTYPES, load_model
+from dreambooth.pointer import resolve
 from dreambooth.sampling import SCHEDULERS, SamplerSettings, draw
 
 ARTIFACT = "pipeline"
@@ -32,12 +35,14 @@ PARAM_TYPES = {
     "scheduler": DataType.string,
     "resolution": DataType.long,
     "negative_prompt": DataType.string,
+    "batch_size": DataType.long,
 }
+CALL = {"seed": 0, "batch_size": 1}  # what a call may say besides generation.json
 
 
 def signature(folder: Path) -> ModelSignature:
     """Return what the model of an export takes and gives: every parameter has a default, that of the export."""
-    defaults = _generation(folder) | {"seed": 0}
+    defaults = _generation(folder) | CALL
     params = [ParamSpec(name, kind, kind.to_python()(defaults[name])) for name, kind in PARAM_TYPES.items()]
     return ModelSignature(
         inputs=Schema([ColSpec(AnyType(), "prompt"), ColSpec(AnyType(), "negative_prompt", required=False)]),
@@ -51,34 +56,46 @@ class PictureModel(PythonModel):  # type: ignore[misc]  # mlflow has no types
 
     def load_context(self, context: Any) -> None:
         """Load the export after every file of it was found whole."""
-        folder = Path(context.artifacts[ARTIFACT])
-        read_manifest(folder)
+        folder = resolve(Path(context.artifacts[ARTIFACT]))
+        self._export_hash = content_hash(folder)
         self._defaults = _generation(folder)
         self._model = load_model(folder, DTYPES[self._defaults.get("inference_dtype", "float32")])
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[bytes]:
-        """Draw prompt i with seed + i, each picture alone, so that it does not depend on what else is asked for.
+        """Draw prompt i with seed + i, by default each picture alone, so that it does not depend on what else is asked.
 
         Args:
             model_input: rows with `prompt`, a sentence or a list of them, and maybe `negative_prompt`; a dictionary
                 or a list of either does as well.
             params: seed, and what stands in generation.json: num_inference_steps, guidance_scale, scheduler,
-                resolution, negative_prompt.
+                resolution, negative_prompt. batch_size: how many pictures at once; faster, and their last bits differ.
 
         Returns:
-            A PNG for each prompt.
+            A PNG for each prompt, which says itself how it was made (`images.read_provenance`).
         """
-        wanted = self._defaults | {"seed": 0} | {k: v for k, v in (params or {}).items() if v is not None}
+        wanted = self._defaults | CALL | {k: v for k, v in (params or {}).items() if v is not None}
         settings = _settings(wanted)
         prompts = list(_prompts(model_input))
         _require(1 <= len(prompts) <= MAX_PICTURES, f"prompt: give 1 to {MAX_PICTURES} (got {len(prompts)})")
         seeds = range(wanted["seed"], wanted["seed"] + len(prompts))
         _require(seeds.start >= 0 and seeds.stop <= 2**63, f"seed: should be in 0..2^63-1 (got {wanted['seed']})")
+        asked = [
+            (prompt, settings.negative_prompt if negative is None else negative, seed)
+            for (prompt, negative), seed in zip(prompts, seeds, strict=True)
+        ]
         pictures = []
-        for (prompt, negative), seed in zip(prompts, seeds, strict=True):
-            own = settings if negative is None else replace(settings, negative_prompt=negative)
-            pictures += draw(self._model, [prompt], [seed], own)
-        return [png_bytes(picture) for picture in pictures]
+        for negative, same in groupby(asked, key=lambda one: one[1]):
+            group = list(same)
+            own = replace(settings, negative_prompt=negative)
+            drawn = draw(self._model, [prompt for prompt, _, _ in group], [seed for _, _, seed in group], own)
+            pictures += [png_bytes(one, self._about(own, *how)) for one, how in zip(drawn, group, strict=True)]
+        return pictures
+
+    def _about(self, settings: SamplerSettings, prompt: str, negative_prompt: str, seed: int) -> dict[str, Any]:
+        """Say how a picture is made, completely: with this the same one can be drawn again."""
+        asked = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed}
+        subject = {"subject": self._defaults.get("subject"), "export_hash": self._export_hash}
+        return asdict(settings) | asked | subject | {"dreambooth": __version__}
 
 
 def _settings(wanted: Mapping[str, Any]) -> SamplerSettings:
@@ -94,7 +111,9 @@ def _settings(wanted: Mapping[str, Any]) -> SamplerSettings:
         wanted["scheduler"] in SCHEDULERS,
         f"scheduler: should be one of {', '.join(SCHEDULERS)} (got {wanted['scheduler']!r})",
     )
-    return SamplerSettings(wanted["scheduler"], steps, guidance, resolution, wanted["negative_prompt"], batch_size=1)
+    batch_size = wanted["batch_size"]
+    _require(1 <= batch_size <= MAX_PICTURES, f"batch_size: should be 1 to {MAX_PICTURES} (got {batch_size})")
+    return SamplerSettings(wanted["scheduler"], steps, guidance, resolution, wanted["negative_prompt"], batch_size)
 
 
 def _prompts(model_input: Any) -> Iterator[tuple[str, str | None]]:

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dreambooth.errors import ParamsError, PhotosError, PipelineError, SubjectError
+from dreambooth.consent import PERSON, RECORD, read_consent, require_lasting
+from dreambooth.errors import ConsentError, ParamsError, PhotosError, PipelineError, SubjectError
 from dreambooth.folders import write_file
 from dreambooth.images import (
     CAPTION_SUFFIX,
@@ -39,6 +40,8 @@ class Wish:
     class_noun: str
     identifier: str
     kind: str
+    consent: Path | None = None
+    """The record of a person's consent; it is kept beside the photos."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ def add_subject(root: Path, wish: Wish, sources: Sequence[Path], force: bool = F
     with tempfile.TemporaryDirectory(prefix=f".{wish.subject_id}.", dir=folder.parent) as temporary:
         place = Path(temporary) / "photos"
         reports = _copy_and_check(photos, place, folder, params.photos)
+        _copy_consent(wish, place)
         with _replaced(folder, Path(temporary) / "old"):
             place.rename(folder)
             write_file(root / PARAMS, text.encode())
@@ -212,6 +216,24 @@ def _copy_and_check(photos: Sequence[Path], place: Path, folder: Path, limits: P
         for report in reports
         for twin in [report.duplicate_of]
     ]
+
+
+def _copy_consent(wish: Wish, place: Path) -> None:
+    """Put the record of a person's consent beside the photos, after it was found to hold today."""
+    if wish.kind != PERSON:
+        return
+    if wish.consent is None:
+        raise ConsentError(
+            f"{wish.subject_id} is a person: the photos are used only with a consent that says who, given, purpose and "
+            f"until; name its file: --consent {RECORD}"
+        )
+    try:
+        shutil.copyfile(wish.consent, place / RECORD)
+    except OSError as error:
+        raise ConsentError(f"{wish.consent} cannot be read ({error.strerror}); write a {RECORD}") from None
+    consent = read_consent(place)
+    assert consent is not None
+    require_lasting(consent, wish.subject_id)
 
 
 @contextmanager

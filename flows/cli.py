@@ -1,4 +1,4 @@
-"""The dreambooth command: add, check, run, generate, status, register.
+"""The dreambooth command: add, check, run, generate, status, register; the others stand in flows/commands.py.
 
 Nothing heavy is imported here: each command imports what it needs, and --help needs nothing.
 """
@@ -7,17 +7,18 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from dreambooth.errors import DreamboothError, PipelineError
+from flows import commands
 from flows.project import PARAMS, choose_subjects, find_root
 
 if TYPE_CHECKING:
     from dreambooth.params import Params
-    from dreambooth.registry import RegisteredVersion
+    from dreambooth.versions import RegisteredVersion
     from flows.graph import Graph
     from flows.personalize import Outcome
 
@@ -51,8 +52,9 @@ def add(
     class_noun: Annotated[str, typer.Option(help="What it is an instance of: dog, backpack, ...")],
     identifier: Annotated[str, typer.Option(help="Rare word that will mean it.")] = "sks",
     kind: Annotated[
-        Literal["live", "object"] | None, typer.Option(help="Evaluation prompts; object if unsaid.")
+        Literal["live", "object", "person"] | None, typer.Option(help="Evaluation prompts; object if unsaid.")
     ] = None,
+    consent: Annotated[Path | None, typer.Option(help="subject.yaml of a person: who, given, purpose, until.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the photos of a subject of this id.")] = False,
 ) -> None:
     """Add a subject: check and copy its photos, and write it into params.yaml."""
@@ -60,7 +62,7 @@ def add(
     from flows.tables import photos_table
 
     root = find_root(context.obj)
-    added = add_subject(root, Wish(subject_id, class_noun, identifier, kind or "object"), photos, force)
+    added = add_subject(root, Wish(subject_id, class_noun, identifier, kind or "object", consent), photos, force)
     out.print(photos_table(added.reports, added.ignored))
     if kind is None:
         out.print("kind: object (evaluation prompts for things; --kind live for people and animals)")
@@ -114,26 +116,43 @@ def run(context: typer.Context, subject_ids: SubjectIds = None) -> None:
 def generate(
     context: typer.Context,
     subject_id: SubjectId,
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="Sentences; {} stands for the subject.")],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT", help="Sentences; {} stands for the subject.")
+    ] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="More prompts, a line each.")] = None,
     count: Annotated[int, typer.Option("-n", min=1, max=1000, help="Pictures of each prompt.")] = 4,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the first picture; the next has the next.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Steps of the sampler.")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, max=50, help="Weight of the prompt.")] = None,
+    negative: Annotated[str | None, typer.Option(help="What the pictures must not show.")] = None,
+    size: Annotated[int | None, typer.Option(min=32, max=2048, help="Side in pixels; else as trained.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=64, help="Pictures at once; 1 gives the served bits.")] = 1,
     version: Annotated[int | None, typer.Option(min=1, help="Else the champion, the challenger, the newest.")] = None,
     folder: Annotated[Path | None, typer.Option("--out", help="Else build/ID/generated.")] = None,
 ) -> None:
-    """Draw pictures of a subject with its registered version."""
-    from dreambooth import registry
-    from flows.generate import draw, full_prompts
+    """Draw pictures of a subject with its champion: files, a contact sheet; each PNG says how it was made."""
+    from dreambooth import versions
+    from flows.generate import draw, full_prompts, read_prompts
 
     root = find_root(context.obj)
-    complete, nameless = full_prompts(_params(root), subject_id, prompts)
+    wanted = [*(prompts or []), *(read_prompts(prompts_file) if prompts_file else [])]
+    if not wanted:
+        raise PipelineError(f'no prompt; dreambooth generate {subject_id} "a photo of {{}} in space"')
+    complete, nameless = full_prompts(_params(root), subject_id, wanted)
     for prompt in nameless:
         err.print(f"warning: {prompt!r} does not name {subject_id}; write {{}} where it should stand", markup=False)
-    model = registry.load(root, subject_id, version)
-    options = {"seed": seed, "num_inference_steps": steps, "guidance_scale": guidance}
+    found = versions.choose(root, subject_id, version)
+    model = versions.load_found(root, found)
+    options: dict[str, Any] = {
+        "seed": seed,
+        "batch_size": batch_size,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+    }
+    options |= {"negative_prompt": negative, "resolution": size}
     given = {name: value for name, value in options.items() if value is not None}
-    drawn = draw(model, complete, count, given, folder or root / "build" / subject_id / "generated")
+    about = {"model": f"models:/{found.name}/{found.version}"}
+    drawn = draw(model, complete, count, given, folder or root / "build" / subject_id / "generated", about)
     for path in [*drawn.pictures, drawn.sheet]:
         _say(_shown(path))
 
@@ -155,8 +174,12 @@ def register(context: typer.Context, subject_id: SubjectId) -> None:
     from dreambooth import registry
 
     root = find_root(context.obj)
-    _params(root).subject(subject_id)
-    _say(_version(registry.register(root, subject_id)))
+    params = _params(root)
+    params.subject(subject_id)
+    _say(_version(registry.register(root, subject_id, params.registry.max_logged_bytes)))
+
+
+commands.add_to(app)
 
 
 def _params(root: Path) -> "Params":
@@ -166,25 +189,27 @@ def _params(root: Path) -> "Params":
 
 
 def _is_registered(root: Path, subject_id: str) -> bool:
-    from dreambooth import registry
+    from dreambooth import versions
     from flows.summary import export_hash
 
-    found = registry.find(root, subject_id)
+    found = versions.find(root, subject_id)
     return found is not None and found.export_hash == export_hash(root, subject_id)
 
 
 def _print_status(root: Path, params: "Params", graph: "Graph", subjects: list[str]) -> None:
-    from dreambooth import registry
+    from dreambooth import versions
     from flows.summary import read_summary
     from flows.tables import age, status_table
 
     lines = []
     for subject_id in subjects:
-        found = registry.find(root, subject_id)
+        found, champion = versions.find(root, subject_id), versions.find(root, subject_id, alias=versions.CHAMPION)
+        registered = f"v{found.version}" if found else "-"
+        registered += f", champion v{champion.version}" if champion else ""
         manifest = root / "export" / subject_id / "manifest.json"
         since = age(time.time() - manifest.stat().st_mtime) if manifest.exists() else "-"
         stale = [stage.entry for stage in graph.select([subject_id]).stale]
-        lines.append((read_summary(root, params, subject_id), stale, f"v{found.version}" if found else "-", since))
+        lines.append((read_summary(root, params, subject_id), stale, registered, since))
     out.print(status_table(lines))
 
 

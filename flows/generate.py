@@ -3,11 +3,12 @@
 import io
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dreambooth.errors import PipelineError
 from dreambooth.params import Params
 from dreambooth.prompts import PLACEHOLDER, fill
 
@@ -30,7 +31,30 @@ def full_prompts(params: Params, subject_id: str, prompts: Sequence[str]) -> tup
     return list(dict.fromkeys(fill(prompt, words) for prompt in prompts)), nameless
 
 
-def draw(model: Any, prompts: Sequence[str], count: int, options: dict[str, Any], out: Path) -> Drawn:
+def read_prompts(path: Path) -> list[str]:
+    """Read prompts, a line each; empty lines and those that begin with # are passed over.
+
+    Raises:
+        PipelineError: the file cannot be read, or holds no prompt.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise PipelineError(f"{path} cannot be read ({error}); write a prompt a line, in UTF-8") from None
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise PipelineError(f"{path} holds no prompt; write a prompt a line: a photo of {PLACEHOLDER} in space")
+    return prompts
+
+
+def draw(
+    model: Any,
+    prompts: Sequence[str],
+    count: int,
+    options: dict[str, Any],
+    out: Path,
+    provenance: Mapping[str, Any] | None = None,
+) -> Drawn:
     """Draw each prompt with `count` seeds and write <out>/<prompt>-<seed>.png and a contact sheet.
 
     Args:
@@ -39,10 +63,12 @@ def draw(model: Any, prompts: Sequence[str], count: int, options: dict[str, Any]
         count: pictures a prompt; picture i has the seed `options["seed"]` + i.
         options: parameters of the model; seed among them.
         out: made if need be.
+        provenance: is added to what each PNG says about itself, such as the registered version.
     """
     from PIL import Image
 
     from dreambooth.grid import grid
+    from dreambooth.images import png_bytes, read_provenance
 
     out.mkdir(parents=True, exist_ok=True)
     seeds = range(options["seed"], options["seed"] + count)
@@ -51,9 +77,10 @@ def draw(model: Any, prompts: Sequence[str], count: int, options: dict[str, Any]
     for prompt, slug in zip(prompts, slugs(prompts), strict=True):
         pictures = _predict(model, prompt, count, options)
         rows.append([Image.open(io.BytesIO(picture), formats=("PNG",)) for picture in pictures])
-        for seed, picture in zip(seeds, pictures, strict=True):
+        for seed, picture, image in zip(seeds, pictures, rows[-1], strict=True):
             written.append(out / f"{slug}-{seed}.png")
-            written[-1].write_bytes(picture)
+            assert image is not None
+            written[-1].write_bytes(png_bytes(image, read_provenance(picture) | dict(provenance or {})))
     sheet = out / "sheet.png"
     grid(rows, list(prompts), [f"seed {seed}" for seed in seeds]).save(sheet)
     return Drawn(written, sheet)

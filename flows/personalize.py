@@ -30,7 +30,7 @@ from flows.graph import Graph
 from flows.project import PARAMS, choose_subjects, find_root
 
 if TYPE_CHECKING:
-    from dreambooth.registry import RegisteredVersion
+    from dreambooth.versions import RegisteredVersion
 
 GPU = "gpu"
 GPU_ENTRIES = frozenset({"prior", "train", "evaluate"})
@@ -61,13 +61,13 @@ def bring_up_to_date(stage: str, runner: DvcRunner, turn: Turn) -> "StageRun | S
 
 
 @task(task_run_name="register {subject_id}", cache_policy=NO_CACHE, persist_result=False)
-def register(subject_id: str, root: Path) -> "RegisteredVersion | State[Any]":
+def register(subject_id: str, root: Path, max_logged_bytes: int | None = None) -> "RegisteredVersion | State[Any]":
     """Register the export of one subject; the same export is the same version."""
     from dreambooth import registry
 
     try:
         with _registering:
-            version = registry.register(root, subject_id)
+            version = registry.register(root, subject_id, max_logged_bytes)
     except DreamboothError as error:
         return Failed(message=f"register {subject_id}: {error.code}: {error}")
     how = "registered" if version.created else "was registered before"
@@ -93,8 +93,10 @@ def personalize(subject: str | list[str] | None = None, root: str | None = None)
     _announce(project, graph)
     runner = DvcRunner(project)
     try:
-        stages = _submit_stages(graph, runner)
-        versions = {subject_id: _submit_registration(subject_id, project, graph, stages) for subject_id in subjects}
+        stages, limit = _submit_stages(graph, runner), params.registry.max_logged_bytes
+        versions = {
+            subject_id: _submit_registration(subject_id, project, graph, stages, limit) for subject_id in subjects
+        }
         futures: list[PrefectFuture[Any]] = [*stages.values(), *versions.values()]
         wait(futures)
     except BaseException:
@@ -155,10 +157,10 @@ def _submit_stages(graph: Graph, runner: DvcRunner) -> dict[str, PrefectFuture[A
 
 
 def _submit_registration(
-    subject_id: str, root: Path, graph: Graph, stages: dict[str, PrefectFuture[Any]]
+    subject_id: str, root: Path, graph: Graph, stages: dict[str, PrefectFuture[Any]], limit: int
 ) -> PrefectFuture[Any]:
     before = [stages[stage.name] for stage in graph.select([subject_id]).stale]
-    return register.submit(subject_id, root, wait_for=before, return_state=False)
+    return register.submit(subject_id, root, limit, wait_for=before, return_state=False)
 
 
 def _gpu(turn: Turn) -> AbstractContextManager[Any]:
@@ -209,10 +211,10 @@ def _registered(future: PrefectFuture[Any]) -> str:
 
 
 def _versions(root: Path, subject_id: str) -> list[str]:
-    from dreambooth import registry
+    from dreambooth import versions
 
     try:
-        return registry.versions(root, subject_id)
+        return versions.in_words(root, subject_id)
     except DreamboothError as error:  # the index is worth less than the run
         get_run_logger().warning("%s: %s", error.code, error)
         return []

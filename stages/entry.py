@@ -12,6 +12,7 @@ from pathlib import Path
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+from dreambooth.consent import require_consent
 from dreambooth.errors import DreamboothError
 from dreambooth.interruption import die_with_parent
 from dreambooth.params import check_id, load_params
@@ -37,8 +38,9 @@ def main(run: Run, options: Sequence[str] = ()) -> None:
         if isinstance(stream, io.TextIOWrapper):  # a file name may hold bytes that are no text
             stream.reconfigure(errors="backslashreplace")
     try:
-        root = Path.cwd()
-        run(load_params(root / "params.yaml"), check_id(given.pop("id")), root, **given)
+        root, params, key = Path.cwd(), load_params(Path("params.yaml")), check_id(given.pop("id"))
+        require_consent(params, key, root)
+        run(params, key, root, **given)
     except DreamboothError as error:
         if os.environ.get("DREAMBOOTH_DEBUG"):
             raise

@@ -89,7 +89,7 @@ def compare(
 
 def _plan(params: Params, subject_id: str, root: Path) -> Plan:
     subject, class_noun = params.subject(subject_id), params.class_of(subject_id).class_noun
-    templates = prompts.load_templates(root / params.evaluate.prompts / f"{subject.kind}.csv")
+    templates = prompts.load_templates(root / params.evaluate.prompts / f"{subject.prompt_kind}.csv")
     chosen = prompts.choose(templates, params.evaluate.max_prompts)
     return Plan(
         resolve_model(params.base.pretrained_model_name_or_path, params.base.revision, root),

@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+from dreambooth.consent import read_consent
 from dreambooth.errors import EvaluationError
 from dreambooth.export import write_export
 from dreambooth.folders import new_folder, read_manifest
@@ -10,7 +12,7 @@ from dreambooth.models import model_hash, resolve_model
 from dreambooth.params import Params
 from stages.entry import main, say
 
-INPUTS = ("models/{id}", "metrics/{id}.json", "data/base")
+INPUTS = ("models/{id}", "metrics/{id}.json", "data/base", "data/subjects/{id}")
 OUTPUTS = ("export/{id}",)
 
 
@@ -26,9 +28,11 @@ def run(params: Params, subject_id: str, root: Path) -> None:
             f"run the evaluation first: dvc repro evaluate@{subject_id}"
         )
     base_hash = model_hash(base)
-    about = {"base": base_hash, "model": fingerprint, "subject": subject_id}
+    consent = read_consent(root / INPUTS[3].format(id=subject_id))
+    about: dict[str, Any] = {"base": base_hash, "model": fingerprint, "subject": subject_id}
+    about |= {"consent": consent.as_text()} if consent else {}
     with new_folder(root / OUTPUTS[0].format(id=subject_id), about) as target:
-        write_export(target, base, trained, subject_id, params, base_hash, metrics)
+        write_export(target, base, trained, subject_id, params, base_hash, metrics, consent)
     say(f"export {subject_id}: {OUTPUTS[0].format(id=subject_id)}")
 
 

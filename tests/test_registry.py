@@ -1,4 +1,5 @@
 import base64
+import io
 import json
 import os
 import shutil
@@ -17,10 +18,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dreambooth import registry, tracking
+from dreambooth import tracking
+from dreambooth import versions as registered
+from dreambooth.aliases import history, move, read_log
 from dreambooth.errors import RegistryError, SubjectError
 from dreambooth.folders import TornFolderError, new_folder
-from dreambooth.registry import RegisteredVersion, find, load, move_alias, register
+from dreambooth.images import read_provenance
+from dreambooth.registry import register
+from dreambooth.versions import RegisteredVersion, find, load
+from flows.generate import draw
 
 BISCUIT = "biscuit"
 CALL = {"prompt": "a photo of sks dog"}
@@ -107,9 +113,9 @@ def test_the_challenger_is_what_was_registered_last_and_every_move_is_written_do
     challenger = find(root, BISCUIT, alias="challenger")
     assert challenger is not None
     assert challenger.version == 1
-    tags = tracking.connect(root)[0].get_registered_model(BISCUIT).tags
-    moves = [json.loads(tags[name]) for name in sorted(tags) if name.startswith("dreambooth.alias.")]
-    assert [(move["from"], move["to"]) for move in moves] == [(None, 1), (1, 2), (2, 1)]
+    entries = read_log(tracking.connect(root)[0], BISCUIT)
+    assert [(entry.before, entry.after) for entry in entries] == [(None, 1), (1, 2), (2, 1)]
+    assert history(entries, "challenger") == [1, 2, 1]
 
 
 def test_a_torn_export_is_not_registered(root: Path) -> None:
@@ -139,6 +145,7 @@ def half(self, local_dir, artifact_path=None):
     os.kill(os.getpid(), signal.SIGKILL)
 
 LocalArtifactRepository.log_artifacts = half
+from dreambooth.images import read_provenance
 from dreambooth.registry import register
 register(Path(sys.argv[1]), "biscuit")
 """
@@ -203,10 +210,10 @@ def test_the_champion_is_loaded_before_the_challenger(
         write_export(root, tiny_model_folder, note)
         register(root, BISCUIT)
     loaded: list[Path] = []
-    monkeypatch.setattr(registry, "load_folder", loaded.append)
+    monkeypatch.setattr(registered, "load_folder", loaded.append)
     client = tracking.connect(root)[0]
-    move_alias(client, BISCUIT, "challenger", 2)
-    move_alias(client, BISCUIT, "champion", 1)
+    move(client, BISCUIT, "register", "challenger", 3, 2)
+    move(client, BISCUIT, "promote", "champion", None, 1)
     load(root, BISCUIT)
     client.delete_registered_model_alias(BISCUIT, "champion")
     load(root, BISCUIT)
@@ -266,6 +273,30 @@ def test_a_dead_server_is_one_line_and_the_export_stays(root: Path, monkeypatch:
     assert "\n" not in str(caught.value)
 
 
+def test_a_large_export_stays_in_dvc_and_is_served_from_there(root: Path, tiny_model_folder: Path) -> None:
+    from dvc.repo import Repo
+
+    with Repo.init(str(root), no_scm=True) as repo:
+        (added,) = repo.add(str(root / "export" / BISCUIT))
+        md5 = added.outs[0].hash_info.value
+    lock = {"schema": "2.0", "stages": {"export@biscuit": {"outs": [{"path": f"export/{BISCUIT}", "md5": md5}]}}}
+    (root / "dvc.lock").write_text(json.dumps(lock))
+    register(root, BISCUIT, max_logged_bytes=100_000)
+    assert register(root, BISCUIT, max_logged_bytes=100_000).version == 1
+    (stored,) = versions(root)
+    assert (stored.tags["dvc.path"], stored.tags["dvc.md5"]) == (f"export/{BISCUIT}", md5)
+    (place,) = places(root)
+    assert [path.name for path in (place / f"artifacts/artifacts/{BISCUIT}").iterdir()] == ["pointer.json"]
+    assert not list(place.rglob("*.safetensors"))
+    (expected,) = load(root, BISCUIT).predict(CALL, params={"seed": 1})
+    shutil.rmtree(root / "export" / BISCUIT)
+    write_export(root, tiny_model_folder, note="another")  # the next training took its place
+    assert load(root, BISCUIT).predict(CALL, params={"seed": 1}) == [expected]
+    shutil.rmtree(root / ".dvc/cache")
+    with pytest.raises(RegistryError, match=r"neither does the cache of DVC .*dvc pull export/biscuit"):
+        load(root, BISCUIT)
+
+
 def test_a_full_disk_is_seen_before_the_copy(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(RegistryError, match=r"needs \d+ bytes, 1 are free"):
@@ -300,7 +331,9 @@ import dreambooth
 assert "mlartifacts" in dreambooth.__file__, dreambooth.__file__
 sys.stdout.buffer.write(model.predict({"prompt": "a photo of sks dog"}, params={"seed": 1})[0])
 """
-    result = subprocess.run([sys.executable, "-P", "-c", program], env=environment(root), capture_output=True)
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", program], env=environment(root) | {"PYTHONPATH": ""}, capture_output=True
+    )
     assert result.returncode == 0, result.stderr.decode()
     assert result.stdout == expected
 
@@ -318,6 +351,11 @@ def test_mlflow_serves_it_over_http(root: Path) -> None:
         two = invoke(port, {"dataframe_split": rows, "params": {"seed": 6}})
         assert base64.b64decode(two[1]) == base64.b64decode(alone)
         assert len(invoke(port, {"inputs": {"prompt": ["a", "b", "c"]}})) == 3
+        drawn = draw(model, [CALL["prompt"]], 2, {"seed": 6}, root / "out", {"model": "models:/biscuit/1"})
+        written = drawn.pictures[1].read_bytes()
+        assert Image.open(io.BytesIO(base64.b64decode(alone))).tobytes() == Image.open(io.BytesIO(written)).tobytes()
+        about = read_provenance(written)
+        assert (about["model"], about["seed"], about["prompt"]) == ("models:/biscuit/1", 7, CALL["prompt"])
         with pytest.raises(urllib.error.HTTPError) as caught:
             invoke(port, {"inputs": CALL, "params": {"num_inference_steps": 10**9}})
         assert caught.value.code == 400

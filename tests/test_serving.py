@@ -1,5 +1,6 @@
 import ast
 import importlib.util
+import io
 import json
 import shutil
 import sys
@@ -11,10 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
+from PIL import Image
 
 from dreambooth import registry, serving
-from dreambooth.folders import TornFolderError, new_folder
-from dreambooth.images import png_bytes
+from dreambooth.folders import TornFolderError, content_hash, new_folder
+from dreambooth.images import read_provenance
 from dreambooth.models import load_model
 from dreambooth.sampling import SamplerSettings, draw
 from dreambooth.serving import PictureModel
@@ -45,16 +47,21 @@ def loaded(folder: Path) -> PictureModel:
     return model
 
 
+def pixels(png: bytes) -> bytes:
+    return Image.open(io.BytesIO(png)).tobytes()
+
+
 def test_it_draws_what_the_sampler_draws(model: PictureModel, export: Path) -> None:
     settings = SamplerSettings("ddim", 2, 5.0, 32)
     (expected,) = draw(load_model(export), ["a dog"], [7], settings)
-    assert model.predict(pd.DataFrame({"prompt": ["a dog"]}), params={"seed": 7}) == [png_bytes(expected)]
+    (drawn,) = model.predict(pd.DataFrame({"prompt": ["a dog"]}), params={"seed": 7})
+    assert pixels(drawn) == expected.tobytes()
 
 
 def test_prompt_i_is_drawn_with_seed_plus_i_whatever_stands_beside_it(model: PictureModel) -> None:
     three = model.predict(pd.DataFrame({"prompt": ["a cat", "a dog", "a dog"]}), params={"seed": 6})
     assert [three[1]] == model.predict(pd.DataFrame({"prompt": ["a dog"]}), params={"seed": 7})
-    assert three[1] != three[2]
+    assert pixels(three[1]) != pixels(three[2])
 
 
 @pytest.mark.parametrize(
@@ -87,8 +94,27 @@ def test_prompts_may_come_in_many_shapes(model: PictureModel, model_input: objec
     ids=lambda changed: next(iter(changed)),
 )
 def test_every_parameter_counts(model: PictureModel, changed: dict[str, object]) -> None:
-    assert model.predict(["a dog"], changed) != model.predict(["a dog"])
+    (other,), (usual,) = model.predict(["a dog"], changed), model.predict(["a dog"])
+    assert pixels(other) != pixels(usual)
     assert model.predict(["a dog"], {name: None for name in changed}) == model.predict(["a dog"])
+
+
+def test_a_picture_says_how_it_was_made(model: PictureModel, export: Path) -> None:
+    (png,) = model.predict(pd.DataFrame({"prompt": ["a dog"], "negative_prompt": ["blur"]}), {"seed": 3})
+    about = read_provenance(png)
+    assert about["export_hash"] == content_hash(export)
+    assert (about["prompt"], about["negative_prompt"], about["seed"]) == ("a dog", "blur", 3)
+    settings = {name: about[name] for name in ("num_inference_steps", "guidance_scale", "scheduler", "resolution")}
+    rows = pd.DataFrame({"prompt": [about["prompt"]], "negative_prompt": [about["negative_prompt"]]})
+    assert model.predict(rows, settings | {"seed": about["seed"]}) == [png]
+
+
+def test_pictures_of_a_batch_are_those_drawn_alone_but_for_rounding(model: PictureModel) -> None:
+    prompts = ["a dog", "a cat", "a dog in space"]
+    alone, together = (model.predict(prompts, {"seed": 1, "batch_size": size}) for size in (1, 3))
+    for one, other in zip(alone, together, strict=True):
+        a, b = (np.frombuffer(pixels(png), np.uint8).astype(int) for png in (one, other))
+        assert abs(a - b).max() <= 2
 
 
 def test_a_row_may_have_its_own_negative_prompt(model: PictureModel) -> None:
@@ -106,6 +132,7 @@ def test_a_row_may_have_its_own_negative_prompt(model: PictureModel) -> None:
         ({"guidance_scale": float("nan")}, "guidance_scale: should be 0 to 50"),
         ({"resolution": 33}, "resolution: should be a multiple of 8"),
         ({"resolution": 100_000}, "resolution: should be a multiple of 8 from 32 to 2048"),
+        ({"batch_size": 65}, "batch_size: should be 1 to 64"),
         ({"scheduler": "heun"}, r"scheduler: should be one of dpmsolver\+\+, ddim, pndm, euler \(got 'heun'\)"),
     ],
 )
@@ -131,7 +158,7 @@ def test_a_damaged_export_is_not_loaded(export: Path, tmp_path: Path) -> None:
 def test_the_signature_holds_the_defaults_of_the_export(export: Path) -> None:
     signature = serving.signature(export)
     defaults = {spec.name: spec.default for spec in signature.params.params}
-    assert defaults == {name: (DEFAULTS | {"seed": 0})[name] for name in serving.PARAM_TYPES}
+    assert defaults == {name: (DEFAULTS | serving.CALL)[name] for name in serving.PARAM_TYPES}
     assert signature.inputs.required_input_names() == ["prompt"]
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from dreambooth import registry
 from dreambooth.errors import RegistryError
 from dreambooth.folders import content_hash
-from dreambooth.registry import RegisteredVersion
+from dreambooth.versions import RegisteredVersion
 
 
-def register(root: Path, subject_id: str) -> RegisteredVersion:
+def register(root: Path, subject_id: str, max_logged_bytes: int | None = None) -> RegisteredVersion:
     """Give an export the next number, the same export the same number."""
     if (root / f"fail-register-{subject_id}").exists():
         raise RegistryError("the store is down; dreambooth register later")
@@ -24,7 +24,7 @@ def register(root: Path, subject_id: str) -> RegisteredVersion:
     return RegisteredVersion(subject_id, known.index(key) + 1, created, key[1])
 
 
-def find(root: Path, subject_id: str) -> RegisteredVersion | None:
+def find(root: Path, subject_id: str, version: int | None = None, alias: str | None = None) -> RegisteredVersion | None:
     """Return the newest number of a subject."""
     book = root / "registry.json"
     known = json.loads(book.read_text()) if book.exists() else []

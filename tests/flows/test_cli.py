@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from toy_project import REPOSITORY, dvc, make_photos, quiet, ran
 
-from flows.generate import draw, full_prompts, slugs
+from dreambooth.errors import PipelineError
+from flows.generate import draw, full_prompts, read_prompts, slugs
 
 HEAVY = ("torch", "prefect", "dvc", "mlflow", "diffusers", "transformers", "PIL", "pandas")
 
@@ -99,8 +100,8 @@ def test_status_shows_what_is_out_of_date_without_torch_or_prefect(project: Path
 @pytest.mark.slow
 def test_run_trains_registers_and_then_is_up_to_date_in_seconds_without_torch_or_prefect(project: Path) -> None:
     fake = (
-        "import flow_program; from dreambooth import registry; registry.register = flow_program.register\n"
-        "registry.find = flow_program.find"
+        "import flow_program; from dreambooth import registry, versions; registry.register = flow_program.register\n"
+        "versions.find = flow_program.find"
     )
     done = dreambooth(project, "run", "rex", before=fake)
     assert done.returncode == 0, done.stderr
@@ -162,6 +163,15 @@ def test_generated_files_are_named_by_prompt_and_seed(tmp_path: Path) -> None:
     assert drawn.sheet.is_file()
     with Image.open(drawn.pictures[3]) as picture:
         assert picture.getpixel((0, 0)) == 6
+
+
+def test_prompts_come_from_a_file_a_line_each(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("# places\na photo of {} in space\n\n  sks dog\n")
+    assert read_prompts(tmp_path / "prompts.txt") == ["a photo of {} in space", "sks dog"]
+    (tmp_path / "prompts.txt").write_text("# nothing\n")
+    for name in ("prompts.txt", "missing.txt"):
+        with pytest.raises(PipelineError, match=name):
+            read_prompts(tmp_path / name)
 
 
 def test_more_pictures_than_a_call_may_ask_for_have_consecutive_seeds(tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""Serve a pipeline that is too large to be copied into the registry from where DVC keeps it.
+
+The version holds pointer.json instead of the files: where the export lies, its content hash, and the cache of DVC.
+"""
+
+import configparser
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dreambooth.errors import ModelError
+from dreambooth.folders import TornFolderError, content_hash, scratch_folder, write_file
+
+POINTER = "pointer.json"
+
+
+def write_pointer(folder: Path, root: Path, path: str, export_hash: str, md5: str | None) -> None:
+    """Write pointer.json for <root>/<path>.
+
+    Args:
+        folder: is made.
+        root: of the project; DREAMBOOTH_HOME overrules it where the version is served.
+        path: of the export, from the root.
+        export_hash: content hash of the export.
+        md5: of the folder in dvc.lock, "<32 digits>.dir"; None where DVC does not know this export.
+    """
+    folder.mkdir(parents=True)
+    about = {"root": str(root.absolute()), "path": path, "hash": export_hash, "md5": md5}
+    write_file(folder / POINTER, json.dumps(about, indent=1).encode() + b"\n")
+
+
+def resolve(folder: Path) -> Path:
+    """Return the folder of the pipeline: this one, or the one that it points to, found whole.
+
+    Raises:
+        ModelError: neither the project nor DVC's cache holds those files any more.
+    """
+    if not (folder / POINTER).is_file():
+        return folder
+    about = json.loads((folder / POINTER).read_text(encoding="utf-8"))
+    root = Path(os.environ.get("DREAMBOOTH_HOME") or about["root"])
+    place: Path = root / str(about["path"])
+    if _is_whole(place, about["hash"]):
+        return place
+    kept = _from_cache(root, about) if about["md5"] else None
+    if kept is None:
+        raise ModelError(
+            f"{place} does not hold the export {about['hash'][:12]}, and neither does the cache of DVC "
+            f"({about['md5'] or 'never run through DVC'}); check out the commit of the version, then: "
+            f"dvc pull {about['path']}; or name the folder of the project: DREAMBOOTH_HOME"
+        )
+    return kept
+
+
+def dvc_cache(root: Path) -> Path:
+    """Return where DVC keeps files by their md5; `dvc cache dir` changes it in .dvc/config or config.local."""
+    config = configparser.ConfigParser(interpolation=None)
+    config.read([root / ".dvc/config", root / ".dvc/config.local"], encoding="utf-8")
+    named = config.get("cache", "dir", fallback=None)
+    return (root / ".dvc" / (named or "cache")) / "files" / "md5"
+
+
+def _is_whole(folder: Path, export_hash: str) -> bool:
+    try:
+        return content_hash(folder) == export_hash
+    except TornFolderError:
+        return False
+
+
+def _from_cache(root: Path, about: dict[str, Any]) -> Path | None:
+    """Lay links to the files in DVC's cache out as the folder was; None if one is missing or damaged."""
+    place: Path = scratch_folder(root) / "pipelines" / str(about["hash"])
+    if _is_whole(place, about["hash"]):
+        return place
+    try:
+        entries = json.loads(_object(root, about["md5"]).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    shutil.rmtree(place, ignore_errors=True)
+    place.parent.mkdir(mode=0o700, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=place.parent))
+    for entry in entries:
+        target = temporary / entry["relpath"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(_object(root, entry["md5"]).absolute())
+    if not _is_whole(temporary, about["hash"]):
+        shutil.rmtree(temporary)
+        return None
+    temporary.rename(place)
+    return place
+
+
+def _object(root: Path, md5: str) -> Path:
+    return dvc_cache(root) / md5[:2] / md5[2:]

@@ -1,0 +1,316 @@
+"""Find, check and load the registered versions of a subject; nothing here changes the registry."""
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from dreambooth.errors import ModelError, RegistryError
+from dreambooth.folders import MANIFEST, TornFolderError, content_hash, scratch_folder, sha256_of
+from dreambooth.params import check_id
+from dreambooth.pointer import POINTER, resolve
+from dreambooth.tracking import connect, database_file, explain, hide_password, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.pyfunc import PyFuncModel
+    from mlflow.tracking import MlflowClient
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+HASH_TAG = "dreambooth.export_hash"
+MODEL_TAG = "dreambooth.model_id"
+EVALUATION_TAG = "dreambooth.evaluation"
+VERDICT_TAG = "dreambooth.verdict"
+REASON_TAG = "dreambooth.reason"
+CONSENT_TAG = "dreambooth.consent"
+
+
+@dataclass(frozen=True)
+class RegisteredVersion:
+    """A version of a registered model that is whole."""
+
+    name: str
+    version: int
+    created: bool
+    """False when it was there before."""
+    export_hash: str
+    """Content of export/<id> that it was made from."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of one version, for a table."""
+
+    version: int
+    aliases: tuple[str, ...]
+    created: float
+    """Seconds since 1970."""
+    verdict: str
+    reason: str
+    scores: Mapping[str, float]
+    size: int | None
+    """Bytes of the export."""
+    faults: tuple[str, ...] | None
+    """What is wrong with its files; None where nobody looked."""
+
+
+def find(root: Path, subject_id: str, version: int | None = None, alias: str | None = None) -> RegisteredVersion | None:
+    """Return a version of a subject: this one, the one with this alias, or the newest; None if there is none."""
+    if not is_there(root):
+        return None
+    with explained(root, f"find {subject_id}", "try again when it answers"):
+        found = find_version(client_of(root), check_id(subject_id), version, alias)
+    if found is None:
+        return None
+    return RegisteredVersion(subject_id, int(found.version), False, found.tags.get(HASH_TAG, ""))
+
+
+def is_there(root: Path) -> bool:
+    """Tell whether anything can have been registered: asking MLflow for a database that is not there makes it."""
+    file = database_file(tracking_uri(root))
+    return file is None or file.exists()
+
+
+def load(root: Path, subject_id: str, version: int | None = None) -> "PyFuncModel":
+    """Load a version to draw with: this one, else the champion, else the challenger, else the newest.
+
+    The result's `predict({"prompt": "..."}, params={"seed": 1})` returns PNG bytes, see `dreambooth.serving`.
+
+    Raises:
+        RegistryError: there is none, or it cannot be loaded.
+    """
+    return load_found(root, choose(root, subject_id, version))
+
+
+def choose(root: Path, subject_id: str, version: int | None = None) -> RegisteredVersion:
+    """Return this version, else the champion, else the challenger, else the newest.
+
+    Raises:
+        RegistryError: there is none.
+    """
+    choices = [(version, None)] if version else [(None, CHAMPION), (None, CHALLENGER), (None, None)]
+    found = next((hit for number, alias in choices if (hit := find(root, subject_id, number, alias))), None)
+    if found is None:
+        which = f"version {version}" if version else "version"
+        raise RegistryError(
+            f"{subject_id} has no {which} in {hide_password(tracking_uri(root))}; dreambooth register {subject_id}"
+        )
+    return found
+
+
+def load_found(root: Path, found: RegisteredVersion) -> "PyFuncModel":
+    """Load a version that was found.
+
+    Raises:
+        RegistryError: its files are not whole.
+    """
+    name = found.name
+    remedy = f"its files come back when the same export is registered again: dreambooth register {name}"
+    with explained(root, f"load version {found.version} of {name}", remedy):
+        source = client_of(root).get_model_version_download_uri(name, str(found.version))
+        with downloaded(root, source) as folder:
+            return load_folder(folder)
+
+
+def rows(root: Path, subject_id: str, limit: int | None = 20, deep: bool = False) -> list[Row]:
+    """Return the versions of a subject, the newest first; those with an alias are among them, however old.
+
+    Args:
+        root: of the project.
+        subject_id: of the subject.
+        limit: of the versions that are shown; None shows all.
+        deep: compare the sha256 of every file of every version, else names and sizes of those with an alias.
+    """
+    if not is_there(root):
+        return []
+    with explained(root, f"list the versions of {subject_id}", "try again when it answers"):
+        client = client_of(root)
+        aliases = aliases_of(client, check_id(subject_id))
+        by_version: dict[int, list[str]] = {}
+        for alias, number in sorted(aliases.items()):
+            by_version.setdefault(number, []).append(alias)
+        found = {int(one.version): one for one in all_versions(client, subject_id, limit)}
+        found |= {
+            number: one
+            for number in set(by_version) - set(found)
+            if (one := find_version(client, subject_id, number, None))
+        }
+        return [
+            _row(root, client, found[number], tuple(by_version.get(number, ())), deep)
+            for number in sorted(found, reverse=True)
+        ]
+
+
+def in_words(root: Path, subject_id: str) -> list[str]:
+    """Return the versions of a subject in words, the newest first: "v2 @champion"; none where nothing is registered."""
+    if not is_there(root):
+        return []
+    with explained(root, f"list the versions of {subject_id}", "try again when it answers"):
+        client = client_of(root)
+        named: dict[int, str] = {}
+        for alias, number in sorted(aliases_of(client, check_id(subject_id)).items()):
+            named[number] = f"{named.get(number, '')} @{alias}"
+        return [f"v{one.version}{named.get(int(one.version), '')}" for one in all_versions(client, subject_id)]
+
+
+def check_files(root: Path, client: "MlflowClient", version: "ModelVersion", deep: bool = True) -> list[str]:
+    """Say what is wrong with the files of a version; an empty list if nothing is.
+
+    Args:
+        root: of the project.
+        client: from `connect`.
+        version: of the registry.
+        deep: compare every sha256, which over HTTP downloads the version; else names and sizes.
+    """
+    from mlflow.exceptions import MlflowException
+
+    name = version.name
+    try:
+        source = client.get_model_version_download_uri(name, str(version.version))
+        if deep:
+            with downloaded(root, source) as folder:
+                actual = content_hash(resolve(folder / "artifacts" / name))
+        else:
+            actual = _shallow_hash(root, client, version, source)
+    except (MlflowException, OSError, TornFolderError, ModelError) as error:
+        return [explain(error)]
+    expected = version.tags.get(HASH_TAG)
+    return [] if actual == expected else [f"the files are those of another export ({actual[:12]}, not {expected})"]
+
+
+def aliases_of(client: "MlflowClient", name: str) -> dict[str, int]:
+    """Return the aliases of a subject's versions; none where nothing was registered."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return {alias: int(version) for alias, version in client.get_registered_model(name).aliases.items()}
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return {}
+        raise
+
+
+def all_versions(client: "MlflowClient", name: str, limit: int | None = None) -> "list[ModelVersion]":
+    """Return the versions of a registered model, the newest first."""
+    found: list[Any] = []
+    token = None
+    while limit is None or len(found) < limit:
+        page = client.search_model_versions(
+            f"name = '{name}'", order_by=["version_number DESC"], max_results=min(limit or 1000, 1000), page_token=token
+        )
+        found += page
+        token = page.token
+        if not token:
+            break
+    return found[:limit]
+
+
+def find_version(client: "MlflowClient", name: str, version: int | None, alias: str | None) -> "ModelVersion | None":
+    """Return a version that is READY: this one, the one with this alias, or the newest; None if there is none."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        if version is not None:
+            found = [client.get_model_version(name, str(version))]
+        elif alias is not None:
+            found = [client.get_model_version_by_alias(name, alias)]
+        else:
+            found = client.search_model_versions(f"name = '{name}'", order_by=["version_number DESC"], max_results=1)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # the second: no such alias
+            return None
+        raise
+    return next((hit for hit in found if hit.status == "READY"), None)
+
+
+@contextmanager
+def explained(root: Path, what: str, remedy: str) -> Iterator[None]:
+    """Turn what MLflow, the network and a damaged store raise into one line with the next step."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError, TornFolderError, ModelError) as error:
+        where = hide_password(tracking_uri(root))
+        raise RegistryError(f"cannot {what} in {where}: {explain(error)}; {remedy}") from error
+
+
+@contextmanager
+def downloaded(root: Path, source: str) -> Iterator[Path]:
+    """Yield a local folder with the files of a version: the stored one, or a copy that goes away."""
+    from mlflow.artifacts import download_artifacts
+
+    uri = tracking_uri(root)
+    if urlsplit(source).scheme in ("", "file"):
+        yield Path(download_artifacts(artifact_uri=source, tracking_uri=uri))
+        return
+    with tempfile.TemporaryDirectory(prefix="download-", dir=scratch_folder(root)) as target:
+        yield Path(download_artifacts(artifact_uri=source, dst_path=target, tracking_uri=uri))
+
+
+def load_folder(folder: Path) -> "PyFuncModel":
+    """Load a model folder of MLflow with the code of this package, not the copy that lies in it."""
+    import mlflow.pyfunc
+
+    before = list(sys.path)
+    try:
+        return mlflow.pyfunc.load_model(str(folder), suppress_warnings=True)
+    finally:
+        sys.path[:] = before
+
+
+def listing(client: "MlflowClient", model_id: str, folder: str) -> Iterator[tuple[str, int]]:
+    """Yield path and size of every file below a folder of a logged model."""
+    for entry in client.list_logged_model_artifacts(model_id, folder):
+        if entry.is_dir:
+            yield from listing(client, model_id, entry.path)
+        else:
+            yield entry.path, int(entry.file_size)
+
+
+def client_of(root: Path) -> "MlflowClient":
+    """Return a client of the registry of a project."""
+    return connect(root)[0]
+
+
+def _shallow_hash(root: Path, client: "MlflowClient", version: "ModelVersion", source: str) -> str:
+    """Return the hash that the stored manifest stands for, after names and sizes were found to be as it says."""
+    folder = f"artifacts/{version.name}"
+    present = {path.removeprefix(f"{folder}/"): size for path, size in listing(client, version.tags[MODEL_TAG], folder)}
+    if POINTER in present:
+        with downloaded(root, source) as place:
+            return content_hash(resolve(place / folder))
+    if MANIFEST not in present:
+        raise TornFolderError(f"{folder}/{MANIFEST} is missing")
+    with downloaded(root, f"{source}/{folder}/{MANIFEST}") as file:
+        files = json.loads(file.read_text(encoding="utf-8"))["files"]
+    wrong = [
+        f"{name} has {present.get(name, 'no')} bytes, not {entry['size']}"
+        for name, entry in files.items()
+        if present.get(name) != entry["size"]
+    ]
+    if wrong:
+        raise TornFolderError("; ".join(wrong))
+    return sha256_of({name: entry["sha256"] for name, entry in files.items()})
+
+
+def _row(root: Path, client: "MlflowClient", version: "ModelVersion", aliases: tuple[str, ...], deep: bool) -> Row:
+    tags = version.tags
+    looked = deep or aliases
+    return Row(
+        version=int(version.version),
+        aliases=aliases,
+        created=version.creation_timestamp / 1000,
+        verdict=tags.get(VERDICT_TAG, ""),
+        reason=tags.get(REASON_TAG, ""),
+        scores={
+            name.removeprefix("metric."): float(value) for name, value in tags.items() if name.startswith("metric.")
+        },
+        size=int(tags["dreambooth.size"]) if "dreambooth.size" in tags else None,
+        faults=tuple(check_files(root, client, version, deep)) if looked else None,
+    )

@@ -1,0 +1,119 @@
+"""The commands of the registry: promote, rollback, versions, doctor, forget. Nothing heavy is imported here."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from dreambooth.errors import PipelineError
+from flows.project import PARAMS, find_root
+
+out = Console()
+SubjectId = Annotated[str, typer.Argument(metavar="ID", help="Subject, such as biscuit.")]
+Force = Annotated[str | None, typer.Option("--force", metavar="REASON", help="Overrule; the reason is recorded.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to the dreambooth command."""
+    for command in (promote, rollback, versions, doctor, forget):
+        app.command()(command)
+
+
+def promote(
+    context: typer.Context,
+    subject_id: SubjectId,
+    version: Annotated[int | None, typer.Option(min=1, help="Else the challenger.")] = None,
+    force: Force = None,
+) -> None:
+    """Make a version the champion, if the gate finds it better; the verdict is written down either way."""
+    from dreambooth import promotion
+    from dreambooth.params import load_params
+    from stages.evaluate import beside_champion
+
+    root = find_root(context.obj)
+    params = load_params(root / PARAMS)
+    params.subject(subject_id)
+    _say_promotion(promotion.promote(root, params, subject_id, version, force, beside_champion))
+
+
+def rollback(context: typer.Context, subject_id: SubjectId, force: Force = None) -> None:
+    """Make the champion before this one the champion again, if its files are whole."""
+    from dreambooth import promotion
+    from dreambooth.params import load_params
+
+    root = find_root(context.obj)
+    _say_promotion(promotion.rollback(root, subject_id, load_params(root / PARAMS), force))
+
+
+def versions(
+    context: typer.Context,
+    subject_id: SubjectId,
+    everything: Annotated[bool, typer.Option("--all", help="All of them, not the newest 20.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every sha256; downloads from a server.")] = False,
+    log: Annotated[bool, typer.Option("--log", help="Show what moved the aliases, and why.")] = False,
+) -> None:
+    """Show the versions of a subject: aliases, verdicts, scores, age, size, and whether their files are whole."""
+    from dreambooth import aliases
+    from dreambooth import versions as registered
+    from dreambooth.params import check_id
+    from flows.registry_tables import log_table, versions_table
+
+    root = find_root(context.obj)
+    if not registered.is_there(root):
+        raise PipelineError(f"nothing is registered yet; dreambooth register {check_id(subject_id)}")
+    entries = aliases.recover(root, check_id(subject_id))
+    found = registered.rows(root, subject_id, None if everything else 20, verify)
+    if not found:
+        raise PipelineError(f"{subject_id} has no version; dreambooth register {subject_id}")
+    out.print(versions_table(found))
+    if log:
+        out.print(log_table(entries))
+
+
+def doctor(context: typer.Context) -> None:
+    """Look for what is broken or at risk, and say what mends it; exit with 1 if anything is broken."""
+    from flows.doctor import examine
+    from flows.registry_tables import findings_table
+
+    findings = examine(find_root(context.obj))
+    out.print(findings_table(findings))
+    if any(one.is_broken for one in findings):
+        raise typer.Exit(1)
+
+
+def forget(
+    context: typer.Context,
+    subject_id: SubjectId,
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; without it only the inventory is shown.")] = False,
+) -> None:
+    """Erase a subject everywhere this project can reach: photos, models, caches, remotes, registry, runs."""
+    from flows.forget import erase, inventory
+    from flows.registry_tables import inventory_table
+
+    root = find_root(context.obj)
+    found = inventory(root, subject_id)
+    out.print(inventory_table(found.places))
+    if not yes:
+        _say(f"Nothing was erased. To erase all of it, for good: dreambooth forget {subject_id} --yes")
+        return
+    receipt = erase(root, found)
+    for line in found.out_of_reach:
+        _say(f"not reached: {line}")
+    _say(f"Erased. Receipt, without personal data: {_shown(receipt)}")
+
+
+def _say_promotion(done: "object") -> None:
+    from dreambooth.promotion import Promotion
+
+    assert isinstance(done, Promotion)
+    before = f"version {done.before}" if done.before else "none"
+    _say(f"models:/{done.name}@champion is version {done.champion} (before: {before}); {done.reason}")
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _say(text: str) -> None:
+    out.print(text, markup=False, highlight=False, soft_wrap=True)

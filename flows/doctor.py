@@ -1,0 +1,200 @@
+"""Look at everything a project relies on, and say of each fault what mends it; nothing is changed."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from dreambooth.consent import PERSON, require_consent
+from dreambooth.errors import DreamboothError
+from dreambooth.folders import scratch_folder
+from dreambooth.params import Params, load_params
+from flows.project import PARAMS
+
+# Floors from security advisories, and ceilings beyond which the set does not work together.
+FLOORS = {
+    "prefect": "3.6.28", "mlflow": "3.11", "diffusers": "0.38", "transformers": "5.3", "torch": "2.10",
+    "pillow": "12.2", "fastapi": "0.139", "sqlalchemy": "2.0",
+}  # fmt: skip
+CEILINGS = {"fastapi": "0.151", "sqlalchemy": "2.1"}
+LOW_BYTES = 2e9  # of free disk
+EVERYWHERE = frozenset({"0.0.0.0", "::", ""})
+SOON = 30  # days before a consent ends
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    state: Literal["good", "warning", "broken"]
+    what: str
+    found: str
+    remedy: str = ""
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether something does not work now."""
+        return self.state == "broken"
+
+
+def examine(root: Path) -> list[Finding]:
+    """Look at database, artifacts of aliased versions, orphan runs, DVC remote, scratch, servers and versions."""
+    findings: list[Finding] = []
+    params = _params(root, findings)
+    looks: dict[str, Callable[[], Iterator[Finding]]] = {
+        "registry": lambda: _registry(root, list(params.subjects) if params else []),
+        "consent": lambda: _consents(root, params),
+        "DVC": lambda: _dvc(root),
+        "scratch": lambda: _scratch(root, params),
+        "servers": lambda: _servers(listeners(), dict(os.environ)),
+        "libraries": lambda: _libraries(installed),
+    }
+    for what, look in looks.items():
+        try:
+            findings += look()
+        except DreamboothError as error:
+            findings.append(Finding("broken", what, str(error), "see there; then: dreambooth doctor"))
+    return findings
+
+
+def installed(package: str) -> str | None:
+    """Return the installed version of a package; None without it."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def listeners() -> list[tuple[str, int, str]]:
+    """Return address, port and command of every MLflow or Prefect process of this user that listens."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = " ".join(process.info["cmdline"] or ())
+        if not re.search(r"mlflow|prefect", command):
+            continue
+        try:
+            connections = process.net_connections(kind="tcp")
+        except psutil.Error:
+            continue  # of another user, or gone
+        found += [(one.laddr.ip, one.laddr.port, command) for one in connections if one.status == psutil.CONN_LISTEN]
+    return sorted(set(found))
+
+
+def _params(root: Path, findings: list[Finding]) -> Params | None:
+    try:
+        return load_params(root / PARAMS)
+    except DreamboothError as error:
+        findings.append(Finding("broken", PARAMS, str(error).splitlines()[0], f"mend {root / PARAMS}"))
+        return None
+
+
+def _registry(root: Path, subjects: list[str]) -> Iterator[Finding]:
+    from dreambooth import health
+
+    for state, what, found, remedy in health.examine(root, subjects):
+        yield Finding(state, what, found, remedy)
+
+
+def _consents(root: Path, params: Params | None) -> Iterator[Finding]:
+    for subject_id, subject in params.subjects.items() if params else ():
+        if subject.kind != PERSON:
+            continue
+        what = f"consent of {subject_id}"
+        try:
+            consent = require_consent(params, subject_id, root) if params else None
+        except DreamboothError as error:
+            yield Finding("broken", what, str(error), "no training and no promotion until then")
+            continue
+        assert consent is not None
+        days = (consent.until - date.today()).days
+        state: Literal["good", "warning"] = "warning" if days <= SOON else "good"
+        yield Finding(state, what, f"until {consent.until}, {days} days", "ask again in time" if days <= SOON else "")
+
+
+def _dvc(root: Path) -> Iterator[Finding]:
+    from flows.dvcstore import remotes
+
+    if not (root / ".dvc").is_dir():
+        yield Finding("broken", "DVC", f"{root} has no .dvc folder", "dvc init (with --no-scm outside of git)")
+        return
+    known = remotes(root)
+    if not known:
+        remedy = "dvc remote add --default NAME URL, then dvc push --run-cache"
+        yield Finding("warning", "DVC remote", "none: what was computed exists on this machine alone", remedy)
+    for name, fault in known.items():
+        remedy = f"dvc remote list; mend {name}, or sign in" if fault else ""
+        yield Finding("broken" if fault else "good", f"DVC remote {name}", fault or "answers", remedy)
+
+
+def _scratch(root: Path, params: Params | None) -> Iterator[Finding]:
+    folder = scratch_folder(root)
+    free = shutil.disk_usage(folder).free
+    yield Finding(
+        "warning" if free < LOW_BYTES else "good",
+        "disk",
+        f"{free / 1e9:.1f} GB are free in {folder}",
+        "make room, or set DREAMBOOTH_SCRATCH to another disk" if free < LOW_BYTES else "",
+    )
+    left = [path.name for pattern in ("upload-*", "download-*", "scores-*") for path in folder.glob(pattern)]
+    if left:
+        remedy = f"when nothing runs: rm -r {folder}/{{upload,download,scores}}-*"
+        yield Finding("warning", "scratch", f"left behind by a process that was killed: {', '.join(left)}", remedy)
+    if waiting := len(list(folder.glob("unsent/*/pending.json"))):
+        yield Finding("warning", "metrics", f"{waiting} parcels wait for MLflow", "python -m dreambooth.tracking")
+    known = set(params.subjects) if params else set()
+    for path in sorted(folder.glob("forget-*.json")):
+        subject_id = path.stem.removeprefix("forget-")
+        remedy = f"dreambooth forget {subject_id} --yes"
+        yield Finding("broken", f"forget {subject_id}", "was interrupted", remedy)
+    stale = [path.name for path in folder.glob("checkpoints/*") if path.name.rsplit("-", 1)[0] not in known]
+    if params and stale:
+        yield Finding("warning", "checkpoints", f"of subjects that are no more: {', '.join(stale)}", "remove them")
+
+
+def _servers(found: list[tuple[str, int, str]], environment: dict[str, str]) -> Iterator[Finding]:
+    """Warn of servers that the network can reach and nothing protects: MLflow and Prefect ask for no password."""
+    has_password = bool(environment.get("PREFECT_SERVER_API_AUTH_STRING"))
+    for address, port, command in found:
+        if address not in EVERYWHERE:
+            continue
+        is_prefect = "prefect" in command and "mlflow" not in command
+        if is_prefect and has_password:
+            continue
+        remedy = (
+            "bind it to 127.0.0.1, or set PREFECT_SERVER_API_AUTH_STRING"
+            if is_prefect
+            else "bind it to 127.0.0.1 (--host), or start it with --app-name basic-auth behind TLS"
+        )
+        if is_prefect or "basic-auth" not in command:
+            what = "Prefect" if is_prefect else "MLflow"
+            yield Finding("warning", f"{what} server", f"port {port} is open to the network, no password", remedy)
+    if environment.get("PREFECT_SERVER_API_HOST", "127.0.0.1") in EVERYWHERE and not has_password:
+        yield Finding(
+            "warning",
+            "Prefect server",
+            "PREFECT_SERVER_API_HOST opens the next one to the network, no password",
+            "unset it, or set PREFECT_SERVER_API_AUTH_STRING",
+        )
+
+
+def _libraries(installed_version: Callable[[str], str | None]) -> Iterator[Finding]:
+    faults = []
+    for name, floor in FLOORS.items():
+        have, ceiling = installed_version(name), CEILINGS.get(name)
+        if have is None:
+            faults.append(f"{name} is missing")
+        elif _parts(have) < _parts(floor) or (ceiling and _parts(have) >= _parts(ceiling)):
+            faults.append(f"{name} {have}, wanted >= {floor}" + (f", < {ceiling}" if ceiling else ""))
+    remedy = "python -m pip install --constraint constraints.txt --editable ." if faults else ""
+    yield Finding("broken" if faults else "good", "libraries", "; ".join(faults) or "within their bounds", remedy)
+
+
+def _parts(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", text.partition("+")[0])[:3])

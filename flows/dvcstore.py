@@ -1,0 +1,208 @@
+"""Find and erase what DVC keeps of one subject: objects by their hash and entries of the run cache, in all places."""
+
+import contextlib
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dreambooth.errors import PipelineError
+from dreambooth.yaml12 import YamlError, load_yaml
+
+
+@dataclass
+class Kept:
+    """What DVC keeps of a subject and of nobody else."""
+
+    objects: set[str] = field(default_factory=set)
+    """md5 of files and folders, those of folders with .dir."""
+    runs: set[str] = field(default_factory=set)
+    """Entries of the run cache: <2 digits>/<key>/<value>."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The cache, or a remote."""
+
+    name: str
+    fs: Any
+    root: str
+    odb: Any
+
+
+def kept_of(root: Path, subject_id: str) -> Kept:
+    """Find the objects and runs of a subject in dvc.lock, .dvc files, their git history, and the run caches.
+
+    An object that also belongs to something else (class images, the base, another subject's photo) is left out.
+    """
+    mine: set[str] = set()
+    others: set[str] = set()
+    found = Kept()
+    for entry in _entries_of_project(root):
+        _sort(entry, subject_id, mine, others)
+    with _places(root) as places:
+        for place in places:
+            for name, entry in _run_entries(place):
+                _sort(entry, subject_id, mine, others)
+                if _is_of(entry, subject_id):
+                    found.runs.add(name)
+        mine |= _content(mine, places)
+        others |= _content(others, places)
+        found.objects = {oid for oid in mine - others if any(_exists(place, oid) for place in places)}
+    return found
+
+
+def erase(root: Path, kept: Kept) -> list[str]:
+    """Delete these objects and runs from the cache and from every remote; return what could not be reached."""
+    left = []
+    with _places(root) as places:
+        for place in places:
+            try:
+                for oid in sorted(kept.objects):
+                    _remove(place.fs, place.odb.oid_to_path(oid))
+                for run in sorted(kept.runs):
+                    _remove(place.fs, place.fs.join(place.root, "runs", *run.split("/")))
+            except Exception as error:  # every kind of remote has exceptions of its own
+                left.append(f"DVC {place.name}: {' '.join(str(error).split())}")
+    return left
+
+
+def forget_names(root: Path) -> None:
+    """Remove DVC's notes of the project outside of it: they hold file names; DVC makes them again."""
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        folder = Path(repo.site_cache_dir)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def remotes(root: Path) -> dict[str, str | None]:
+    """Return the remotes by name, each with what is wrong with it, None if it answers."""
+    from dvc.repo import Repo
+
+    found: dict[str, str | None] = {}
+    with Repo(str(root)) as repo:
+        for name in repo.config["remote"]:
+            try:
+                remote = repo.cloud.get_remote(name)
+                there = remote.fs.exists(remote.path)
+                found[name] = None if there else f"{remote.path} is not there yet; dvc push makes it"
+            except Exception as error:  # every kind of remote has exceptions of its own
+                found[name] = " ".join(str(error).split())
+    return found
+
+
+@contextmanager
+def _places(root: Path) -> Iterator[list[_Place]]:
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(root), _wait_for_lock=True) as repo:
+            legacy, local = repo.cache.legacy, repo.cache.local
+            places = [_Place("cache", local.fs, legacy.path, local)]
+            for name in repo.config["remote"]:
+                remote = repo.cloud.get_remote(name)
+                places.append(_Place(f"remote {name}", remote.fs, remote.path, remote.odb))
+            yield places
+    except DvcException as error:
+        raise PipelineError(f"DVC: {' '.join(str(error).split())}; mend .dvc/config, then try again") from None
+
+
+def _entries_of_project(root: Path) -> Iterator[Mapping[str, Any]]:
+    """Yield every entry of a lock file, of today and of the history of git."""
+    for path in [root / "dvc.lock", *root.glob("data/subjects/*.dvc")]:
+        if path.is_file():
+            yield from _entries(path.read_text(encoding="utf-8"))
+    for text in _history(root):
+        yield from _entries(text)
+
+
+def _entries(text: str) -> Iterator[Mapping[str, Any]]:
+    try:
+        content = load_yaml(text)
+    except YamlError:
+        return
+    if not isinstance(content, Mapping):
+        return
+    if "stages" in content:
+        yield from (entry for entry in content["stages"].values() if isinstance(entry, Mapping))
+    else:
+        yield {**content, "outs": [_under_data(out) for out in content.get("outs", ())]}
+
+
+def _under_data(out: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an out of data/subjects/<id>.dvc, which says its path from there."""
+    return {**out, "path": f"data/subjects/{out.get('path', '')}"}
+
+
+def _history(root: Path) -> Iterator[str]:
+    """Yield every committed version of dvc.lock and of the .dvc files; nothing without git."""
+    log = ["rev-list", "--all", "--objects", "--", "dvc.lock", "data/subjects"]
+    for line in _git(root, *log).splitlines():
+        sha, _, path = line.partition(" ")
+        if path.endswith(("dvc.lock", ".dvc")):
+            yield _git(root, "cat-file", "blob", sha)
+
+
+def _git(root: Path, *arguments: str) -> str:
+    with contextlib.suppress(OSError):
+        command = ["git", "-C", str(root), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        return done.stdout if done.returncode == 0 else ""
+    return ""
+
+
+def _run_entries(place: _Place) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    folder = place.fs.join(place.root, "runs")
+    if not place.fs.exists(folder):
+        return
+    for path in place.fs.find(folder):
+        with place.fs.open(path, "r") as file:
+            entry = load_yaml(file.read())
+        yield "/".join(place.fs.parts(path)[-3:]), entry
+
+
+def _is_of(entry: Mapping[str, Any], subject_id: str) -> bool:
+    return any(_names(item, subject_id) for item in [*entry.get("deps", ()), *entry.get("outs", ())])
+
+
+def _names(item: Mapping[str, Any], subject_id: str) -> bool:
+    """Tell whether a path is a subject's: data/subjects/ID, build/ID/..., metrics/ID.json."""
+    parts = Path(str(item.get("path", ""))).parts
+    if parts[:2] in (("build", "classes"), ("data", "base"), ("data", "prompts")):
+        return False
+    place = parts[2:] if parts[:2] == ("data", "subjects") else parts[1:]
+    return bool(place) and Path(place[0]).stem == subject_id
+
+
+def _sort(entry: Mapping[str, Any], subject_id: str, mine: set[str], others: set[str]) -> None:
+    for item in [*entry.get("deps", ()), *entry.get("outs", ())]:
+        if md5 := item.get("md5"):
+            (mine if _names(item, subject_id) else others).add(str(md5))
+
+
+def _content(oids: set[str], places: list[_Place]) -> set[str]:
+    """Return the files of the folders among some objects."""
+    return {md5 for oid in oids if oid.endswith(".dir") for md5 in _files_of(oid, places)}
+
+
+def _files_of(oid: str, places: list[_Place]) -> list[str]:
+    for place in places:
+        if _exists(place, oid):
+            with place.fs.open(place.odb.oid_to_path(oid), "r") as file:
+                return [str(entry["md5"]) for entry in json.load(file)]
+    return []
+
+
+def _exists(place: _Place, oid: str) -> bool:
+    return bool(place.fs.exists(place.odb.oid_to_path(oid)))
+
+
+def _remove(fs: Any, path: str) -> None:
+    if fs.exists(path):
+        fs.remove(path)

@@ -1,0 +1,224 @@
+"""Erase a subject wherever this project can reach; what it cannot is said. An interrupted one is taken up again."""
+
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from dreambooth import erasure
+from dreambooth.errors import ParamsError, SubjectError
+from dreambooth.folders import scratch_folder, write_file
+from dreambooth.params import check_id, load_params
+from dreambooth.registry import alone
+from dreambooth.yaml12 import dump_yaml, load_yaml
+from flows import dvcstore, prefectstore
+from flows.dvcstore import Kept
+from flows.project import PARAMS
+
+FOLDERS = ("data/subjects/{id}", "build/{id}", "models/{id}", "export/{id}", "reports/{id}")
+FILES = ("data/subjects/{id}.dvc", "metrics/{id}.json", "reports/{id}.html")
+SCRATCH = ("checkpoints/{id}-*", "latents/{id}", "locks/train-{id}.*", "register-{id}.lock", "pipelines")
+OUT_OF_REACH = (
+    "the history of git: the photos' hashes and the subject's id stand in old commits (git filter-repo)",
+    "clones, backups, and copies of exports, pictures and cards that left this machine",
+    "caches of DVC in other clones: there, dreambooth forget as well",
+)
+
+
+@dataclass
+class Inventory:
+    """All that is known of a subject."""
+
+    subject_id: str
+    paths: list[Path]
+    kept: Kept
+    places: dict[str, int]
+    out_of_reach: list[str] = field(default_factory=lambda: list(OUT_OF_REACH))
+
+
+def inventory(root: Path, subject_id: str) -> Inventory:
+    """List what there is of a subject, and what an interrupted erasure has left to do.
+
+    Raises:
+        SubjectError: nothing is known of it.
+    """
+    check_id(subject_id)
+    paths = sorted(_paths(root, subject_id))
+    kept = dvcstore.kept_of(root, subject_id) if (root / ".dvc").is_dir() else Kept()
+    journal = _read_journal(root, subject_id)
+    kept = Kept(kept.objects | journal.objects, kept.runs | journal.runs)
+    held = erasure.holdings(root, subject_id)
+    places = {
+        "files and folders": sum(1 for path in paths for _ in _files(path)),
+        "entries of params.yaml, dvc.lock": _mentions(root, subject_id),
+        "objects of DVC (cache and remotes)": len(kept.objects),
+        "entries of the run cache": len(kept.runs),
+        "versions in MLflow": len(held.versions),
+        "entries of the log of promotions": held.log_entries,
+        "uploads in MLflow": len(held.models),
+        "runs in MLflow": len(held.runs),
+        "flow runs in Prefect": prefectstore.count(subject_id),
+    }
+    if not any(places.values()) and not _journal(root, subject_id).exists():
+        raise SubjectError(f"nothing is known of {subject_id!r} here; see {PARAMS} for the subjects there are")
+    return Inventory(subject_id, paths, kept, places)
+
+
+def erase(root: Path, found: Inventory) -> Path:
+    """Erase all of it, what is elsewhere first, so that an interruption loses no trace; return the receipt."""
+    subject_id = found.subject_id
+    with alone(root, subject_id):
+        _write_journal(root, found)
+        found.out_of_reach += erasure.erase(root, subject_id)
+        found.out_of_reach += prefectstore.erase(subject_id)
+        if (root / ".dvc").is_dir():
+            found.out_of_reach += dvcstore.erase(root, found.kept)
+        for path in found.paths:
+            _remove(path)
+        _forget_in_lock(root, subject_id)
+        _forget_in_gitignore(root, subject_id)
+        _forget_in_params(root, subject_id)
+        if (root / ".dvc").is_dir():
+            dvcstore.forget_names(root)
+        receipt = _write_receipt(root, found)
+    for path in _paths(root, subject_id):  # the lock of this erasure too
+        _remove(path)
+    _journal(root, subject_id).unlink(missing_ok=True)
+    return receipt
+
+
+def without_subject(text: str, subject_id: str) -> str:
+    """Return params.yaml without the lines of a subject, every other byte as it was."""
+    lines = text.splitlines(keepends=True)
+    start = next((number for number, line in enumerate(lines) if re.match(r"subjects\s*:", line)), None)
+    if start is None:
+        return text
+    kept, inside, indent = lines[: start + 1], False, 0
+    for number, line in enumerate(lines[start + 1 :], start + 1):
+        width = len(line) - len(line.lstrip())
+        if line.strip() and width == 0 and not line.startswith("#"):
+            return "".join([*_with_value(kept, start), *lines[number:]])
+        if inside and line.strip() and width <= indent:
+            inside = False
+        if re.match(rf"""\s+(["']?){re.escape(subject_id)}\1\s*:""", line):
+            inside, indent = True, width
+        if not inside:
+            kept.append(line)
+    return "".join(_with_value(kept, start))
+
+
+def _with_value(lines: list[str], start: int) -> list[str]:
+    """Say {} where no subject is left: nothing at all would not be a map."""
+    if any(re.match(r"\s+\S+\s*:", line) for line in lines[start + 1 :]):
+        return lines
+    return [*lines[:start], re.sub(r":\s*(#.*)?$", ": {}", lines[start].rstrip("\n")) + "\n", *lines[start + 1 :]]
+
+
+def _paths(root: Path, subject_id: str) -> Iterator[Path]:
+    for pattern in (*FOLDERS, *FILES):
+        path = root / pattern.format(id=subject_id)
+        if path.exists() or path.is_symlink():
+            yield path
+    for pattern in SCRATCH:
+        yield from scratch_folder(root).glob(pattern.format(id=subject_id))
+    for parcel in scratch_folder(root).glob("unsent/*/pending.json"):
+        content = json.loads(parcel.read_text(encoding="utf-8"))
+        if subject_id in (content.get("name"), content.get("tags", {}).get("subject")):
+            yield parcel.parent
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if path.is_dir() and not path.is_symlink():
+        yield from (one for one in path.rglob("*") if one.is_file())
+    else:
+        yield path
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _mentions(root: Path, subject_id: str) -> int:
+    in_params = subject_id in load_params(root / PARAMS).subjects
+    return int(in_params) + len(_stages(root, subject_id))
+
+
+def _stages(root: Path, subject_id: str) -> list[str]:
+    try:
+        stages = load_yaml((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+    except (FileNotFoundError, TypeError, KeyError):
+        return []
+    return [name for name in stages if name.endswith(f"@{subject_id}") and not name.startswith("prior@")]
+
+
+def _forget_in_lock(root: Path, subject_id: str) -> None:
+    gone = _stages(root, subject_id)
+    if not gone:
+        return
+    content = load_yaml((root / "dvc.lock").read_text(encoding="utf-8"))
+    content["stages"] = {name: entry for name, entry in content["stages"].items() if name not in gone}
+    write_file(root / "dvc.lock", dump_yaml(content).encode())
+
+
+def _forget_in_gitignore(root: Path, subject_id: str) -> None:
+    """Take the line out that DVC wrote where the photos lay."""
+    path = root / "data" / "subjects" / ".gitignore"
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_file(path, "".join(line for line in lines if line.strip() != f"/{subject_id}").encode())
+
+
+def _forget_in_params(root: Path, subject_id: str) -> None:
+    path = root / PARAMS
+    text = path.read_text(encoding="utf-8")
+    shorter = without_subject(text, subject_id)
+    if shorter == text:
+        return
+    write_file(path, shorter.encode())
+    try:
+        gone = subject_id not in load_params(path).subjects
+    except ParamsError:
+        gone = False
+    if not gone:
+        write_file(path, text.encode())
+        raise ParamsError([f"{PARAMS}: subjects.{subject_id} cannot be taken out; delete it by hand, then go on"])
+
+
+def _journal(root: Path, subject_id: str) -> Path:
+    return scratch_folder(root) / f"forget-{subject_id}.json"
+
+
+def _write_journal(root: Path, found: Inventory) -> None:
+    """Note what only dvc.lock and the run cache tell: after they are gone, an interrupted erasure finds it here."""
+    content = {"objects": sorted(found.kept.objects), "runs": sorted(found.kept.runs)}
+    write_file(_journal(root, found.subject_id), json.dumps(content).encode())
+
+
+def _read_journal(root: Path, subject_id: str) -> Kept:
+    try:
+        content = json.loads(_journal(root, subject_id).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Kept()
+    return Kept(set(content["objects"]), set(content["runs"]))
+
+
+def _write_receipt(root: Path, found: Inventory) -> Path:
+    """Write what was erased, how much and when, and what was out of reach; neither who nor any hash of it."""
+    now = datetime.now(UTC)
+    number = secrets.token_hex(4)
+    known = found.subject_id
+    left = [re.sub(rf"(?<![a-z0-9-]){re.escape(known)}(?![a-z0-9-])", "ID", line) for line in found.out_of_reach]
+    content = {
+        "receipt": number, "erased": found.places, "time": now.isoformat(timespec="seconds"), "out_of_reach": left,
+    }  # fmt: skip
+    path = root / "receipts" / f"{now:%Y-%m-%d}-{number}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_file(path, json.dumps(content, indent=1).encode() + b"\n")
+    return path

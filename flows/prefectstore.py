@@ -1,0 +1,141 @@
+"""Find and erase what Prefect keeps of a subject: flow runs, task runs, states, logs, artifacts, events."""
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+# The tables whose rows belong to a run; a deployment is made by a person, and is named instead of deleted.
+TABLES = (
+    "log", "artifact", "artifact_collection", "flow_run_input", "task_run_state_cache", "task_run_state", "task_run",
+    "flow_run_state", "flow_run", "event_resources", "events",
+)  # fmt: skip
+TEXT = ("CHAR", "TEXT", "JSON", "UUID")
+
+
+def count(subject_id: str) -> int:
+    """Count the flow runs that name a subject, in the local database or on the server."""
+    if _server():
+        return len(_runs_of_server(subject_id))
+    with _database() as connection:
+        return len(_runs(connection, subject_id)) if connection else 0
+
+
+def erase(subject_id: str) -> list[str]:
+    """Erase the flow runs that name a subject, with all that hangs on them; return what could not be reached.
+
+    A run of several subjects goes as a whole: its log names all of them.
+    """
+    if _server():
+        return _erase_on_server(subject_id)
+    with _database() as connection:
+        if connection is None:
+            return []
+        runs = _runs(connection, subject_id)
+        marks = [*runs, *_task_runs(connection, runs)]
+        for table in TABLES:
+            for column in _text_columns(connection, table):
+                for mark in marks:
+                    connection.execute(f"DELETE FROM {table} WHERE instr({column}, ?)", [mark])
+        for table in ("artifact", "artifact_collection"):
+            connection.execute(f"DELETE FROM {table} WHERE key = ?", [f"subject-{subject_id}"])
+        left = _deployments(connection, subject_id)
+        connection.commit()
+        connection.isolation_level = None
+        connection.execute("VACUUM")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return left
+
+
+def _server() -> str | None:
+    return os.environ.get("PREFECT_API_URL")
+
+
+@contextmanager
+def _database() -> Iterator[sqlite3.Connection | None]:
+    """Open the local database of Prefect; None where there is none."""
+    file = _database_file()
+    if file is None or not file.is_file():
+        yield None
+        return
+    connection = sqlite3.connect(file, timeout=60)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def _database_file() -> Path | None:
+    home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect").expanduser()
+    names = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
+    url = next((os.environ[name] for name in names if os.environ.get(name)), f"sqlite+aiosqlite:///{home}/prefect.db")
+    return Path(urlsplit(url).path.removeprefix("/")) if url.startswith("sqlite") else None
+
+
+def _runs(connection: sqlite3.Connection, subject_id: str) -> list[str]:
+    """Return the ids of the flow runs whose parameters, task runs or artifacts name a subject."""
+    if "flow_run" not in _tables(connection):
+        return []
+    found = {row[0] for row in connection.execute("SELECT id, parameters FROM flow_run") if _says(row[1], subject_id)}
+    names = f"SELECT flow_run_id FROM task_run WHERE name LIKE '%@{subject_id}' OR name LIKE '% {subject_id}'"
+    keys = f"SELECT flow_run_id FROM artifact WHERE key = 'subject-{subject_id}'"
+    for query in (names, keys):  # an id has no quotes: check_id
+        found |= {row[0] for row in connection.execute(query) if row[0]}
+    return sorted(found)
+
+
+def _says(parameters: str, subject_id: str) -> bool:
+    return f'"{subject_id}"' in json.dumps(json.loads(parameters or "{}"))
+
+
+def _task_runs(connection: sqlite3.Connection, runs: list[str]) -> list[str]:
+    return [
+        row[0] for run in runs for row in connection.execute("SELECT id FROM task_run WHERE flow_run_id = ?", [run])
+    ]
+
+
+def _deployments(connection: sqlite3.Connection, subject_id: str) -> list[str]:
+    return [
+        f"Prefect deployment {name!r} has the subject in its parameters; change or delete it"
+        for name, parameters in connection.execute("SELECT name, parameters FROM deployment")
+        if _says(parameters, subject_id)
+    ]
+
+
+def _tables(connection: sqlite3.Connection) -> set[str]:
+    return {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+
+
+def _text_columns(connection: sqlite3.Connection, table: str) -> list[str]:
+    columns = connection.execute(f"PRAGMA table_info({table})").fetchall()
+    return [f'"{column[1]}"' for column in columns if column[2].upper().startswith(TEXT)]
+
+
+def _runs_of_server(subject_id: str) -> list[str]:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        found, offset = [], 0
+        while page := client.read_flow_runs(offset=offset, limit=200):
+            found += [str(run.id) for run in page if f'"{subject_id}"' in json.dumps(run.parameters, default=str)]
+            offset += len(page)
+    return found
+
+
+def _erase_on_server(subject_id: str) -> list[str]:
+    from uuid import UUID
+
+    from prefect.client.orchestration import get_client
+
+    runs = _runs_of_server(subject_id)
+    with get_client(sync_client=True) as client:
+        for run in runs:
+            client.delete_flow_run(UUID(run))
+    url = urlsplit(_server() or "")
+    return [
+        f"events, logs and artifacts that Prefect at {url.hostname} keeps of deleted runs: they go with its retention, "
+        "or where its database is, without PREFECT_API_URL: dreambooth forget"
+    ]

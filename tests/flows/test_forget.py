@@ -1,0 +1,124 @@
+"""Forget a subject: canary bytes in its photos, file names and name are found nowhere afterwards."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from toy_project import REPOSITORY, dvc, make_photos, quiet
+
+from flows.forget import without_subject
+
+SUBJECT, IN_NAME, IN_BYTES = "zq7canary", "kanarienvogel", b"CANARY-5d1f0e"
+MARKS = (SUBJECT.encode(), IN_NAME.encode(), IN_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        (
+            "subjects:\n  a:\n    kind: live\n  b: {kind: live}\nphotos: 1\n",
+            "subjects:\n  b: {kind: live}\nphotos: 1\n",
+        ),
+        ("subjects:\n  b: 1\n\n  'a':\n    kind: live\n    # of a\n", "subjects:\n  b: 1\n\n"),
+        ("subjects:\n  a:\n    kind: live\n\nphotos: 1\n", "subjects: {}\nphotos: 1\n"),
+        ("subjects:   # all of them\n  a: {kind: live}\n", "subjects: {}\n"),
+        ("subjects:\n  ab: 1\n", "subjects:\n  ab: 1\n"),
+        ("classes:\n  a: 1\nsubjects:\n  b: 1\n", "classes:\n  a: 1\nsubjects:\n  b: 1\n"),
+    ],
+)
+def test_only_the_lines_of_the_subject_leave_params(text: str, left: str) -> None:
+    assert without_subject(text, "a") == left
+
+
+def found_in(folder: Path) -> Iterator[str]:
+    """Yield every file whose name or content holds a canary."""
+    for path in folder.rglob("*"):
+        name = os.fsencode(path.relative_to(folder))
+        if any(mark in name for mark in MARKS):
+            yield f"{path} (name)"
+        elif path.is_file() and any(mark in path.read_bytes() for mark in MARKS):
+            yield str(path)
+
+
+def forget(root: Path, home: Path, *arguments: str, before: str = "") -> "subprocess.CompletedProcess[str]":
+    program = f"import sys, os, signal\n{before}\nfrom flows.cli import main\nmain()\n"
+    command = [sys.executable, "-c", program, "forget", SUBJECT, *arguments]
+    return subprocess.run(command, cwd=root, env=quiet(home), capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_nothing_of_a_forgotten_subject_is_left_and_the_other_champion_still_loads(
+    project: Path, tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sys.path.insert(0, str(REPOSITORY / "tests"))
+    from registered import write_export
+
+    from dreambooth import aliases, tracking
+    from dreambooth.registry import register
+    from dreambooth.versions import load
+
+    home, remote, caches = tmp_path / "prefect", tmp_path / "remote", tmp_path / "caches"
+    remote.mkdir()
+    for name in ("DVC_SITE_CACHE_DIR", "DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR", "DREAMBOOTH_CACHE"):
+        monkeypatch.setenv(name, str(caches / name))
+    monkeypatch.setenv("PREFECT_HOME", str(home))
+    photos = project / "data" / "subjects" / SUBJECT
+    for number, path in enumerate(make_photos(photos, 3, seed=5)):
+        mark = PngInfo()
+        mark.add_text("comment", IN_BYTES.decode())
+        with Image.open(path) as picture:
+            picture.save(photos / f"{IN_NAME} {number}.png", pnginfo=mark)
+        path.unlink()
+    values = yaml.safe_load((project / "params.yaml").read_text())
+    values["subjects"][SUBJECT] = dict(values["subjects"]["rex"])
+    (project / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    dvc(project, "remote", "add", "--default", "box", str(remote))
+    dvc(project, "add", f"data/subjects/{SUBJECT}")
+    # A real flow in a real database of Prefect, whose registration only counts.
+    program = Path(__file__).parent / "flow_program.py"
+    ran = subprocess.run(
+        [sys.executable, str(program), str(project), SUBJECT, "rex"], env=quiet(home), capture_output=True, text=True,
+        check=False, cwd=project,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    for name in ("ran.log", "registry.json"):  # of the toys
+        (project / name).unlink(missing_ok=True)
+    dvc(project, "push", "--run-cache")
+    for name in (SUBJECT, "rex"):
+        shutil.rmtree(project / "export" / name)
+        write_export(project, tiny_model_folder, name.encode().hex(), subject=name)
+        register(project, name)
+        aliases.move(tracking.connect(project)[0], name, "promote", "champion", None, 1)
+    everywhere = (project, remote, home, caches)
+    assert all(list(found_in(folder)) for folder in everywhere[:3])
+    before = {path: path.stat().st_mtime_ns for path in project.rglob("*") if ".scratch" not in path.parts}
+
+    looked = forget(project, home)
+    assert looked.returncode == 0, looked.stderr
+    assert f"dreambooth forget {SUBJECT} --yes" in looked.stdout
+    gone = [path for path in before if not path.exists()]
+    assert not gone  # a look changes nothing
+
+    die = "import flows.forget as f; f._forget_in_lock = lambda *a: os.kill(os.getpid(), signal.SIGKILL)"
+    assert forget(project, home, "--yes", before=die).returncode == -signal.SIGKILL
+    assert list(found_in(project))
+    done = forget(project, home, "--yes")
+    assert done.returncode == 0, done.stderr
+    assert "not reached: the history of git" in done.stdout
+    assert [line for folder in everywhere for line in found_in(folder)] == []
+    (receipt,) = (project / "receipts").iterdir()
+    assert "out_of_reach" in receipt.read_text()
+
+    assert load(project, "rex").predict({"prompt": "a photo of sks dog"})[0].startswith(b"\x89PNG")
+    shutil.rmtree(project / "models" / "rex")
+    shutil.rmtree(project / ".dvc" / "cache")
+    dvc(project, "pull", "train@rex")  # its objects are in the remote still
+    assert forget(project, home).returncode == 3  # nothing is known of it

@@ -1,0 +1,91 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from registered import write_project
+
+from flows.doctor import Finding, _libraries, _servers, examine
+
+
+@pytest.fixture
+def root(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    write_project(tmp_path / "project", _empty(tmp_path))
+    (tmp_path / "project" / "mlflow.db").unlink()
+    return tmp_path / "project"
+
+
+def _empty(tmp_path: Path) -> Path:
+    (tmp_path / "empty.db").touch()
+    return tmp_path / "empty.db"
+
+
+def about(findings: list[Finding], what: str) -> Finding:
+    return next(one for one in findings if one.what == what)
+
+
+def test_a_new_project_is_whole_and_is_left_as_it_is(root: Path) -> None:
+    findings = examine(root)
+    assert about(findings, "database").state == "good"
+    assert not (root / "mlflow.db").exists()
+    assert about(findings, "libraries").state == "good"
+    assert "dvc init" in about(findings, "DVC").remedy
+
+
+def test_a_damaged_database_is_named(root: Path) -> None:
+    (root / "mlflow.db").write_bytes(b"SQLite format 3\0" + b"x" * 4096)
+    found = about(examine(root), "database")
+    assert found.is_broken
+    assert "mlflow.db" in found.found
+    assert "backup" in found.remedy
+
+
+def test_what_killed_processes_left_is_named(root: Path) -> None:
+    (root / ".scratch/upload-abc").mkdir(parents=True)
+    (root / ".scratch/unsent/x").mkdir(parents=True)
+    (root / ".scratch/unsent/x/pending.json").touch()
+    (root / ".scratch/checkpoints/rex-0123").mkdir(parents=True)
+    (root / ".scratch/forget-rex.json").touch()
+    findings = examine(root)
+    assert "upload-abc" in about(findings, "scratch").found
+    assert "dreambooth.tracking" in about(findings, "metrics").remedy
+    assert "rex-0123" in about(findings, "checkpoints").found
+    assert about(findings, "forget rex").remedy == "dreambooth forget rex --yes"
+
+
+@pytest.mark.parametrize(
+    ("listener", "environment", "said"),
+    [
+        (("0.0.0.0", 5000, "python -m mlflow server"), {}, ["MLflow server"]),
+        (("0.0.0.0", 5000, "mlflow server --app-name basic-auth"), {}, []),
+        (("127.0.0.1", 5000, "mlflow server"), {}, []),
+        (("::", 4200, "prefect server start"), {}, ["Prefect server"]),
+        (("::", 4200, "prefect server start"), {"PREFECT_SERVER_API_AUTH_STRING": "a:b"}, []),
+        (("127.0.0.1", 4200, "prefect server start"), {"PREFECT_SERVER_API_HOST": "0.0.0.0"}, ["Prefect server"]),
+    ],
+)
+def test_a_server_that_is_open_to_the_network_is_a_warning(
+    listener: tuple[str, int, str], environment: dict[str, str], said: list[str]
+) -> None:
+    found = list(_servers([listener], environment))
+    assert [one.what for one in found] == said
+    assert all((one.state == "warning" and "127.0.0.1" in one.remedy) or "unset" in one.remedy for one in found)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"fastapi": "0.151.0"}, "fastapi 0.151.0, wanted >= 0.139, < 0.151"),
+        ({"sqlalchemy": "2.1"}, "sqlalchemy 2.1"),
+        ({"mlflow": "3.9.1"}, "mlflow 3.9.1, wanted >= 3.11"),
+        ({"torch": None}, "torch is missing"),
+        ({"torch": "2.10.0+cpu"}, None),
+    ],
+)
+def test_a_library_outside_of_its_bounds_is_named(changed: dict[str, Any], said: str | None) -> None:
+    have = {
+        "prefect": "3.8.8", "mlflow": "3.17.2", "diffusers": "0.42.1", "transformers": "5.3.0", "torch": "2.11.0",
+        "pillow": "13.0", "fastapi": "0.150.2", "sqlalchemy": "2.0.40",
+    }  # fmt: skip
+    (found,) = _libraries((have | changed).get)
+    assert found.is_broken == (said is not None)
+    assert (said or "within their bounds") in found.found
