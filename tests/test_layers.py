@@ -8,9 +8,6 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("dreambooth", "stages", "flows")  # each may import itself and those before it
 ROOMS = ("tracking", "versions", "aliases", "registry", "erasure", "serving", "promotion", "health")
 MLFLOW = {f"dreambooth/{name}.py" for name in ROOMS}
-    f"dreambooth/{name}.py"
-    for name in ("tracking", "versions", "aliases", "registry", "erasure", "serving", "promotion", "health")
-}
 FORBIDDEN = {
     "dreambooth": {"prefect", "dvc", "typer"},
     "stages": {"prefect", "dvc", "typer", "mlflow"},
