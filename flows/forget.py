@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from dreambooth import erasure
+from dreambooth import erasure, versions
 from dreambooth.errors import ParamsError, SubjectError
 from dreambooth.folders import scratch_folder, write_file
 from dreambooth.params import check_id, load_params
 from dreambooth.registry import alone
 from dreambooth.yaml12 import dump_yaml, load_yaml
-from flows import dvcstore, prefectstore
+from flows import dvcstore, prefectstore, summary
 from flows.dvcstore import Kept
 from flows.project import PARAMS
 
@@ -82,6 +82,8 @@ def erase(root: Path, found: Inventory) -> Path:
         _forget_in_lock(root, subject_id)
         _forget_in_gitignore(root, subject_id)
         _forget_in_params(root, subject_id)
+        others = load_params(root / PARAMS).subjects
+        summary.write_index(root, {one: ", ".join(versions.in_words(root, one)) for one in others})
         if (root / ".dvc").is_dir():
             dvcstore.forget_names(root)
         receipt = _write_receipt(root, found)

@@ -41,7 +41,8 @@ def erase(subject_id: str) -> list[str]:
                 for mark in marks:
                     connection.execute(f"DELETE FROM {table} WHERE instr({column}, ?)", [mark])
         for table in ("artifact", "artifact_collection"):
-            connection.execute(f"DELETE FROM {table} WHERE key = ?", [f"subject-{subject_id}"])
+            for key in (f"subject-{subject_id}", f"prompts-{subject_id}"):
+                connection.execute(f"DELETE FROM {table} WHERE key = ?", [key])
         left = _deployments(connection, subject_id)
         connection.commit()
         connection.isolation_level = None
@@ -81,7 +82,7 @@ def _runs(connection: sqlite3.Connection, subject_id: str) -> list[str]:
         return []
     found = {row[0] for row in connection.execute("SELECT id, parameters FROM flow_run") if _says(row[1], subject_id)}
     names = f"SELECT flow_run_id FROM task_run WHERE name LIKE '%@{subject_id}' OR name LIKE '% {subject_id}'"
-    keys = f"SELECT flow_run_id FROM artifact WHERE key = 'subject-{subject_id}'"
+    keys = f"SELECT flow_run_id FROM artifact WHERE key IN ('subject-{subject_id}', 'prompts-{subject_id}')"
     for query in (names, keys):  # an id has no quotes: check_id
         found |= {row[0] for row in connection.execute(query) if row[0]}
     return sorted(found)

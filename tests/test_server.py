@@ -42,9 +42,15 @@ class Proxy(threading.Thread):
                 client, _ = self.listener.accept()
             except OSError:
                 return  # closed at the end
-            server = socket.create_connection(("127.0.0.1", self.target))
-            for one, other, is_upload in ((client, server, True), (server, client, False)):
-                threading.Thread(target=self._pump, args=(one, other, is_upload), daemon=True).start()
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        """Hand on both directions of one connection until both have ended."""
+        with client, socket.create_connection(("127.0.0.1", self.target)) as server:
+            answers = threading.Thread(target=self._pump, args=(server, client, False), daemon=True)
+            answers.start()
+            self._pump(client, server, True)
+            answers.join()
 
     def _pump(self, source: socket.socket, sink: socket.socket, is_upload: bool) -> None:
         passed = 0

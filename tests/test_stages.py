@@ -251,7 +251,7 @@ def test_a_mistake_is_one_line_with_a_code_and_loads_no_model(project: Path) -> 
 def test_all_faults_of_params_yaml_are_printed_and_the_exit_code_is_two(
     project: Path, params_values: dict[str, Any]
 ) -> None:
-    params_values["train"] |= {"learning_rate": "5e-6", "bogus": 1}
+    params_values["train"] |= {"learning_rate": "fast", "bogus": 1}
     write_params(project, params_values)
     finished = run_program(project, "train", "biscuit")
     assert finished.returncode == 2
