@@ -35,13 +35,14 @@ def erase(subject_id: str) -> list[str]:
         if connection is None:
             return []
         runs = _runs(connection, subject_id)
-        marks = [*runs, *_task_runs(connection, runs)]
+        keys = [f"subject-{subject_id}", f"prompts-{subject_id}"]
+        marks = [*runs, *_task_runs(connection, runs), *(f'"{key}"' for key in keys)]  # events quote the artifact's key
         for table in TABLES:
             for column in _text_columns(connection, table):
                 for mark in marks:
                     connection.execute(f"DELETE FROM {table} WHERE instr({column}, ?)", [mark])
         for table in ("artifact", "artifact_collection"):
-            for key in (f"subject-{subject_id}", f"prompts-{subject_id}"):
+            for key in keys:
                 connection.execute(f"DELETE FROM {table} WHERE key = ?", [key])
         left = _deployments(connection, subject_id)
         connection.commit()

@@ -370,7 +370,7 @@ for act, after in ((up, [1, 3, 2]), (down, [1])):
     for step in range(1, 20):
         forked(begin)
         killed, _ = forked(lambda: (die_at(step), act()))
-        recovered = forked(lambda: (aliases.recover(root, "biscuit"), state()))[1][1]
+        recovered = forked(lambda: (str(aliases.recover(root, "biscuit")), state()))[1][1]
         if recovered[1] != after:
             forked(act)
         found.append([act.__name__, step, killed, recovered, forked(state)[1], after])

@@ -52,6 +52,7 @@ def tiny_values() -> dict[str, Any]:
     values["subjects"] = {"biscuit": {"class_id": "dog", "identifier": "sks", "kind": "live"}}
     values["prior"] |= {"num_class_images": 5, "num_inference_steps": 2, "batch_size": 2}
     values["train"] |= {"max_train_steps": 4, "train_batch_size": 2, "save_dtype": "float32"}
+    values["train"] |= {"lr_scheduler": "constant", "snr_gamma": 5.0, "evaluation_steps": None, "preview_steps": None}
     values["evaluate"] |= {"seeds": [1, 2], "num_inference_steps": 2, "num_class_images": 4}
     return values
 
