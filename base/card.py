@@ -83,8 +83,8 @@ HISTORY = """
 BY_EYE = (
     "backgrounds and scenes are right; dogs, cats, foxes, clocks and apples are recognisable on plain colours and\n"
     "mostly in scenes, backpacks and teddy bears by shape and colour. Sneakers, teapots and rockets have their\n"
-    "colours but not their shapes; accessories are seldom drawn. Fine parts are soft, and in a busy scene a noun melts\n"
-    "into it: there the scorer no longer names it. The loss was still falling at the end."
+    "colours but not their shapes; accessories are seldom drawn. Fine parts are soft, and in busy scenes nouns melt\n"
+    "into them: there the scorer no longer names it. The loss was still falling at the end."
 )
 """One paragraph on the contact sheet, by someone who looked at it: to be written anew for each published model."""
 
