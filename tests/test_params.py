@@ -148,8 +148,14 @@ def test_every_parameter_says_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"early_stopping_patience": 2}, "train.early_stopping_patience: needs train.evaluation_steps"),
-        ({"load_best_model_at_end": True}, "train.load_best_model_at_end: needs train.evaluation_steps"),
+        (
+            {"evaluation_steps": None, "early_stopping_patience": 2},
+            "train.early_stopping_patience: needs train.evaluation_steps",
+        ),
+        (
+            {"evaluation_steps": None, "load_best_model_at_end": True},
+            "train.load_best_model_at_end: needs train.evaluation_steps",
+        ),
         (
             {"load_best_model_at_end": True, "evaluation_steps": 5, "checkpointing_steps": None},
             "train.load_best_model_at_end: needs checkpoints",

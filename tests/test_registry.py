@@ -426,7 +426,7 @@ def mlflow(command: list[str], port: int, path: str, env: dict[str, str], cwd: P
 
 
 def wait_until(ready: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 600
     while not ready():
         assert time.monotonic() < deadline, log.read_text()
         assert process.poll() is None, log.read_text()

@@ -389,7 +389,7 @@ class mlflow_server:  # noqa: N801 - a context manager
             self._process = subprocess.Popen(
                 self._command, cwd=self._folder, env=environment, stdout=log, stderr=log, start_new_session=True
             )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not answers(self._port):
             assert time.monotonic() < deadline, (self._folder / "log").read_text()
             assert self._process.poll() is None, (self._folder / "log").read_text()

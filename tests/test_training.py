@@ -30,7 +30,9 @@ def model(tiny_model_folder: Path) -> Model:
 
 def settings(**changes: Any) -> Train:
     values = load_params(REPOSITORY / "params.yaml").train.model_dump()
-    return Train(**values | {"max_train_steps": 4, "train_batch_size": 2, "learning_rate": 1e-3} | changes)
+    values |= {"max_train_steps": 4, "train_batch_size": 2, "learning_rate": 1e-3, "lr_scheduler": "constant"}
+    values |= {"snr_gamma": 5.0, "evaluation_steps": None, "preview_steps": None}
+    return Train(**values | changes)
 
 
 def make_samples(model: Model, count: int, role: Any, prompt: str) -> list[Sample]:
