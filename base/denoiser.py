@@ -366,8 +366,8 @@ def describe(trainer: Trainer, vae: AutoencoderKL, start: Path | None) -> dict[s
 def work(group: Group, minutes: float | None, export_minutes: float, start: Path | None) -> None:
     """Train, and export the pipeline now and then."""
     values, drawn = recipe.load(), sprites.load(recipe.SCRATCH / "sprites")
-    own = start is None or text_encoder.FOLDER.exists()  # a taught text encoder comes with its tokenizer
-    words = CLIPTokenizer.from_pretrained(tokenizer.FOLDER if own or start is None else start / "tokenizer")
+    given = None if text_encoder.FOLDER.exists() else start  # a taught text encoder comes with its tokenizer
+    words = CLIPTokenizer.from_pretrained(tokenizer.FOLDER if given is None else given / "tokenizer")
     vae_folder = autoencoder.FOLDER / "vae" if start is None else start / "vae"
 
     def open_vae() -> AutoencoderKL:
@@ -375,7 +375,7 @@ def work(group: Group, minutes: float | None, export_minutes: float, start: Path
 
     vae = open_vae().to(memory_format=torch.channels_last)
     factor = 2 ** (len(values.autoencoder.block_out_channels) - 1)
-    encoder = CLIPTextModel.from_pretrained(text_encoder.FOLDER if own or start is None else start / "text_encoder")
+    encoder = CLIPTextModel.from_pretrained(text_encoder.FOLDER if given is None else given / "text_encoder")
     trainer = Trainer(values, words, encoder, values.resolution // factor, minutes, group)
     if start is not None:
         trainer.start_from(start)
