@@ -1,16 +1,18 @@
 """Stop in good order: finish the step when told to stop, and do not outlive whoever started the work."""
 
-import ctypes
 import os
 import signal
-import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import psutil
+
 from dreambooth.errors import DreamboothError
 
 RESUME = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
+_SHELLS = {"sh", "dash", "bash", "ash", "busybox", "ksh", "zsh", "fish"}
 
 
 class Interrupted(DreamboothError):  # noqa: N818 - it is no mistake of anybody
@@ -56,7 +58,23 @@ def stop_request() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def die_with_parent() -> None:
-    """Ask Linux for a SIGTERM when the parent process ends: an orphaned training would run beside the next one."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of prctl(2)
+def die_with_starter() -> None:
+    """Send this process a SIGTERM when who started it ends: an orphaned training would run beside the next one."""
+    for starter in _starters():
+        threading.Thread(target=_follow, args=(starter,), name=f"follow-{starter.pid}", daemon=True).start()
+
+
+def _starters() -> list[psutil.Process]:
+    """Return the parent; under DVC also the parent of a shell between the two.
+
+    DVC runs the command of a stage in $SHELL. bash puts the command into its own place, the dash that is /bin/sh on
+    Debian stays and waits: it outlives a killed DVC.
+    """
+    parents = psutil.Process().parents()[:2]
+    between = "DVC_STAGE" in os.environ and len(parents) == 2 and parents[0].name() in _SHELLS
+    return parents if between else parents[:1]
+
+
+def _follow(starter: psutil.Process) -> None:
+    starter.wait()
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -14,7 +14,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from dreambooth.consent import require_consent
 from dreambooth.errors import DreamboothError
-from dreambooth.interruption import die_with_parent
+from dreambooth.interruption import die_with_starter
 from dreambooth.params import check_id, load_params
 
 MACHINE_FAULT = 71  # EX_OSERR of sysexits.h
@@ -28,7 +28,7 @@ def main(run: Run, options: Sequence[str] = ()) -> None:
         run: takes the parameters, the id, the project's folder, and each of the options as a path or None.
         options: names that may follow the id: --resume-from PATH for resume_from.
     """
-    die_with_parent()
+    die_with_starter()
     parser = argparse.ArgumentParser(prog=f"python -m stages.{Path(sys.argv[0]).stem}", allow_abbrev=False)
     parser.add_argument("id")
     for name in options:
