@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import safetensors.torch
 import torch
@@ -247,6 +248,48 @@ def test_two_processes_of_which_one_is_told_to_stop_resume_exactly(
     assert finish_two(tmp_path, *where) == [0, 0]
     for name in ("answer-0", "answer-1"):
         assert (tmp_path / name).read_text() == (two_straight / name).read_text()
+
+
+def launched(root: Path) -> "subprocess.Popen[str]":
+    """Start the stage in two processes that meet over gloo; without a GPU --multi_gpu starts what it is told."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    launch += ["--num_machines=1", "--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
+    command = [*launch, "-m", "stages.train", "biscuit"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+
+
+def test_the_stage_under_accelerate_launch_is_killed_and_ends_with_the_same_bytes(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    from dreambooth.params import load_params
+    from stages import prior, validate
+
+    values = tiny_values()
+    values["train"] |= {"max_train_steps": 60, "checkpointing_steps": 5, "train_batch_size": 1}
+    straight = make_project(tmp_path / "straight", tiny_model_folder, values)
+    params = load_params(straight / "params.yaml")
+    validate.run(params, "biscuit", straight)
+    prior.run(params, "dog", straight)
+    shutil.copytree(straight, tmp_path / "killed")
+    with launched(straight) as process:
+        process.communicate()
+    assert process.returncode == 0
+
+    with launched(tmp_path / "killed") as process:
+        await_true(lambda: list((tmp_path / "killed").glob(".scratch/checkpoints/*/step-*")), "no checkpoint")
+        for rank in psutil.Process(process.pid).children(recursive=True):
+            rank.kill()
+    assert process.returncode != 0
+    with launched(tmp_path / "killed") as process:
+        said, _ = process.communicate()
+    assert process.returncode == 0
+    assert "train biscuit: continues after step " in said
+    for name in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "loss.csv"):
+        ends = [(tmp_path / which / "models/biscuit" / name).read_bytes() for which in ("straight", "killed")]
+        assert ends[0] == ends[1], name
 
 
 def alive(pid: int) -> bool:
