@@ -19,6 +19,7 @@ from dreambooth.encoders import Lite0Encoder
 from dreambooth.evaluation import Encoders, as_photo, nearest_photos, reference
 from dreambooth.images import open_image
 from dreambooth.params import Photos, load_params
+from stages.entry import say
 
 ROOT = Path(__file__).resolve().parents[1]
 FOUND = 0.95  # of the altered copies
@@ -80,10 +81,10 @@ def main() -> None:
     folders = {str(folder): photos_of(folder, limits) for folder in parser.parse_args().folders}
     table = measure(folders, Encoders(Lite0Encoder(), None))
     shown = table.groupby("picture", sort=False).agg(pictures=("flagged", "size"), flagged=("flagged", "mean"))
-    print(shown.to_string(float_format="{:.2f}".format))
+    say(shown.to_string(float_format="{:.2f}".format))
     found = table.loc[table["copy"], "flagged"].mean()
     false = int(table.loc[~table["copy"], "flagged"].sum())
-    print(f"altered copies found: {found:.3f} (bar: {FOUND}); other photos flagged: {false} (bar: 0)")
+    say(f"altered copies found: {found:.3f} (bar: {FOUND}); other photos flagged: {false} (bar: 0)")
     raise SystemExit(found < FOUND or false > 0)
 
 
