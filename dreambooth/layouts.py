@@ -34,7 +34,9 @@ _RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-_UNET_BLOCK = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+_UNET_BLOCK = re.compile(
+    r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
+)
 _VAE_BLOCK = re.compile(r"(encoder|decoder)\.(?:down|up)_blocks\.(\d+)\.(resnets|downsamplers|upsamplers)\.(\d+)\.(.+)")
 _VAE_MIDDLE = re.compile(r"(encoder|decoder)\.mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 # The second name of each is what the weights on the hub were called before diffusers 0.15.
@@ -168,7 +170,9 @@ def original_open_clip(weights: Weights) -> dict[str, Tensor]:
         elif name == "text_projection.weight":
             renamed["text_projection"] = tensor.T.contiguous()  # open_clip multiplies from the right
         elif (found := _CLIP_LAYER.fullmatch(name)) is None:
-            raise ModelError(f"{name} has no place in an OpenCLIP text encoder; leave single_file out of export.formats")
+            raise ModelError(
+                f"{name} has no place in an OpenCLIP text encoder; leave single_file out of export.formats"
+            )
         elif "_proj." not in name or "out_proj." in name:
             renamed[f"transformer.resblocks.{found[1]}.{_renamed(found[2], _OPEN_CLIP_LAYER)}"] = tensor
         elif ".q_proj." in name:

@@ -90,7 +90,9 @@ def test_names_of_sd1_are_those_of_its_published_checkpoint(ours: str, theirs: s
 
 
 def test_the_decoder_counts_its_blocks_from_the_other_end() -> None:
-    assert vae_name("decoder.up_blocks.0.resnets.2.conv_shortcut.weight", 4) == "decoder.up.3.block.2.nin_shortcut.weight"
+    assert (
+        vae_name("decoder.up_blocks.0.resnets.2.conv_shortcut.weight", 4) == "decoder.up.3.block.2.nin_shortcut.weight"
+    )
     assert vae_name("decoder.up_blocks.2.upsamplers.0.conv.bias", 4) == "decoder.up.1.upsample.conv.bias"
     assert vae_name("encoder.down_blocks.1.downsamplers.0.conv.bias", 4) == "encoder.down.1.downsample.conv.bias"
 
@@ -103,7 +105,9 @@ def test_old_names_of_the_attention_on_the_hub_are_known() -> None:
 
 def test_open_clip_holds_query_key_and_value_in_this_order() -> None:
     place = "text_model.encoder.layers.0.self_attn"
-    weights = {f"{place}.{part}_proj.bias": torch.full((2,), value) for part, value in (("k", 2.0), ("v", 3.0), ("q", 1.0))}
+    weights = {
+        f"{place}.{part}_proj.bias": torch.full((2,), value) for part, value in (("k", 2.0), ("v", 3.0), ("q", 1.0))
+    }
     joined = original_open_clip(weights)
     assert list(joined) == ["transformer.resblocks.0.attn.in_proj_bias"]
     assert joined["transformer.resblocks.0.attn.in_proj_bias"].tolist() == [1, 1, 2, 2, 3, 3]
