@@ -206,7 +206,7 @@ def single_file(parts: Mapping[str, Weights], configs: Mapping[str, Mapping[str,
 
 def is_open_clip(text_encoder: Mapping[str, Any]) -> bool:
     """Tell the text encoder of SD2 (OpenCLIP, gelu) from that of SD1 (OpenAI's CLIP, quick_gelu) by its config.json."""
-    return text_encoder.get("hidden_act", "quick_gelu") == "gelu"
+    return bool(text_encoder.get("hidden_act", "quick_gelu") == "gelu")
 
 
 def _renamed(inner: str, names: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""Read LoRA weights by module, name them as kohya's trainer does, and merge them into the weights they adapt.
+"""Read LoRA weights by module, and name them as kohya's trainer does.
 
 One layer changes a weight W (O, I) by alpha / R * up @ down (Hu et al. 2021, section 4.1), where down is (R, I) and up
 (O, R); with a magnitude m (O) the result is scaled to rows of that length (DoRA, Liu et al. 2024, equation 5).
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dreambooth.errors import ModelError
@@ -55,8 +55,8 @@ def read_lora(path: Path) -> tuple[Lora, dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
-    except Exception as error:  # safetensors raises an exception of its own, and OSError
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} cannot be read ({error}); train the subject again") from error
     adapter: dict[str, Any] = json.loads(header.get(ADAPTER, "{}"))
     return layers_of(weights, adapter), adapter
@@ -91,7 +91,7 @@ def layers_of(weights: Mapping[str, Tensor], adapter: Mapping[str, Any] | None =
 
 def to_diffusers(lora: Lora) -> dict[str, Tensor]:
     """Return the weights by the names that every version of diffusers and ComfyUI reads: those of peft."""
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for module, layer in lora.items():
         weights |= {f"{module}.lora_A.weight": layer.down, f"{module}.lora_B.weight": layer.up}
         if layer.magnitude is not None:
@@ -106,7 +106,7 @@ def to_kohya(lora: Lora, sdxl: UNetShape | None = None) -> dict[str, Tensor]:
         lora: by module.
         sdxl: the shape of the UNet of an SDXL model, whose modules kohya names as the original layout does.
     """
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for module, layer in lora.items():
         name = kohya_name(module, sdxl)
         weights |= {f"{name}.lora_down.weight": layer.down, f"{name}.lora_up.weight": layer.up}
@@ -123,43 +123,6 @@ def kohya_name(module: str, sdxl: UNetShape | None = None) -> str:
         return "lora_unet_" + (unet_name(inner, sdxl) if sdxl else inner).replace(".", "_")
     prefix = f"lora_te{1 + _ENCODERS.index(part)}_" if sdxl else "lora_te_"
     return prefix + inner.replace(".", "_")
-
-
-def merged(weights: Mapping[str, Tensor], lora: Lora, part: str) -> dict[str, Tensor]:
-    """Return the weights of a part of the pipeline with what was learned added to them, each in its own precision.
-
-    Args:
-        weights: of the part, by the names of diffusers; those of a text encoder with text_model. or without.
-        lora: of all parts.
-        part: unet, text_encoder or text_encoder_2.
-
-    Raises:
-        ModelError: a layer adapts a weight that is not there: it is of another base.
-    """
-    result = dict(weights)
-    for module, layer in lora.items():
-        own, _, inner = module.partition(".")
-        if own != part:
-            continue
-        name = next(
-            (one for one in (f"{inner}.weight", f"{inner.removeprefix('text_model.')}.weight") if one in result), None
-        )
-        if name is None:
-            raise ModelError(f"LoRA of {module} adapts what the base does not have; it was trained on another base")
-        result[name] = merged_weight(result[name], layer)
-    return result
-
-
-def merged_weight(weight: Tensor, layer: LoraLayer) -> Tensor:
-    """Return W + alpha / R * up @ down; with a magnitude m, the same with rows of length m.
-
-    Hu et al. 2021, section 4.1; Liu et al. 2024, equation 5. Computed in float32, returned in the precision of W.
-    """
-    down, up = layer.down.float().flatten(1), layer.up.float().flatten(1)
-    changed = weight.float().flatten(1) + layer.alpha / layer.rank * (up @ down)
-    if layer.magnitude is not None:
-        changed *= (layer.magnitude.float().flatten() / changed.norm(dim=1))[:, None]
-    return changed.reshape(weight.shape).to(weight.dtype)
 
 
 def cast(lora: Lora, dtype: torch.dtype) -> Lora:

@@ -241,6 +241,45 @@ class Gate(Section):
     """Largest share of images of a first model that repeat a photo."""
 
 
+ExportFormat = Literal["diffusers", "single_file", "lora", "kohya", "embedding"]
+METHODS_OF_FORMAT = {  # those that are missing here can hold what any method made
+    "lora": ("lora", "pivotal"),
+    "kohya": ("lora", "pivotal"),
+    "embedding": ("textual_inversion", "pivotal"),
+}
+
+
+def _with_diffusers(value: list[str]) -> list[str]:
+    if "diffusers" not in value:
+        raise ValueError("should hold diffusers, which is what is registered and served")
+    if len(set(value)) < len(value):
+        raise ValueError("should name each format once")
+    return value
+
+
+class Export(Section):
+    """What an export holds."""
+
+    formats: Annotated[list[ExportFormat], AfterValidator(_with_diffusers)]
+    """diffusers: the pipeline as a folder. single_file: the same as one checkpoint in the original layout. lora, kohya:
+    the LoRA alone, as diffusers and as kohya's trainer name it. embedding: the new word, as A1111 reads it."""
+    dtype: Dtype
+    """Precision of all but the diffusers folder, whose trained parts are as train.save_dtype says."""
+    license: Words | None
+    """Licence of the model, an id of the hub such as creativeml-openrail-m; null leaves it unsaid."""
+
+
+TrackerName = Literal["tensorboard", "wandb"]
+
+
+class Tracking(Section):
+    """Who is told of a training beside MLflow. It changes no weight, and so runs no stage again."""
+
+    report_to: list[TrackerName]
+    """Trackers of accelerate that get the same losses, rates and previews, live; [] for none. They are extras:
+    pip install 'dreambooth[tensorboard]', 'dreambooth[wandb]'."""
+
+
 class Registry(Section):
     """How exports are registered."""
 
@@ -259,6 +298,8 @@ class Params(Section):
     train: Train
     evaluate: Evaluate
     gate: Gate
+    export: Export
+    tracking: Tracking
     registry: Registry
 
     def subject(self, subject_id: str) -> SubjectParams:

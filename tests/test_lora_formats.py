@@ -21,8 +21,6 @@ from dreambooth.lora_formats import (
     cast,
     kohya_name,
     layers_of,
-    merged,
-    merged_weight,
     read_lora,
     to_diffusers,
     to_kohya,
@@ -87,38 +85,6 @@ def test_the_file_of_diffusers_draws_the_trained_picture(trained: tuple[str, Pat
     assert np.abs(picture(pipeline) - expected).max() < 1e-4
 
 
-def test_merged_weights_draw_the_trained_picture(trained: tuple[str, Path, Path, Any]) -> None:
-    name, folder, file, expected = trained
-    lora, _ = read_lora(file)
-    pipeline = KINDS[name].from_pretrained(folder)
-    for part in ("unet", "text_encoder", "text_encoder_2")[: 3 if name == "sdxl" else 2]:
-        module = getattr(pipeline, part)
-        module.load_state_dict(merged(module.state_dict(), lora, part))
-    assert np.abs(picture(pipeline) - expected).max() < 1e-4
-
-
-def test_merged_dora_weights_are_those_of_peft() -> None:
-    torch.manual_seed(0)
-    module = torch.nn.Sequential(torch.nn.Linear(6, 8, bias=False))
-    from peft import get_peft_model
-
-    adapted = get_peft_model(module, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["0"], use_dora=True))
-    for parameter in adapted.parameters():
-        parameter.data += torch.randn_like(parameter) * 0.1
-    weight = adapted.base_model.model[0].base_layer.weight.detach().clone()
-    saved = get_peft_model_state_dict(adapted)
-    named = {name.replace("base_model.model.0", "unet.linear"): tensor for name, tensor in saved.items()}
-    (layer,) = layers_of(named, {"unet.lora_alpha": ALPHA}).values()
-    assert layer.magnitude is not None
-    expected = adapted.merge_and_unload()[0].weight
-    torch.testing.assert_close(merged_weight(weight, layer), expected)
-
-
-def test_a_layer_adds_alpha_over_rank_times_up_times_down() -> None:
-    layer = LoraLayer(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]]), alpha=0.5)
-    assert merged_weight(torch.zeros(2, 2), layer).tolist() == [[1.5, 3.0], [2.0, 4.0]]
-
-
 def test_modules_have_the_names_that_kohya_gives_them() -> None:
     query = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
     assert kohya_name(query) == "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -151,7 +117,5 @@ def test_what_is_no_whole_layer_is_refused(tmp_path: Path) -> None:
         layers_of({"unet.x.lora_A.weight": torch.zeros(1, 1)})
     with pytest.raises(ModelError, match="unknown part"):
         layers_of({"transformer.x.lora_A.weight": torch.zeros(1, 1)})
-    with pytest.raises(ModelError, match="another base"):
-        merged({}, {"unet.x": LoraLayer(torch.zeros(1, 1), torch.zeros(1, 1), 1)}, "unet")
     with pytest.raises(ModelError, match="cannot be read"):
         read_lora(tmp_path / LORA_FILE)
