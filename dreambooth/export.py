@@ -11,18 +11,17 @@ from typing import Any
 import torch
 
 from dreambooth import lora_formats, prompts
+from dreambooth.adapters import EMBEDDINGS_FILE, LORA_FILE, METADATA
 from dreambooth.card import card
 from dreambooth.consent import Consent
 from dreambooth.errors import ExportError, ModelError
 from dreambooth.layouts import UNetShape, is_open_clip, single_file
-from dreambooth.lora_formats import ADAPTER, LORA_FILE
 from dreambooth.models import DTYPES, write_pipeline
 from dreambooth.params import METHODS_OF_FORMAT, Params
 from dreambooth.weight_files import cast_weights, kohya_header, modelspec, read_weights, write_weights
 
 GENERATION = "generation.json"
 CARD = "README.md"
-EMBEDDINGS_FILE = "learned_embeds.safetensors"
 _WEIGHTED = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
@@ -43,7 +42,7 @@ def write_export(
         ExportError: the training made nothing that a format of export.formats could hold.
     """
     require_formats(params, method)
-    write_pipeline(base, trained, folder)
+    write_pipeline(base, trained, folder, DTYPES[params.train.save_dtype])
     defaults = generation_defaults(params, subject_id)
     for name in params.export.formats:
         if name != "diffusers":
@@ -120,7 +119,7 @@ def _write_single_file(folder: Path, trained: Path, subject_id: str, params: Par
 def _write_lora(folder: Path, trained: Path, subject_id: str, params: Params, photos: int) -> None:
     lora, adapter = lora_formats.read_lora(trained / LORA_FILE)
     weights = lora_formats.to_diffusers(lora_formats.cast(lora, DTYPES[params.export.dtype]))
-    header = _spec("lora", folder, subject_id, params) | {ADAPTER: json.dumps(adapter, sort_keys=True)}
+    header = _spec("lora", folder, subject_id, params) | {METADATA: json.dumps(adapter, sort_keys=True)}
     write_weights(folder / "lora" / LORA_FILE, weights, header)
 
 

@@ -16,11 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dreambooth.adapters import METADATA
 from dreambooth.errors import ModelError
 from dreambooth.layouts import UNetShape, unet_name
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-ADAPTER = "lora_adapter_metadata"  # what diffusers calls the configuration of peft in the header of the file
 # peft; diffusers; diffusers for a text encoder
 _DOWN = re.compile(r"(.+)\.(?:lora_A|lora\.down|lora_linear_layer\.down)\.weight")
 _UP = re.compile(r"(.+)\.(?:lora_B|lora\.up|lora_linear_layer\.up)\.weight")
@@ -58,7 +57,7 @@ def read_lora(path: Path) -> tuple[Lora, dict[str, Any]]:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} cannot be read ({error}); train the subject again") from error
-    adapter: dict[str, Any] = json.loads(header.get(ADAPTER, "{}"))
+    adapter: dict[str, Any] = json.loads(header.get(METADATA, "{}"))
     return layers_of(weights, adapter), adapter
 
 

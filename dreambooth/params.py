@@ -129,6 +129,15 @@ class Prior(Section):
 class Train(Section):
     """The training of one subject. Defaults for photo-scale models: docs/recipes.md."""
 
+    method: Literal["full", "lora", "textual_inversion", "pivotal"]
+    """What is trained. full: all weights of the UNet (Ruiz et al. 2022). lora: low-rank updates of it (Hu et al.
+    2022). textual_inversion: a new word for the identifier and nothing else (Gal et al. 2023). pivotal: both."""
+    rank: Annotated[int, Field(ge=1, le=1024)]
+    """Rank of the updates of lora and pivotal; 4 to 32 are usual."""
+    lora_alpha: Annotated[float, Field(gt=0, le=1024)]
+    """The updates count lora_alpha / rank."""
+    use_dora: bool
+    """Give each output of an updated layer a magnitude of its own (DoRA, Liu et al. 2024)."""
     seed: Seed
     """Every random number of the training is a function of (seed, purpose, step, row)."""
     max_train_steps: Annotated[int, Field(ge=1, le=1_000_000)] | None
@@ -138,9 +147,13 @@ class Train(Section):
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1024)]
     """Forward passes in an optimizer step."""
     train_text_encoder: bool
-    """Train the text encoder with the UNet (Ruiz et al. 2022 train both)."""
+    """Train the text encoders with the UNet (Ruiz et al. 2022 train both); textual_inversion leaves them alone."""
     learning_rate: Annotated[float, Field(gt=0, le=1)]
-    """Peak rate of AdamW."""
+    """Peak rate of the optimizer: about 2e-6 for full, 1e-4 for lora, 5e-3 for textual_inversion; Prodigy wants 1."""
+    text_encoder_learning_rate: Annotated[float, Field(gt=0, le=1)] | None
+    """Peak rate of the text encoders; null: the same."""
+    embedding_learning_rate: Annotated[float, Field(gt=0, le=1)] | None
+    """Peak rate of the new word of textual_inversion and pivotal; null: the same."""
     lr_scheduler: Literal["constant", "linear", "cosine"]
     """Shape of the rate after the warm-up."""
     lr_warmup_steps: Annotated[int, Field(ge=0)]
@@ -364,6 +377,13 @@ def _contradictions(params: Params) -> Iterator[str]:
     photos = params.photos
     if photos.max_count < photos.min_count:
         yield f"photos.max_count: should be at least photos.min_count {photos.min_count} (got {photos.max_count})"
+    for name in params.export.formats:
+        methods = METHODS_OF_FORMAT.get(name)
+        if methods and params.train.method not in methods:
+            yield (
+                f"export.formats: {name} holds what train.method {' or '.join(methods)} makes (train.method is "
+                f"{params.train.method}); take it out, or change the method"
+            )
     if params.train.prior_loss_weight > 0 and params.prior.num_class_images == 0:
         yield "prior.num_class_images: 0 leaves train.prior_loss_weight without images; draw some, or write weight 0"
     if params.train.max_train_steps is not None and params.train.lr_warmup_steps >= params.train.max_train_steps:

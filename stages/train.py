@@ -9,7 +9,7 @@ import pandas as pd
 import safetensors.torch
 from PIL import Image
 
-from dreambooth import processes, prompts
+from dreambooth import methods, processes, prompts
 from dreambooth.checkpoint import BYTES_PER_WEIGHT, KEEP, MAY_CHANGE, Checkpoints
 from dreambooth.dataset import Sample, as_posterior
 from dreambooth.errors import DivergedError
@@ -28,14 +28,12 @@ from dreambooth.images import png_bytes, read_captions, read_prepared, to_square
 from dreambooth.latents import encode_images
 from dreambooth.locks import only_one
 from dreambooth.models import (
-    DTYPES,
     Model,
     device_name,
     library_versions,
     load_model,
     model_hash,
     resolve_model,
-    save_trained,
 )
 from dreambooth.params import Params
 from dreambooth.previews import Previews
@@ -56,7 +54,9 @@ WITHOUT_EFFECT = {  # on the weights: they say how often something is looked at 
 
 
 def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = None) -> None:
-    """Write models/<id>/: unet/, text_encoder/ where it was trained, loss.csv, manifest with the fingerprint.
+    """Write models/<id>/: what was trained, loss.csv, manifest with fingerprint and method.
+
+    What was trained: unet/ and text_encoder/, or the LoRA and the embedding as diffusers loads them onto the base.
 
     Args:
         params: of the project.
@@ -68,7 +68,8 @@ def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = 
     model = load_model(base)
     about = _inputs(params, subject_id, root, model_hash(base), device_name(model.device))
     instance = _instance_samples(params, subject_id, root, model, model_hash(base, ["vae"]))
-    prior = _prior_samples(params, subject_id, root) if params.train.prior_loss_weight > 0 else []
+    prior = _prior_samples(params, subject_id, root) if _has_prior(params) else []
+    methods.add_token(model, params.train, about["inputs"]["identifier"], about["inputs"]["class_noun"])
     checkpoints = _checkpoints(subject_id, root, about["inputs"], resume_from)
     if processes.rank() > 0:  # its share of the rows of each step, and no file
         train(model, instance, prior, params.train, None, checkpoints)
@@ -95,7 +96,7 @@ def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = 
             except DivergedError:
                 tracked.tag("diverged", "true")
                 raise
-            save_trained(model, folder, DTYPES[params.train.save_dtype], params.train.train_text_encoder)
+            methods.save_trained(model, folder, params.train)
             _save_records(history, folder)
             if (checkpoints.folder / PREVIEWS).is_dir():
                 shutil.copytree(checkpoints.folder / PREVIEWS, folder / PREVIEWS)
@@ -123,8 +124,7 @@ def _checkpoints(subject_id: str, root: Path, inputs: dict[str, Any], resume_fro
 
 def _require_room(params: Params, model: Model, root: Path) -> None:
     """Refuse to begin without room for the checkpoints: those that are kept, and the one that is being written."""
-    trained = [model.unet, *([model.text_encoder] if params.train.train_text_encoder else [])]
-    weights = sum(parameter.numel() for module in trained for parameter in module.parameters())
+    weights = methods.count_weights(model, params.train)
     kept = KEEP + 1 + (params.train.evaluation_steps is not None)
     require_space(scratch_folder(root), weights * BYTES_PER_WEIGHT * kept, "training with checkpoints")
 
@@ -153,7 +153,7 @@ def _inputs(params: Params, subject_id: str, root: Path, base_hash: str, device:
     """Say what the training depends on; its hash is the fingerprint that later stages find the run by."""
     subject = params.subject(subject_id)
     folders = {"instance": root / INPUTS[0].format(id=subject_id)}
-    if params.train.prior_loss_weight > 0:
+    if _has_prior(params):
         folders["prior"] = root / INPUTS[1].format(class_id=subject.class_id)
     inputs = {
         "base": base_hash,
@@ -169,7 +169,12 @@ def _inputs(params: Params, subject_id: str, root: Path, base_hash: str, device:
         "captions": read_captions(folders["instance"]),
         **{name: sha256_of(read_manifest(folder)["files"]) for name, folder in folders.items()},
     }
-    return {"fingerprint": sha256_of(inputs), "inputs": inputs}
+    return {"fingerprint": sha256_of(inputs), "method": params.train.method, "inputs": inputs}
+
+
+def _has_prior(params: Params) -> bool:
+    """Whether class rows are trained on: they need a weight, and a method that can learn from them."""
+    return params.train.prior_loss_weight > 0 and methods.reads_class_rows(params.train)
 
 
 def _instance_samples(params: Params, subject_id: str, root: Path, model: Model, vae_hash: str) -> list[Sample]:

@@ -14,10 +14,10 @@ from test_layouts import picture
 from test_lora_formats import ALPHA, TEXT_MODULES, UNET_MODULES, adapt
 from tiny_pipelines import write_sd, write_sdxl
 
+from dreambooth.adapters import EMBEDDINGS_FILE, LORA_FILE, save_lora
 from dreambooth.errors import ExportError, ModelError, ParamsError
-from dreambooth.export import EMBEDDINGS_FILE, a1111_embedding, write_export
+from dreambooth.export import a1111_embedding, require_formats, write_export
 from dreambooth.folders import sha256_of_file
-from dreambooth.lora_formats import LORA_FILE
 from dreambooth.params import parse_params
 
 METRICS: dict[str, Any] = {
@@ -48,6 +48,7 @@ def export(
     **more: Any,
 ) -> Path:
     values["export"] |= {"formats": ["diffusers", *formats]} | more
+    values["train"]["method"] = method
     folder.mkdir()
     write_export(folder, base, trained, "biscuit", parse_params(values), "b" * 64, METRICS, None, method)
     return folder
@@ -65,10 +66,11 @@ def train_lora(base: Path, folder: Path) -> np.ndarray:
     parts = (
         ("unet", "text_encoder", "text_encoder_2") if hasattr(pipeline, "text_encoder_2") else ("unet", "text_encoder")
     )
-    learned = {part: adapt(getattr(pipeline, part), UNET_MODULES if part == "unet" else TEXT_MODULES) for part in parts}
-    more = {f"{part}_lora_layers": layers for part, (layers, _) in learned.items()}
-    more |= {f"{part}_lora_adapter_metadata": about for part, (_, about) in learned.items()}
-    kind_of(base).save_lora_weights(folder, **more)
+    modules = {part: getattr(pipeline, part) for part in parts}
+    for part, module in modules.items():
+        adapt(module, UNET_MODULES if part == "unet" else TEXT_MODULES)
+    folder.mkdir()
+    save_lora(folder / LORA_FILE, modules, torch.float32)
     return picture(pipeline)
 
 
@@ -97,7 +99,7 @@ def test_a_rounded_single_file_draws_what_the_rounded_folder_draws(
     assert np.abs(picture(loaded) - picture(rounded)).max() < 1e-5
 
 
-def test_both_files_of_a_lora_draw_the_trained_picture(
+def test_both_files_of_a_lora_and_the_folder_draw_the_trained_picture(
     params_values: dict[str, Any], base: Path, tmp_path: Path
 ) -> None:
     expected = train_lora(base, tmp_path / "trained")
@@ -107,7 +109,8 @@ def test_both_files_of_a_lora_draw_the_trained_picture(
         pipeline = kind_of(base).from_pretrained(base)
         pipeline.load_lora_weights(path.parent, weight_name=path.name)
         assert np.abs(picture(pipeline) - expected).max() < ONE_STEP, path
-        del pipeline
+    merged = kind_of(base).from_pretrained(folder)
+    assert np.abs(picture(merged) - expected).max() < ONE_STEP
     about = header(folder / "kohya/biscuit.safetensors")
     name = "stable-diffusion-xl-v1-base" if kind_of(base) is StableDiffusionXLPipeline else "stable-diffusion-v1"
     assert about["modelspec.architecture"] == f"{name}/lora"
@@ -174,10 +177,17 @@ def test_the_card_names_files_hashes_parameters_scores_and_licence(
     assert 'instance_prompt: "a photo of sks dog"' in card
 
 
-def test_a_format_that_the_training_does_not_fill_is_refused(params_values: dict[str, Any], tmp_path: Path) -> None:
-    base = write_sd(tmp_path / "base")
-    with pytest.raises(ExportError, match=r"kohya holds what train\.method lora or pivotal makes.* by full"):
-        export(params_values, base, tmp_path / "nothing", tmp_path / "out", ["kohya"])
+def test_a_format_that_the_method_does_not_fill_is_refused_before_anything_runs(params_values: dict[str, Any]) -> None:
+    params_values["export"]["formats"] = ["diffusers", "kohya"]
+    with pytest.raises(ParamsError, match=r"kohya holds what train\.method lora or pivotal makes .*method is full"):
+        parse_params(params_values)
+
+
+def test_a_format_that_an_older_training_does_not_fill_is_refused(params_values: dict[str, Any]) -> None:
+    params_values["train"]["method"] = "lora"
+    params_values["export"]["formats"] = ["diffusers", "kohya"]
+    with pytest.raises(ExportError, match=r"this model was trained by full; take it out"):
+        require_formats(parse_params(params_values), "full")
 
 
 def test_the_folder_of_diffusers_is_always_part_of_an_export(params_values: dict[str, Any]) -> None:

@@ -13,10 +13,10 @@ from peft.utils import get_peft_model_state_dict
 from test_layouts import picture
 from tiny_pipelines import write_sd, write_sdxl
 
+from dreambooth.adapters import LORA_FILE
 from dreambooth.errors import ModelError
 from dreambooth.layouts import UNetShape
 from dreambooth.lora_formats import (
-    LORA_FILE,
     LoraLayer,
     cast,
     kohya_name,
