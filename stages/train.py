@@ -1,6 +1,8 @@
 """Turn the pictures of a subject and the class images into the trained parts of its model, and their loss curve."""
 
 import shutil
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from dreambooth.models import (
 )
 from dreambooth.params import Params
 from dreambooth.previews import Previews
+from dreambooth.trackers import Trackers, open_trackers, require_trackers
 from dreambooth.tracking import open_run
 from dreambooth.training import History, Listeners, StepRecord, max_train_steps, train
 from stages.entry import main, say
@@ -64,6 +67,7 @@ def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = 
         root: of the project.
         resume_from: a checkpoint to continue with instead of the newest of this training.
     """
+    require_trackers(params.tracking.report_to)
     base = resolve_model(params.base.pretrained_model_name_or_path, params.base.revision, root)
     model = load_model(base)
     about = _inputs(params, subject_id, root, model_hash(base), device_name(model.device))
@@ -87,10 +91,12 @@ def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = 
         tags = {"subject": subject_id, "diverged": "false"}
         with (
             open_run(root, key=about["fingerprint"], name=subject_id, tags=tags) as tracked,
+            _open_trackers(params, subject_id, root, about["fingerprint"]) as told,
             new_folder(target, about) as folder,
         ):
-            tracked.params(_flat(params, subject_id))
-            listeners = _listeners(params, subject_id, checkpoints.folder, tracked)
+            for one in (tracked, told):
+                one.params(_flat(params, subject_id))
+            listeners = _listeners(params, subject_id, checkpoints.folder, tracked, told)
             try:
                 history = train(model, instance, prior, params.train, listeners, checkpoints)
             except DivergedError:
@@ -129,8 +135,13 @@ def _require_room(params: Params, model: Model, root: Path) -> None:
     require_space(scratch_folder(root), weights * BYTES_PER_WEIGHT * kept, "training with checkpoints")
 
 
-def _listeners(params: Params, subject_id: str, folder: Path, tracked: Any) -> Listeners:
-    """Send the numbers to MLflow; keep the previews beside the checkpoints until the training is done."""
+def _open_trackers(params: Params, subject_id: str, root: Path, fingerprint: str) -> AbstractContextManager[Trackers]:
+    folder = scratch_folder(root) / "trackers" / subject_id
+    return open_trackers(params.tracking.report_to, folder, fingerprint, subject_id)
+
+
+def _listeners(params: Params, subject_id: str, folder: Path, tracked: Any, told: Trackers) -> Listeners:
+    """Send the numbers to MLflow and the other trackers; keep the previews beside the checkpoints until the end."""
 
     def keep(step: int, images: list[Image.Image]) -> None:
         place = folder / PREVIEWS
@@ -139,12 +150,13 @@ def _listeners(params: Params, subject_id: str, folder: Path, tracked: Any) -> L
             path = place / f"step-{step:07d}-{number:02d}.png"
             write_file(path, png_bytes(image))
             tracked.file(path, PREVIEWS)
+        told.pictures(images, PREVIEWS, step)
 
     subject = f"{params.subject(subject_id).identifier} {params.class_of(subject_id).class_noun}"
     texts = [prompts.fill(template, subject) for template in params.train.preview_prompts]
     return Listeners(
-        records=lambda records: _track(tracked, records),
-        evaluation=lambda record: _track_evaluation(tracked, record),
+        records=lambda records: _track((tracked, told), records),
+        evaluation=lambda record: _track_evaluation((tracked, told), record),
         previews=Previews(texts, params.base.resolution, keep, lambda line: say(f"train {subject_id}: {line}")),
     )
 
@@ -203,16 +215,19 @@ def _prior_samples(params: Params, subject_id: str, root: Path) -> list[Sample]:
     return [Sample(f"{i:05d}.png", as_posterior(latent), prompt, "prior") for i, latent in enumerate(latents)]
 
 
-def _track(tracked: Any, records: list[StepRecord]) -> None:
+def _track(trackers: Sequence[Any], records: list[StepRecord]) -> None:
     for record in records:
         values = asdict(record)
-        tracked.metrics({name: value for name, value in values.items() if name != "step"}, step=values["step"])
+        step = values.pop("step")
+        for one in trackers:
+            one.metrics(values, step=step)
 
 
-def _track_evaluation(tracked: Any, record: EvaluationRecord) -> None:
+def _track_evaluation(trackers: Sequence[Any], record: EvaluationRecord) -> None:
     values = asdict(record)
     step = values.pop("step")
-    tracked.metrics({f"evaluation_{name}": value for name, value in values.items()}, step=step)
+    for one in trackers:
+        one.metrics({f"evaluation_{name}": value for name, value in values.items()}, step=step)
 
 
 def _flat(params: Params, subject_id: str) -> dict[str, Any]:
