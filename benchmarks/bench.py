@@ -160,9 +160,10 @@ def report(
 ## CPU time (hardly depends on what else the machine does; no floor is meant for it)
 {table(found, least, "cpu")}
 
-Floors, for each side's own work: arithmetic counted by torch over {peaks.flops / 1e9:.4g} GFLOP/s, a measured product
-of matrices; a checkpoint's bytes over {peaks.write / 1e6:.4g} MB/s to the disk; {peaks.imports:.2f} s of imports; 16 bytes
-a trained weight. A class image and a checkpoint are differences of whole runs: what is smaller than the range was not seen.
+Floors, for each side's own work: arithmetic counted by torch over {peaks.flops / 1e9:.4g} GFLOP/s, a measured
+product of matrices; a checkpoint's bytes over {peaks.write / 1e6:.4g} MB/s to the disk; {peaks.imports:.2f} s of
+imports; 16 bytes a trained weight. A class image and a checkpoint are differences of whole runs: what is smaller than
+the range was not seen.
 
 {versions}; Python {platform.python_version()}; {torch.get_num_threads()} threads.
 """
@@ -172,10 +173,10 @@ def _told(recipe: Recipe, repeats: int) -> str:
     """Say what both sides were told, and what each chose itself."""
     photos = sum(path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") for path in recipe.photos.iterdir())
     rows = f"{recipe.train_batch_size} + {recipe.train_batch_size} rows at {recipe.resolution} px"
-    return f"""Base `{recipe.base.name}`, {photos} photos, {recipe.class_images} class images, {recipe.steps} steps of {rows},
-UNet and text encoder, precision {recipe.mixed_precision}. Medians of {repeats} repeats in turns, [least, most]. A ratio
-above 1 means that the reference needs more. It draws class images with {REFERENCE_SAMPLER_STEPS} steps of the base's own
-scheduler, which cannot be told; ours take {recipe.sampler_steps} of DPM-Solver++."""
+    return f"""Base `{recipe.base.name}`, {photos} photos, {recipe.class_images} class images, {recipe.steps} steps of
+{rows}, UNet and text encoder, precision {recipe.mixed_precision}. Medians of {repeats} repeats in turns, [least, most].
+A ratio above 1 means that the reference needs more. It draws class images with {REFERENCE_SAMPLER_STEPS} steps of the
+base's own scheduler, which cannot be told; ours take {recipe.sampler_steps} of DPM-Solver++."""
 
 
 def hardware() -> str:
