@@ -5,13 +5,14 @@ channels, H height, W width of the latents.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dreambooth import rng
+from dreambooth.families import Sizes
 
 Role = Literal["instance", "prior"]
 
@@ -37,6 +38,10 @@ class Sample:
     posterior: Posterior
     prompt: str
     role: Role
+    sizes: Sizes | None = None
+    """What SDXL is told of the picture."""
+    variants: tuple[tuple[Posterior, Sizes | None], ...] = field(default=(), repr=False)
+    """The same picture mirrored or cut out elsewhere, each encoded once; a row takes one of them all by chance."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ class Batch:
     weights: Tensor
     is_instance: Tensor
     prompts: tuple[str, ...]
+    sizes: Tensor | None = None
+    """(B, 6) of `families.Sizes`, where the samples have them."""
 
 
 def as_posterior(latents: Tensor) -> Posterior:
@@ -107,20 +114,47 @@ def micro_batches(rows: Sequence[Row], count: int) -> list[list[Row]]:
     return parts
 
 
-def collate(rows: Sequence[Row], step: int, num_train_timesteps: int, seed: int) -> Batch:
-    """Draw what is random in a step's rows and stack them; each row's draws follow from (seed, step, index) alone."""
+def collate(rows: Sequence[Row], step: int, num_train_timesteps: int, seed: int, noise_offset: float = 0.0) -> Batch:
+    """Draw what is random in a step's rows and stack them; each row's draws follow from (seed, step, index) alone.
+
+    Args:
+        rows: B of them, of one shape.
+        step: from 0.
+        num_train_timesteps: T.
+        seed: of the training.
+        noise_offset: standard deviation of what is added to the noise of a whole channel (Guttenberg 2023).
+    """
     indices = [row.index for row in rows]
-    shape = rows[0].sample.posterior.mean.shape
-    mean = torch.stack([row.sample.posterior.mean for row in rows])
-    std = torch.stack([row.sample.posterior.std for row in rows])
+    views = [_view(row, step, seed) for row in rows]
+    shape = views[0][0].mean.shape
+    mean = torch.stack([posterior.mean for posterior, _ in views])
+    std = torch.stack([posterior.std for posterior, _ in views])
+    noise = rng.normal(shape, seed, "noise", step, indices)
+    if noise_offset:
+        noise = noise + noise_offset * rng.normal((shape[0], 1, 1), seed, "noise-offset", step, indices)
     return Batch(
         latents=mean + std * rng.normal(shape, seed, "posterior", step, indices),
-        noise=rng.normal(shape, seed, "noise", step, indices),
+        noise=noise,
         timesteps=rng.integers(num_train_timesteps, seed, "timestep", step, indices),
         weights=torch.tensor([row.weight for row in rows]),
         is_instance=torch.tensor([row.sample.role == "instance" for row in rows]),
         prompts=tuple(row.sample.prompt for row in rows),
+        sizes=stack_sizes([sizes for _, sizes in views]),
     )
+
+
+def stack_sizes(sizes: Sequence[Sizes | None]) -> Tensor | None:
+    """Return (B, 6) float32; None where a row has none."""
+    known = [size for size in sizes if size is not None]
+    return torch.tensor(known, dtype=torch.float32) if len(known) == len(sizes) else None
+
+
+def _view(row: Row, step: int, seed: int) -> tuple[Posterior, Sizes | None]:
+    """Choose between a sample and its variants."""
+    views = [(row.sample.posterior, row.sample.sizes), *row.sample.variants]
+    if len(views) == 1:
+        return views[0]
+    return views[int(rng.integers(len(views), seed, "variant", step, [row.index]))]
 
 
 def _nth(samples: Sequence[Sample], n: int, seed: int, purpose: str) -> Sample:

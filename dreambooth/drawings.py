@@ -27,7 +27,14 @@ from dreambooth.progress import progress_bar
 from dreambooth.sampling import Drawing, SamplerSettings, draw_batch
 
 INDEX = "index.jsonl"
-_CODE = ("drawings", "models", "rng", "sampling")  # the modules that decide about the bits of a picture
+_CODE = (
+    "adapters",
+    "drawings",
+    "families",
+    "models",
+    "rng",
+    "sampling",
+)  # the modules that decide about the bits of a picture
 _FLAT = 2.0  # standard deviation of the grey levels of 255 under which a picture shows nothing
 
 

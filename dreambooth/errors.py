@@ -16,6 +16,8 @@ DreamboothError                 every error below; printed as one line, never as
 │   └── OutOfMemoryError        its step does not fit into the memory
 ├── EvaluationError             an evaluation without the prompts or the numbers it needs
 │   └── UnknownWordError        a prompt with words that the image-text scorer never saw (all of them at once)
+├── ExportError                 a format that the training of a model does not fill
+├── TrackerError                a tracker that is not installed or does not start
 ├── RegistryError               an export that cannot be registered, or a version that cannot be loaded
 │   └── GateError               a version that may not become the champion
 └── PipelineError               a stage that failed, a checkout that is no project, DVC that is busy
@@ -137,6 +139,20 @@ class UnknownWordError(EvaluationError):
         )
         self.prompt = prompt
         self.words = tuple(words)
+
+
+class ExportError(DreamboothError):
+    """Refuse an export that a training has nothing for."""
+
+    code = "E_EXPORT"
+    exit_code = 12
+
+
+class TrackerError(DreamboothError):
+    """Refuse a tracker that is not installed, or does not start."""
+
+    code = "E_TRACKER"
+    exit_code = 13
 
 
 class RegistryError(DreamboothError):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dreambooth import rng
-from dreambooth.dataset import Batch, Sample
+from dreambooth.dataset import Batch, Sample, stack_sizes
 from dreambooth.trainer import Trainer, row_losses
 
 PLACES = (0.125, 0.375, 0.625, 0.875)  # of the noise schedule, the middles of its quarters
@@ -55,6 +55,7 @@ def fixed_batches(
             weights=torch.ones(len(part)),
             is_instance=torch.full((len(part),), role == "instance"),
             prompts=tuple(sample.prompt for sample, _ in part),
+            sizes=stack_sizes([sample.sizes for sample, _ in part]),
         )
 
 
@@ -79,7 +80,8 @@ def _mean_loss(trainer: Trainer, samples: Sequence[Sample], role: str) -> float:
     for module in modules:
         module.eval()
     batches = fixed_batches(samples, role, len(trainer.alphas_cumprod), settings.seed, 2 * settings.train_batch_size)
-    losses = [row_losses(trainer, batch, model.unet, model.text_encoder) for batch in batches]
+    own = {"unet": model.unet, **model.encoders}  # without the wrapper of several processes: each measures all
+    losses = [row_losses(trainer, batch, own) for batch in batches]
     for module in modules:
         module.train()
     return torch.cat(losses).mean().item() if losses else float("nan")

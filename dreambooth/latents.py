@@ -53,7 +53,7 @@ def encode_images(
 def encode_image(model: Model, image: Image.Image) -> Posterior:
     """Return the posterior of one RGB picture, (C, h, w), scaled to the units of the UNet."""
     pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
-    distribution = model.vae.encode(pixels.to(model.device, model.dtype)).latent_dist
+    distribution = model.vae.encode(pixels.to(model.device, model.vae.dtype)).latent_dist
     scale, shift = model.vae.config.scaling_factor, model.vae.config.get("shift_factor") or 0.0
     mean, std = (distribution.mean.float() - shift) * scale, distribution.std.float() * scale
     return Posterior(mean[0].cpu().contiguous().clone(), std[0].cpu().contiguous().clone())

@@ -48,9 +48,15 @@ def min_snr_weights(prediction_type: PredictionType, alpha_bar: Tensor, gamma: f
     return snr.clamp(max=gamma) / (snr + 1)
 
 
-def row_losses(model_pred: Tensor, target: Tensor) -> Tensor:
-    """Return (B,) mean squared error of each row of (B, C, H, W), in float32."""
-    return (model_pred.float() - target.float()).square().flatten(1).mean(1)
+def row_losses(model_pred: Tensor, target: Tensor, huber_c: float | None = None) -> Tensor:
+    """Return (B,) mean error of each row of (B, C, H, W), in float32: squared, or pseudo-Huber.
+
+    Pseudo-Huber: 2 c (sqrt(d^2 + c^2) - c), which is d^2 for d << c and 2 c |d| beyond (Khrapov et al. 2024).
+    """
+    squares = (model_pred.float() - target.float()).square()
+    if huber_c is not None:
+        squares = 2 * huber_c * ((squares + huber_c**2).sqrt() - huber_c)
+    return squares.flatten(1).mean(1)
 
 
 def dreambooth_loss(losses: Tensor, weights: Tensor, is_instance: Tensor) -> Tensor:

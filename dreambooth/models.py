@@ -15,22 +15,25 @@ from typing import Any
 import safetensors.torch
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from dreambooth import processes
+from dreambooth import adapters, processes
+from dreambooth.adapters import EMBEDDINGS_FILE, LORA_FILE
 from dreambooth.errors import ModelError
+from dreambooth.families import FAMILIES, SD, SDXL, Family
 from dreambooth.folders import sha256_of, sha256_of_file
 
 transformers_logging.disable_progress_bar()  # bars for milliseconds hide those that matter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 LOCAL_MODELS = "data/base"  # what the stages depend on, see dvc.yaml
-PIPELINE_CLASS = "StableDiffusionPipeline"
 _CONTENT_SUFFIXES = (".safetensors", ".json", ".txt")
-# What is fetched from the hub: the five parts, not the same weights again as pickles, fp16 or one file.
-_HUB_FILES = ["model_index.json", *(f"{part}/*{suffix}" for part in COMPONENTS for suffix in _CONTENT_SUFFIXES)]
+# What is fetched from the hub: the parts, not the same weights again as pickles, fp16 or one file.
+_HUB_FILES = [
+    "model_index.json",
+    *(f"{part}/*{suffix}" for part in SDXL.components for suffix in _CONTENT_SUFFIXES),
+]
 _HUB_DUPLICATES = ["*.fp16.*", "*non_ema*", "*.ema.*"]
 _HUB_INCLUDE = " ".join(f"--include '{pattern}'" for pattern in _HUB_FILES)
 
@@ -46,6 +49,23 @@ class Model:
     scheduler_config: dict[str, Any]
     device: torch.device
     dtype: torch.dtype
+    family: Family = SD
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    tokenizer_2: CLIPTokenizer | None = None
+    zero_empty_prompt: bool = False
+    """Whether an empty negative prompt is read as zeros (force_zeros_for_empty_prompt of SDXL pipelines)."""
+    learned_token: str | None = None
+    """The word whose embedding is trained, once the vocabulary has it."""
+
+    @property
+    def encoders(self) -> dict[str, Any]:
+        """Return the text encoders by name, in order."""
+        return {name: getattr(self, name) for name in self.family.encoders}
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        """Return the tokenizer of each text encoder."""
+        return [getattr(self, name) for name in self.family.tokenizers]
 
 
 def default_device() -> torch.device:
@@ -117,98 +137,168 @@ def load_model(
         path: a folder in the layout of diffusers.
         dtype: of the weights.
         device: None is the GPU when there is one.
-        trained: a folder with parts that stand in for those of `path` (models/<subject>).
+        trained: a folder of a training (models/<subject>): parts that stand in for those of `path`, or a LoRA that
+            is merged into them and an embedding that extends the vocabulary.
 
     Raises:
-        ModelError: not a folder of a StableDiffusionPipeline, or a part is missing or torn.
+        ModelError: not a folder of a Stable Diffusion pipeline, or a part is missing or torn.
     """
     folder = Path(path)
-    check_model_folder(folder)
-    parts = {part: folder / part for part in COMPONENTS}
-    parts |= {part: Path(trained) / part for part in COMPONENTS if trained and (Path(trained) / part).is_dir()}
+    family = check_model_folder(folder)
+    parts = {part: folder / part for part in family.components}
+    parts |= {part: Path(trained) / part for part in family.components if trained and (Path(trained) / part).is_dir()}
     place = torch.device(device) if device is not None else default_device()
     try:
-        unet = UNet2DConditionModel.from_pretrained(parts["unet"], torch_dtype=dtype, use_safetensors=True)
-        vae = AutoencoderKL.from_pretrained(parts["vae"], torch_dtype=dtype, use_safetensors=True)
-        text_encoder = CLIPTextModel.from_pretrained(parts["text_encoder"], dtype=dtype, use_safetensors=True)
-        tokenizer = CLIPTokenizer.from_pretrained(parts["tokenizer"])
+        loaded = {name: _load_part(name, parts[name], dtype) for name in family.components if name != "scheduler"}
     except Exception as error:  # safetensors, json, OS and value errors alike: a file is missing or torn
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{folder} cannot be loaded ({first_line}); fetch it again") from error
-    for module in (unet, vae, text_encoder):
-        module.requires_grad_(False).eval()
-    return Model(
-        unet=unet.to(place, memory_format=torch.channels_last),
-        vae=vae.to(place, memory_format=torch.channels_last),
-        text_encoder=text_encoder.to(place),
-        tokenizer=tokenizer,
+    model = Model(
+        **loaded,
         scheduler_config=_read_json(parts["scheduler"] / "scheduler_config.json"),
         device=place,
         dtype=dtype,
+        family=family,
+        zero_empty_prompt=_read_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", family is SDXL),
     )
+    if trained is not None:
+        load_trained(model, Path(trained))
+    for name in family.weighted:
+        module = getattr(model, name).requires_grad_(False).eval()
+        module.to(place, **({} if name in family.encoders else {"memory_format": torch.channels_last}))
+    return model
 
 
-def check_model_folder(folder: Path) -> None:
-    """Refuse a folder that is no Stable Diffusion pipeline, lacks a part, or holds code or pickled weights only."""
+def load_trained(model: Model, trained: Path) -> None:
+    """Put the embedding and the LoRA of a training, if it made any, into a model.
+
+    The sum is formed in float32, whatever the precision of the model.
+
+    Raises:
+        ModelError: a file is torn, or of another base.
+    """
+    if (trained / EMBEDDINGS_FILE).is_file():
+        token, vectors = adapters.load_embeddings(trained / EMBEDDINGS_FILE)
+        for tokenizer, encoder, vector in zip(model.tokenizers, model.encoders.values(), vectors, strict=True):
+            adapters.set_embedding(encoder, adapters.add_token(tokenizer, encoder, token), vector)
+        model.learned_token = token
+    if (trained / LORA_FILE).is_file():
+        modules = {"unet": model.unet, **model.encoders}
+        for module in modules.values():
+            module.float()
+        adapters.merge_lora(trained / LORA_FILE, modules)
+        for module in modules.values():
+            module.to(model.dtype)
+
+
+def changed_parts(model: Model, trained: Path) -> list[str]:
+    """Name the parts of a model that differ from the base once `load_trained` was called."""
+    parts = []
+    if (trained / EMBEDDINGS_FILE).is_file():
+        parts += [*model.family.encoders, *model.family.tokenizers]
+    if (trained / LORA_FILE).is_file():
+        parts += adapters.parts_of_lora(trained / LORA_FILE)
+    return sorted(set(parts))
+
+
+def _load_part(name: str, folder: Path, dtype: torch.dtype) -> Any:
+    if name.startswith("tokenizer"):
+        return CLIPTokenizer.from_pretrained(folder)
+    if name == "unet":
+        return UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+    if name == "vae":  # that of SDXL overflows in float16, and says so
+        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+        return vae.float() if dtype == torch.float16 and vae.config.get("force_upcast") else vae
+    kind = CLIPTextModel if name == "text_encoder" else CLIPTextModelWithProjection
+    return kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+
+
+def check_model_folder(folder: Path) -> Family:
+    """Return the family of a pipeline; refuse a folder of another one, without a part, with code, or only pickles."""
     index = _read_json(folder / "model_index.json")
-    if index.get("_class_name") != PIPELINE_CLASS:
+    family = FAMILIES.get(str(index.get("_class_name")))
+    if family is None:
         raise ModelError(
-            f"{folder}/model_index.json is of a {index.get('_class_name')}; a {PIPELINE_CLASS} (SD1.x, SD2.x) is needed"
+            f"{folder}/model_index.json is of a {index.get('_class_name')}; a {' or a '.join(FAMILIES)} (SD1.x, SD2.x, "
+            "SDXL) is needed"
         )
-    missing = [part for part in COMPONENTS if not (folder / part).is_dir()]
+    missing = [part for part in family.components if not (folder / part).is_dir()]
     if missing:
         raise ModelError(f"{folder} lacks {', '.join(missing)}; fetch the model again")
     code = [path.name for path in folder.rglob("*.py")]
     if code:
         raise ModelError(f"{folder} holds code ({', '.join(code)}), which is never run; use a model without any")
-    pickled = [part for part in ("unet", "vae", "text_encoder") if not list((folder / part).glob("*.safetensors"))]
+    pickled = [part for part in family.weighted if not list((folder / part).glob("*.safetensors"))]
     if pickled:
         raise ModelError(
             f"{folder}: no .safetensors in {', '.join(pickled)}; pickled weights can run code, convert them"
         )
+    return family
 
 
-def model_hash(folder: Path, parts: Sequence[str] = COMPONENTS) -> str:
+def model_hash(folder: Path, parts: Sequence[str] = SDXL.components) -> str:
     """Return one sha256 over the weights and configurations of a pipeline's parts, wherever the folder lies."""
     files = [path for part in parts for path in _content_files(folder, part)]
     return sha256_of({path.relative_to(folder).as_posix(): sha256_of_file(path) for path in files})
 
 
-def save_trained(model: Model, folder: Path, dtype: torch.dtype, text_encoder: bool) -> None:
-    """Write the trained parts as safetensors in the layout of diffusers.
+def save_parts(model: Model, folder: Path, dtype: torch.dtype, parts: Sequence[str]) -> None:
+    """Write parts of a model as safetensors in the layout of diffusers.
 
     Args:
         model: after training.
-        folder: gets unet/ and, if trained, text_encoder/.
+        folder: gets a folder for each part.
         dtype: of the saved weights.
-        text_encoder: whether it was trained too.
+        parts: names of the UNet, text encoders or tokenizers.
     """
-    model.unet.save_config(folder / "unet")
-    weights = _cast_weights(model.unet, dtype)
-    safetensors.torch.save_file(weights, folder / "unet/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    _forget_origin(folder / "unet/config.json")
-    if text_encoder:  # transformers gives the weights the names they have on the hub, which are not those in memory
-        weights = _cast_weights(model.text_encoder, dtype)
-        model.text_encoder.save_pretrained(folder / "text_encoder", state_dict=weights)
-        _forget_origin(folder / "text_encoder/config.json")
+    for part in parts:
+        module = getattr(model, part)
+        if part.startswith("tokenizer"):
+            module.save_pretrained(folder / part)
+        elif part == "unet":
+            module.save_config(folder / part)
+            weights = _cast_weights(module, dtype)
+            file = folder / part / "diffusion_pytorch_model.safetensors"
+            safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+            _forget_origin(folder / part / "config.json")
+        else:  # transformers gives the weights the names they have on the hub, which are not those in memory
+            module.save_pretrained(folder / part, state_dict=_cast_weights(module, dtype))
+            _forget_origin(folder / part / "config.json")
 
 
-def write_pipeline(base: Path, trained: Path, folder: Path) -> None:
+def write_pipeline(base: Path, trained: Path, folder: Path, dtype: torch.dtype = torch.float16) -> None:
     """Put a whole pipeline together: the trained parts, and copies of the base's other ones.
 
-    The result is what `StableDiffusionPipeline.from_pretrained(folder)` of diffusers loads. No safety checker is
+    The result is what `from_pretrained(folder)` of the family's pipeline in diffusers loads. No safety checker is
     part of it, also where the base had one: the card says so.
+
+    Args:
+        base: the untouched pipeline.
+        trained: folder of a training; whole parts are copied, a LoRA or an embedding is merged into those of the base.
+        folder: is filled.
+        dtype: of the weights of merged parts.
     """
-    for part in COMPONENTS:
+    family = check_model_folder(base)
+    merged: list[str] = []
+    if (trained / LORA_FILE).is_file() or (trained / EMBEDDINGS_FILE).is_file():
+        model = load_model(base, device="cpu", trained=trained)
+        merged = changed_parts(model, trained)
+        save_parts(model, folder, dtype, merged)
+    for part in family.components:
+        if part in merged:
+            continue
         source = trained / part if (trained / part).is_dir() else base / part
         for file in _content_files(source.parent, part):
             target = folder / part / file.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
     index = _read_json(base / "model_index.json")
-    kept = {key: value for key, value in index.items() if key.startswith("_") and key != "_name_or_path"}
-    kept |= {part: index[part] for part in COMPONENTS}
-    kept |= {"feature_extractor": [None, None], "safety_checker": [None, None], "requires_safety_checker": False}
+    kept = {key: value for key, value in index.items() if key.startswith(("_", "force_")) and key != "_name_or_path"}
+    kept |= {part: index[part] for part in family.components}
+    if family is SD:
+        kept |= {"feature_extractor": [None, None], "safety_checker": [None, None], "requires_safety_checker": False}
+    else:
+        kept |= {"feature_extractor": [None, None], "image_encoder": [None, None]}
     (folder / "model_index.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 

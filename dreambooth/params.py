@@ -129,6 +129,15 @@ class Prior(Section):
 class Train(Section):
     """The training of one subject. Defaults for photo-scale models: docs/recipes.md."""
 
+    method: Literal["full", "lora", "textual_inversion", "pivotal"]
+    """What is trained. full: all weights of the UNet (Ruiz et al. 2022). lora: low-rank updates of it (Hu et al.
+    2022). textual_inversion: a new word for the identifier and nothing else (Gal et al. 2023). pivotal: both."""
+    rank: Annotated[int, Field(ge=1, le=1024)]
+    """Rank of the updates of lora and pivotal; 4 to 32 are usual."""
+    lora_alpha: Annotated[float, Field(gt=0, le=1024)]
+    """The updates count lora_alpha / rank."""
+    use_dora: bool
+    """Give each output of an updated layer a magnitude of its own (DoRA, Liu et al. 2024)."""
     seed: Seed
     """Every random number of the training is a function of (seed, purpose, step, row)."""
     max_train_steps: Annotated[int, Field(ge=1, le=1_000_000)] | None
@@ -138,9 +147,13 @@ class Train(Section):
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1024)]
     """Forward passes in an optimizer step."""
     train_text_encoder: bool
-    """Train the text encoder with the UNet (Ruiz et al. 2022 train both)."""
+    """Train the text encoders with the UNet (Ruiz et al. 2022 train both); textual_inversion leaves them alone."""
     learning_rate: Annotated[float, Field(gt=0, le=1)]
-    """Peak rate of AdamW."""
+    """Peak rate of the optimizer: about 2e-6 for full, 1e-4 for lora, 5e-3 for textual_inversion; Prodigy wants 1."""
+    text_encoder_learning_rate: Annotated[float, Field(gt=0, le=1)] | None
+    """Peak rate of the text encoders; null: the same."""
+    embedding_learning_rate: Annotated[float, Field(gt=0, le=1)] | None
+    """Peak rate of the new word of textual_inversion and pivotal; null: the same."""
     lr_scheduler: Literal["constant", "linear", "cosine"]
     """Shape of the rate after the warm-up."""
     lr_warmup_steps: Annotated[int, Field(ge=0)]
@@ -241,6 +254,45 @@ class Gate(Section):
     """Largest share of images of a first model that repeat a photo."""
 
 
+ExportFormat = Literal["diffusers", "single_file", "lora", "kohya", "embedding"]
+METHODS_OF_FORMAT = {  # those that are missing here can hold what any method made
+    "lora": ("lora", "pivotal"),
+    "kohya": ("lora", "pivotal"),
+    "embedding": ("textual_inversion", "pivotal"),
+}
+
+
+def _with_diffusers(value: list[str]) -> list[str]:
+    if "diffusers" not in value:
+        raise ValueError("should hold diffusers, which is what is registered and served")
+    if len(set(value)) < len(value):
+        raise ValueError("should name each format once")
+    return value
+
+
+class Export(Section):
+    """What an export holds."""
+
+    formats: Annotated[list[ExportFormat], AfterValidator(_with_diffusers)]
+    """diffusers: the pipeline as a folder. single_file: the same as one checkpoint in the original layout. lora, kohya:
+    the LoRA alone, as diffusers and as kohya's trainer name it. embedding: the new word, as A1111 reads it."""
+    dtype: Dtype
+    """Precision of all but the diffusers folder, whose trained parts are as train.save_dtype says."""
+    license: Words | None
+    """Licence of the model, an id of the hub such as creativeml-openrail-m; null leaves it unsaid."""
+
+
+TrackerName = Literal["tensorboard", "wandb"]
+
+
+class Tracking(Section):
+    """Who is told of a training beside MLflow. It changes no weight, and so runs no stage again."""
+
+    report_to: list[TrackerName]
+    """Trackers of accelerate that get the same losses, rates and previews, live; [] for none. They are extras:
+    pip install 'dreambooth[tensorboard]', 'dreambooth[wandb]'."""
+
+
 class Registry(Section):
     """How exports are registered."""
 
@@ -259,6 +311,8 @@ class Params(Section):
     train: Train
     evaluate: Evaluate
     gate: Gate
+    export: Export
+    tracking: Tracking
     registry: Registry
 
     def subject(self, subject_id: str) -> SubjectParams:
@@ -323,6 +377,13 @@ def _contradictions(params: Params) -> Iterator[str]:
     photos = params.photos
     if photos.max_count < photos.min_count:
         yield f"photos.max_count: should be at least photos.min_count {photos.min_count} (got {photos.max_count})"
+    for name in params.export.formats:
+        methods = METHODS_OF_FORMAT.get(name)
+        if methods and params.train.method not in methods:
+            yield (
+                f"export.formats: {name} holds what train.method {' or '.join(methods)} makes (train.method is "
+                f"{params.train.method}); take it out, or change the method"
+            )
     if params.train.prior_loss_weight > 0 and params.prior.num_class_images == 0:
         yield "prior.num_class_images: 0 leaves train.prior_loss_weight without images; draw some, or write weight 0"
     if params.train.max_train_steps is not None and params.train.lr_warmup_steps >= params.train.max_train_steps:

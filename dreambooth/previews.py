@@ -40,7 +40,7 @@ class Previews:
             batch_size=len(self.prompts),
         )
         seeds = [rng.derive_seed(settings.seed, "preview", number) for number in range(len(self.prompts))]
-        trained = [module for module in (model.unet, model.text_encoder) if module.training]
+        trained = [module for module in (model.unet, *model.encoders.values()) if module.training]
         for module in trained:
             module.eval()
         try:

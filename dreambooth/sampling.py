@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from dreambooth.families import Text, condition, drawn_sizes, encode_text
 from dreambooth.models import Model
 from dreambooth.params import Evaluate, Prior
 from dreambooth.progress import progress_bar
@@ -101,13 +102,16 @@ def draw_batch(
     scheduler.set_timesteps(settings.num_inference_steps, device=model.device)
     guided = settings.guidance_scale != 1
     texts = [*[settings.negative_prompt] * len(prompts), *prompts] if guided else list(prompts)
-    prompt_embeds = encode_prompts(model, texts)
+    text = encode_prompts(model, texts)
+    if guided and not settings.negative_prompt and model.zero_empty_prompt:
+        text = without_text(text, len(prompts))
+    how = condition(text, torch.tensor([drawn_sizes(settings.resolution)] * len(texts)))
     latents = first_latents(model, seeds, settings.resolution) * scheduler.init_noise_sigma
     done = 0
     for i, timestep in enumerate(scheduler.timesteps):
         rows = scheduler.scale_model_input(latents, timestep)
         rows = torch.cat([rows, rows]) if guided else rows
-        model_pred = model.unet(rows.to(model.dtype), timestep, prompt_embeds).sample.float()
+        model_pred = model.unet(rows.to(model.dtype), timestep, **how).sample.float()
         if guided:
             unconditional, conditional = model_pred.chunk(2)
             model_pred = guide(unconditional, conditional, settings.guidance_scale)
@@ -133,21 +137,33 @@ def first_latents(model: Model, seeds: Sequence[int], resolution: int) -> Tensor
     return torch.stack(rows).to(model.device)
 
 
-def encode_prompts(model: Model, prompts: Sequence[str]) -> Tensor:
-    """Return (B, L, D) prompt_embeds; a prompt that stands twice is encoded once."""
+def encode_prompts(model: Model, prompts: Sequence[str]) -> Text:
+    """Return what the UNet reads of B prompts; a prompt that stands twice is encoded once."""
     unique = list(dict.fromkeys(prompts))
-    embeds: Tensor = model.text_encoder(tokenize(model, unique).to(model.device))[0]
-    return embeds[[unique.index(prompt) for prompt in prompts]]
+    text = encode_text(model.family, list(model.encoders.values()), tokenize(model, unique))
+    return text.rows([unique.index(prompt) for prompt in prompts])
 
 
-def tokenize(model: Model, prompts: Sequence[str]) -> Tensor:
-    """Return (B, L) input_ids, padded and cut to the tokenizer's length."""
-    length = model.tokenizer.model_max_length
-    encoded = model.tokenizer(
-        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    )
-    input_ids: Tensor = encoded.input_ids
-    return input_ids
+def without_text(text: Text, count: int) -> Text:
+    """Put zeros where the first `count` rows stand: how SDXL was trained without a prompt."""
+    embeds = torch.cat([torch.zeros_like(text.embeds[:count]), text.embeds[count:]])
+    pooled = None if text.pooled is None else torch.cat([torch.zeros_like(text.pooled[:count]), text.pooled[count:]])
+    return Text(embeds, pooled)
+
+
+def tokenize(model: Model, prompts: Sequence[str]) -> list[Tensor]:
+    """Return (B, L) input_ids for each text encoder, padded and cut to its tokenizer's length."""
+    encoded = [
+        tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        for tokenizer in model.tokenizers
+    ]
+    return [one.input_ids.to(model.device) for one in encoded]
 
 
 def decode(model: Model, latents: Tensor) -> list[Image.Image]:
@@ -157,7 +173,7 @@ def decode(model: Model, latents: Tensor) -> list[Image.Image]:
     black, and is rejected where it matters.
     """
     scale, shift = model.vae.config.scaling_factor, model.vae.config.get("shift_factor") or 0.0
-    scaled = (latents / scale + shift).to(model.dtype)
+    scaled = (latents / scale + shift).to(model.vae.dtype)
     pixels = torch.cat([model.vae.decode(row[None]).sample for row in scaled]).float().nan_to_num(-1)
     levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(np.ascontiguousarray(array)) for array in levels.permute(0, 2, 3, 1).cpu().numpy()]

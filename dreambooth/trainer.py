@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import DistributedDataParallelKwargs, extract_model_from_parallel
 from torch import Tensor
 
-from dreambooth import dataset, loss
+from dreambooth import dataset, loss, methods
 from dreambooth.checkpoint import State, named_weights, restore_weights
 from dreambooth.dataset import Batch, Row, Sample
 from dreambooth.errors import OutOfMemoryError, TrainingError
+from dreambooth.families import SDXL, Text, condition, encode_text
 from dreambooth.models import Model
 from dreambooth.params import Train
 from dreambooth.sampling import make_scheduler, tokenize
@@ -33,8 +34,8 @@ class Trainer:
 
     accelerator: Accelerator
     model: Model
-    unet: torch.nn.Module
-    text_encoder: torch.nn.Module
+    modules: dict[str, torch.nn.Module]
+    """UNet and text encoders by name, wrapped for precision and processes where that is needed."""
     optimizer: torch.optim.Optimizer
     trained: dict[str, torch.nn.Module]
     trainable: list[torch.nn.Parameter]
@@ -59,22 +60,23 @@ class Trainer:
 class TextSource:
     """The text side of a batch: the few prompts are tokenised once, and encoded once if their encoder is frozen."""
 
-    def __init__(self, model: Model, prompts: Sequence[str], device: torch.device, trained: bool) -> None:
+    def __init__(self, model: Model, prompts: Sequence[str], trained: bool) -> None:
+        self.family = model.family
         self.prompts = list(dict.fromkeys(prompts))
-        self.input_ids = tokenize(model, self.prompts).to(device)
-        self.embeds: Tensor | None = None
+        self.input_ids = tokenize(model, self.prompts)
+        self.text: Text | None = None
         if not trained:
             with torch.no_grad():
-                self.embeds = model.text_encoder(self.input_ids)[0]
+                self.text = encode_text(self.family, list(model.encoders.values()), self.input_ids)
 
-    def encode(self, prompts: Sequence[str], text_encoder: torch.nn.Module) -> Tensor:
-        """Return (B, L, D) prompt_embeds: each prompt of the batch goes through the encoder once, not once a row."""
+    def encode(self, prompts: Sequence[str], encoders: Sequence[torch.nn.Module]) -> Text:
+        """Return the text of B rows: each prompt of the batch goes through the encoders once, not once a row."""
         rows = [self.prompts.index(prompt) for prompt in prompts]
-        if self.embeds is not None:
-            return self.embeds[rows]
+        if self.text is not None:
+            return self.text.rows(rows)
         used = sorted(set(rows))
-        embeds: Tensor = text_encoder(self.input_ids[used])[0]
-        return embeds[[used.index(row) for row in rows]]
+        text = encode_text(self.family, encoders, [input_ids[used] for input_ids in self.input_ids])
+        return text.rows([used.index(row) for row in rows])
 
 
 def learning_rate_at(step: int, settings: Train, steps: int) -> float:
@@ -91,29 +93,35 @@ def prepare(model: Model, samples: Sequence[Sample], settings: Train) -> Trainer
     """Put optimizer, precision and processes around a model's trainable parts."""
     if settings.mixed_precision == "fp16" and model.device.type == "cpu":
         raise TrainingError('train.mixed_precision: fp16 needs a GPU; write "no" or "bf16"')
-    accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=model.device.type == "cpu")
-    trained = {"unet": model.unet} | ({"text_encoder": model.text_encoder} if settings.train_text_encoder else {})
-    for module in trained.values():
-        module.requires_grad_(True).train()
+    accelerator = Accelerator(
+        mixed_precision=settings.mixed_precision,
+        cpu=model.device.type == "cpu",
+        # SDXL reads the layer before the last of its first text encoder: the last one never gets a gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=model.family is SDXL)],
+    )
+    trained = methods.make_trainable(model, settings)
+    reads_text = [name for name in model.encoders if name in trained]
+    text = TextSource(model, [sample.prompt for sample in samples], trained=bool(reads_text))
     if settings.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     trainable = [parameter for _, parameter in named_weights(trained)]
     require_float32(trainable)
     optimizer = torch.optim.AdamW(
-        trainable,
+        methods.parameter_groups(trained, settings),
         lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         weight_decay=settings.adam_weight_decay,
         eps=settings.adam_epsilon,
         fused=True,
     )
-    text = TextSource(model, [sample.prompt for sample in samples], model.device, settings.train_text_encoder)
     scheduler = make_scheduler("ddim", model.scheduler_config)
     return Trainer(
         accelerator=accelerator,
         model=model,
-        unet=accelerator.prepare(model.unet),
-        text_encoder=accelerator.prepare(model.text_encoder) if settings.train_text_encoder else model.text_encoder,
+        modules={
+            name: accelerator.prepare(module) if name == "unet" or name in reads_text else module
+            for name, module in {"unet": model.unet, **model.encoders}.items()
+        },
         optimizer=accelerator.prepare(optimizer),
         trained=trained,
         trainable=trainable,
@@ -127,10 +135,10 @@ def prepare(model: Model, samples: Sequence[Sample], settings: Train) -> Trainer
 
 def release(model: Model) -> None:
     """Take the wrapper of precision off again, and put the parts into evaluation mode."""
-    model.unet = extract_model_from_parallel(model.unet, keep_fp32_wrapper=False)
-    model.text_encoder = extract_model_from_parallel(model.text_encoder, keep_fp32_wrapper=False)
-    for module in (model.unet, model.text_encoder):
-        module.requires_grad_(False).eval()
+    for name in ("unet", *model.family.encoders):
+        module = extract_model_from_parallel(getattr(model, name), keep_fp32_wrapper=False)
+        setattr(model, name, module.requires_grad_(False).eval())
+    methods.settle(model)
     # Else the next training of this process could choose neither another precision nor another device.
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -172,7 +180,7 @@ def train_step(trainer: Trainer, rows: Sequence[Row], step: int, learning_rate: 
         losses are of this process's rows.
     """
     for group in trainer.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["factor"]
     parts = dataset.micro_batches(rows, trainer.parts * trainer.processes)
     own = parts[trainer.accelerator.process_index :: trainer.processes]
     results = []
@@ -180,7 +188,7 @@ def train_step(trainer: Trainer, rows: Sequence[Row], step: int, learning_rate: 
         batch = dataset.collate(part, step, len(trainer.alphas_cumprod), trainer.settings.seed)
         with ExitStack() as stack:
             if number < len(own) - 1:  # gradients meet those of other processes once a step
-                for module in (trainer.unet, trainer.text_encoder):
+                for module in trainer.modules.values():
                     stack.enter_context(trainer.accelerator.no_sync(module))
             step_loss, losses = forward(trainer, batch)
             trainer.accelerator.backward(step_loss / len(own))
@@ -196,20 +204,20 @@ def forward(trainer: Trainer, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the loss of a micro-batch, and the (B,) losses of its rows before any weight."""
     device = trainer.accelerator.device
     alpha_bar = trainer.alphas_cumprod[batch.timesteps].to(device)
-    losses = row_losses(trainer, batch, trainer.unet, trainer.text_encoder)
+    losses = row_losses(trainer, batch, trainer.modules)
     snr_weights = loss.min_snr_weights(trainer.prediction_type, alpha_bar, trainer.settings.snr_gamma)
     weights = batch.weights.to(device) * snr_weights
     return loss.dreambooth_loss(losses, weights, batch.is_instance.to(device)), losses.detach()
 
 
-def row_losses(trainer: Trainer, batch: Batch, unet: torch.nn.Module, text_encoder: torch.nn.Module) -> Tensor:
-    """Return the (B,) losses of rows before any weight, by the modules that are given."""
+def row_losses(trainer: Trainer, batch: Batch, modules: Mapping[str, torch.nn.Module]) -> Tensor:
+    """Return the (B,) losses of rows before any weight, by the UNet and text encoders that are given."""
     device = trainer.accelerator.device
     latents, noise = batch.latents.to(device), batch.noise.to(device)
     alpha_bar = trainer.alphas_cumprod[batch.timesteps].to(device)
     noisy_latents = loss.add_noise(latents, noise, alpha_bar).contiguous(memory_format=torch.channels_last)
-    encoder_hidden_states = trainer.text.encode(batch.prompts, text_encoder)
-    model_pred = unet(noisy_latents, batch.timesteps.to(device), encoder_hidden_states).sample
+    text = trainer.text.encode(batch.prompts, [modules[name] for name in trainer.model.encoders])
+    model_pred = modules["unet"](noisy_latents, batch.timesteps.to(device), **condition(text, batch.sizes)).sample
     target = loss.prediction_target(trainer.prediction_type, latents, noise, alpha_bar)
     return loss.row_losses(model_pred, target)
 
@@ -252,11 +260,11 @@ def restore(trainer: Trainer, state: State) -> None:
         for key, value in state.plain["optimizer"].items():
             if key.startswith(prefix):
                 entry[key.removeprefix(prefix)] = value
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            if (saved := state.moments.get(prefix + key)) is not None:
-                # In the weight's own memory format: the fused kernel reads both in the order of memory.
-                place = torch.empty_like(parameter) if saved.shape == parameter.shape else torch.empty_like(saved)
-                entry[key] = place.detach().to(parameter.device).copy_(saved)
+        for key in [key for key in state.moments if key.startswith(prefix)]:
+            saved = state.moments[key]
+            # In the weight's own memory format: the fused kernel reads both in the order of memory.
+            place = torch.empty_like(parameter) if saved.shape == parameter.shape else torch.empty_like(saved)
+            entry[key.removeprefix(prefix)] = place.detach().to(parameter.device, saved.dtype).copy_(saved)
     if trainer.accelerator.scaler is not None:
         trainer.accelerator.scaler.load_state_dict(state.plain["scaler"])
     trainer.parts = state.plain["parts"]

@@ -89,11 +89,19 @@ def check(context: typer.Context, subject_id: SubjectId) -> None:
 
 
 @app.command()
-def run(context: typer.Context, subject_ids: SubjectIds = None) -> None:
+def run(
+    context: typer.Context,
+    subject_ids: SubjectIds = None,
+    preset: Annotated[
+        list[str] | None, typer.Option(help="Write params/NAME.yaml into params.yaml first; several are allowed.")
+    ] = None,
+) -> None:
     """Bring subjects up to date: train, evaluate, export and register what changed."""
     from flows.graph import Graph
 
     root = find_root(context.obj)
+    if preset:
+        _apply_presets(root, preset)
     params = _params(root)
     subjects = choose_subjects(params, subject_ids or [])
     graph = Graph.load(root).select(subjects)
@@ -180,6 +188,16 @@ def register(context: typer.Context, subject_id: SubjectId) -> None:
 
 
 commands.add_to(app)
+
+
+def _apply_presets(root: Path, presets: list[str]) -> None:
+    from flows.presets import apply
+
+    changes = apply(root, presets)
+    for change in changes:
+        _say(f"{PARAMS}: {change}")
+    if not changes:
+        _say(f"{PARAMS} says what {', '.join(presets)} says already")
 
 
 def _params(root: Path) -> "Params":

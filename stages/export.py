@@ -1,4 +1,4 @@
-"""Turn the trained parts and the base model into a pipeline that diffusers loads, with its card."""
+"""Turn the trained parts and the base model into the forms that other programs load, with a card."""
 
 import json
 from pathlib import Path
@@ -17,10 +17,11 @@ OUTPUTS = ("export/{id}",)
 
 
 def run(params: Params, subject_id: str, root: Path) -> None:
-    """Write export/<id>/: a StableDiffusionPipeline in safetensors, generation.json, README.md, manifest."""
+    """Write export/<id>/: a pipeline in safetensors, the other export.formats, generation.json, README.md, manifest."""
     base = resolve_model(params.base.pretrained_model_name_or_path, params.base.revision, root)
     trained = root / INPUTS[0].format(id=subject_id)
-    fingerprint = read_manifest(trained)["fingerprint"]
+    manifest = read_manifest(trained)
+    fingerprint, method = manifest["fingerprint"], manifest.get("method", "full")
     metrics = json.loads((root / INPUTS[1].format(id=subject_id)).read_text(encoding="utf-8"))
     if metrics["model"] != fingerprint:
         raise EvaluationError(
@@ -32,7 +33,7 @@ def run(params: Params, subject_id: str, root: Path) -> None:
     about: dict[str, Any] = {"base": base_hash, "model": fingerprint, "subject": subject_id}
     about |= {"consent": consent.as_text()} if consent else {}
     with new_folder(root / OUTPUTS[0].format(id=subject_id), about) as target:
-        write_export(target, base, trained, subject_id, params, base_hash, metrics, consent)
+        write_export(target, base, trained, subject_id, params, base_hash, metrics, consent, method)
     say(f"export {subject_id}: {OUTPUTS[0].format(id=subject_id)}")
 
 

@@ -1,6 +1,8 @@
 """Turn the pictures of a subject and the class images into the trained parts of its model, and their loss curve."""
 
 import shutil
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import pandas as pd
 import safetensors.torch
 from PIL import Image
 
-from dreambooth import processes, prompts
+from dreambooth import methods, processes, prompts
 from dreambooth.checkpoint import BYTES_PER_WEIGHT, KEEP, MAY_CHANGE, Checkpoints
 from dreambooth.dataset import Sample, as_posterior
 from dreambooth.errors import DivergedError
@@ -28,17 +30,16 @@ from dreambooth.images import png_bytes, read_captions, read_prepared, to_square
 from dreambooth.latents import encode_images
 from dreambooth.locks import only_one
 from dreambooth.models import (
-    DTYPES,
     Model,
     device_name,
     library_versions,
     load_model,
     model_hash,
     resolve_model,
-    save_trained,
 )
 from dreambooth.params import Params
 from dreambooth.previews import Previews
+from dreambooth.trackers import Trackers, open_trackers, require_trackers
 from dreambooth.tracking import open_run
 from dreambooth.training import History, Listeners, StepRecord, max_train_steps, train
 from stages.entry import main, say
@@ -56,7 +57,9 @@ WITHOUT_EFFECT = {  # on the weights: they say how often something is looked at 
 
 
 def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = None) -> None:
-    """Write models/<id>/: unet/, text_encoder/ where it was trained, loss.csv, manifest with the fingerprint.
+    """Write models/<id>/: what was trained, loss.csv, manifest with fingerprint and method.
+
+    What was trained: unet/ and text_encoder/, or the LoRA and the embedding as diffusers loads them onto the base.
 
     Args:
         params: of the project.
@@ -64,11 +67,13 @@ def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = 
         root: of the project.
         resume_from: a checkpoint to continue with instead of the newest of this training.
     """
+    require_trackers(params.tracking.report_to)
     base = resolve_model(params.base.pretrained_model_name_or_path, params.base.revision, root)
     model = load_model(base)
     about = _inputs(params, subject_id, root, model_hash(base), device_name(model.device))
     instance = _instance_samples(params, subject_id, root, model, model_hash(base, ["vae"]))
-    prior = _prior_samples(params, subject_id, root) if params.train.prior_loss_weight > 0 else []
+    prior = _prior_samples(params, subject_id, root) if _has_prior(params) else []
+    methods.add_token(model, params.train, about["inputs"]["identifier"], about["inputs"]["class_noun"])
     checkpoints = _checkpoints(subject_id, root, about["inputs"], resume_from)
     if processes.rank() > 0:  # its share of the rows of each step, and no file
         train(model, instance, prior, params.train, None, checkpoints)
@@ -86,16 +91,18 @@ def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = 
         tags = {"subject": subject_id, "diverged": "false"}
         with (
             open_run(root, key=about["fingerprint"], name=subject_id, tags=tags) as tracked,
+            _open_trackers(params, subject_id, root, about["fingerprint"]) as told,
             new_folder(target, about) as folder,
         ):
-            tracked.params(_flat(params, subject_id))
-            listeners = _listeners(params, subject_id, checkpoints.folder, tracked)
+            for one in (tracked, told):
+                one.params(_flat(params, subject_id))
+            listeners = _listeners(params, subject_id, checkpoints.folder, tracked, told)
             try:
                 history = train(model, instance, prior, params.train, listeners, checkpoints)
             except DivergedError:
                 tracked.tag("diverged", "true")
                 raise
-            save_trained(model, folder, DTYPES[params.train.save_dtype], params.train.train_text_encoder)
+            methods.save_trained(model, folder, params.train)
             _save_records(history, folder)
             if (checkpoints.folder / PREVIEWS).is_dir():
                 shutil.copytree(checkpoints.folder / PREVIEWS, folder / PREVIEWS)
@@ -123,14 +130,18 @@ def _checkpoints(subject_id: str, root: Path, inputs: dict[str, Any], resume_fro
 
 def _require_room(params: Params, model: Model, root: Path) -> None:
     """Refuse to begin without room for the checkpoints: those that are kept, and the one that is being written."""
-    trained = [model.unet, *([model.text_encoder] if params.train.train_text_encoder else [])]
-    weights = sum(parameter.numel() for module in trained for parameter in module.parameters())
+    weights = methods.count_weights(model, params.train)
     kept = KEEP + 1 + (params.train.evaluation_steps is not None)
     require_space(scratch_folder(root), weights * BYTES_PER_WEIGHT * kept, "training with checkpoints")
 
 
-def _listeners(params: Params, subject_id: str, folder: Path, tracked: Any) -> Listeners:
-    """Send the numbers to MLflow; keep the previews beside the checkpoints until the training is done."""
+def _open_trackers(params: Params, subject_id: str, root: Path, fingerprint: str) -> AbstractContextManager[Trackers]:
+    folder = scratch_folder(root) / "trackers" / subject_id
+    return open_trackers(params.tracking.report_to, folder, fingerprint, subject_id)
+
+
+def _listeners(params: Params, subject_id: str, folder: Path, tracked: Any, told: Trackers) -> Listeners:
+    """Send the numbers to MLflow and the other trackers; keep the previews beside the checkpoints until the end."""
 
     def keep(step: int, images: list[Image.Image]) -> None:
         place = folder / PREVIEWS
@@ -139,12 +150,13 @@ def _listeners(params: Params, subject_id: str, folder: Path, tracked: Any) -> L
             path = place / f"step-{step:07d}-{number:02d}.png"
             write_file(path, png_bytes(image))
             tracked.file(path, PREVIEWS)
+        told.pictures(images, PREVIEWS, step)
 
     subject = f"{params.subject(subject_id).identifier} {params.class_of(subject_id).class_noun}"
     texts = [prompts.fill(template, subject) for template in params.train.preview_prompts]
     return Listeners(
-        records=lambda records: _track(tracked, records),
-        evaluation=lambda record: _track_evaluation(tracked, record),
+        records=lambda records: _track((tracked, told), records),
+        evaluation=lambda record: _track_evaluation((tracked, told), record),
         previews=Previews(texts, params.base.resolution, keep, lambda line: say(f"train {subject_id}: {line}")),
     )
 
@@ -153,7 +165,7 @@ def _inputs(params: Params, subject_id: str, root: Path, base_hash: str, device:
     """Say what the training depends on; its hash is the fingerprint that later stages find the run by."""
     subject = params.subject(subject_id)
     folders = {"instance": root / INPUTS[0].format(id=subject_id)}
-    if params.train.prior_loss_weight > 0:
+    if _has_prior(params):
         folders["prior"] = root / INPUTS[1].format(class_id=subject.class_id)
     inputs = {
         "base": base_hash,
@@ -169,7 +181,12 @@ def _inputs(params: Params, subject_id: str, root: Path, base_hash: str, device:
         "captions": read_captions(folders["instance"]),
         **{name: sha256_of(read_manifest(folder)["files"]) for name, folder in folders.items()},
     }
-    return {"fingerprint": sha256_of(inputs), "inputs": inputs}
+    return {"fingerprint": sha256_of(inputs), "method": params.train.method, "inputs": inputs}
+
+
+def _has_prior(params: Params) -> bool:
+    """Whether class rows are trained on: they need a weight, and a method that can learn from them."""
+    return params.train.prior_loss_weight > 0 and methods.reads_class_rows(params.train)
 
 
 def _instance_samples(params: Params, subject_id: str, root: Path, model: Model, vae_hash: str) -> list[Sample]:
@@ -198,16 +215,19 @@ def _prior_samples(params: Params, subject_id: str, root: Path) -> list[Sample]:
     return [Sample(f"{i:05d}.png", as_posterior(latent), prompt, "prior") for i, latent in enumerate(latents)]
 
 
-def _track(tracked: Any, records: list[StepRecord]) -> None:
+def _track(trackers: Sequence[Any], records: list[StepRecord]) -> None:
     for record in records:
         values = asdict(record)
-        tracked.metrics({name: value for name, value in values.items() if name != "step"}, step=values["step"])
+        step = values.pop("step")
+        for one in trackers:
+            one.metrics(values, step=step)
 
 
-def _track_evaluation(tracked: Any, record: EvaluationRecord) -> None:
+def _track_evaluation(trackers: Sequence[Any], record: EvaluationRecord) -> None:
     values = asdict(record)
     step = values.pop("step")
-    tracked.metrics({f"evaluation_{name}": value for name, value in values.items()}, step=step)
+    for one in trackers:
+        one.metrics({f"evaluation_{name}": value for name, value in values.items()}, step=step)
 
 
 def _flat(params: Params, subject_id: str) -> dict[str, Any]:

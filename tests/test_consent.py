@@ -6,9 +6,10 @@ import pytest
 from registered import command
 from tiny_project import make_project, write_params
 
+from dreambooth.card import card
 from dreambooth.consent import read_consent, require_consent
 from dreambooth.errors import ConsentError
-from dreambooth.export import card
+from dreambooth.export import generation_defaults
 from dreambooth.params import parse_params
 
 RECORD = "consent: {who: file 12, given: 2026-01-31, purpose: a poster, until: 2026-12-31}\n"
@@ -66,9 +67,11 @@ def test_the_card_carries_the_consent(folder: Path, params_values: dict[str, Any
         "confidence": 0.95, "prompts": 6, "encoder": {"name": "e", "revision": "1"}, "photos": 5,
     }  # fmt: skip
     params = parse_params(params_values)
-    text = card("biscuit", params, "b", metrics, read_consent(folder))
+    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    defaults = generation_defaults(params, "biscuit")
+    text = card(folder, "biscuit", params, "b", metrics, defaults, read_consent(folder))
     assert "Consent: given by file 12 on 2026-01-31, for a poster, until 2026-12-31." in text
-    assert "Consent" not in card("biscuit", params, "b", metrics)
+    assert "Consent" not in card(folder, "biscuit", params, "b", metrics, defaults)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from dreambooth.errors import ModelError
-from dreambooth.models import load_model, model_hash, resolve_model, save_trained, write_pipeline
+from dreambooth.models import load_model, model_hash, resolve_model, save_parts, write_pipeline
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_the_hash_follows_the_content_and_not_the_place(tiny_model_folder: Path,
 
 
 def as_other_pipeline(folder: Path) -> None:
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
 
 
 def as_pickle(folder: Path) -> None:
@@ -53,7 +53,7 @@ def cut_short(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (as_other_pipeline, "StableDiffusionXLPipeline; a StableDiffusionPipeline"),
+        (as_other_pipeline, "FluxPipeline; a StableDiffusionPipeline or a StableDiffusionXLPipeline"),
         (as_pickle, "no .safetensors in unet"),
         (cut_short, "cannot be loaded"),
         (lambda folder: shutil.rmtree(folder / "vae"), "lacks vae"),
@@ -81,7 +81,7 @@ def test_trained_parts_stand_in_for_those_of_the_base(tiny_model_folder: Path, t
     model = load_model(tiny_model_folder)
     with torch.no_grad():
         model.unet.conv_in.bias.fill_(3.0)
-    save_trained(model, tmp_path / "trained", torch.float16, text_encoder=False)
+    save_parts(model, tmp_path / "trained", torch.float16, ["unet"])
     assert [path.name for path in (tmp_path / "trained").iterdir()] == ["unet"]
     again = load_model(tiny_model_folder, trained=tmp_path / "trained")
     assert torch.equal(again.unet.conv_in.bias, torch.full_like(again.unet.conv_in.bias, 3.0))
@@ -95,7 +95,7 @@ def test_a_trained_text_encoder_has_the_names_of_its_base(tiny_model_folder: Pat
     plain = {name.removeprefix("text_model."): weight for name, weight in load_file(file).items()}
     save_file({f"text_model.{name}": weight for name, weight in plain.items()}, file, metadata={"format": "pt"})
     model = load_model(base)
-    save_trained(model, tmp_path / "trained", torch.float16, text_encoder=True)
+    save_parts(model, tmp_path / "trained", torch.float16, ["unet", "text_encoder"])
     saved = load_file(tmp_path / "trained/text_encoder/model.safetensors")
     assert set(saved) == set(load_file(file))
     assert {weight.dtype for weight in saved.values()} == {torch.float16}
@@ -118,7 +118,7 @@ def test_a_folder_outside_of_data_base_is_refused(copy: Path, tmp_path: Path) ->
 
 def test_the_written_pipeline_is_one_that_diffusers_loads(tiny_model_folder: Path, tmp_path: Path) -> None:
     model = load_model(tiny_model_folder)
-    save_trained(model, tmp_path / "trained", torch.float32, text_encoder=True)
+    save_parts(model, tmp_path / "trained", torch.float32, ["unet", "text_encoder"])
     (tmp_path / "export").mkdir()
     write_pipeline(tiny_model_folder, tmp_path / "trained", tmp_path / "export")
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "export", use_safetensors=True)

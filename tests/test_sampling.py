@@ -96,7 +96,7 @@ def test_a_prompt_that_stands_twice_is_encoded_once(model: Model, monkeypatch: p
     monkeypatch.setattr(
         model.text_encoder, "forward", lambda ids, **more: (sizes.append(len(ids)), forward(ids, **more))[1]
     )
-    embeds = encode_prompts(model, ["a", "b", "a", "a"])
+    embeds = encode_prompts(model, ["a", "b", "a", "a"]).embeds
     assert sizes == [2]
     assert torch.equal(embeds[0], embeds[3])
     assert not torch.equal(embeds[0], embeds[1])

@@ -14,6 +14,7 @@ from tiny_project import REPOSITORY, make_photo
 
 from dreambooth.dataset import Sample
 from dreambooth.errors import TrainingError
+from dreambooth.families import drawn_sizes
 from dreambooth.latents import encode_image
 from dreambooth.models import Model, load_model
 from dreambooth.params import Train, load_params
@@ -37,7 +38,10 @@ def settings(**changes: Any) -> Train:
 
 def make_samples(model: Model, count: int, role: Any, prompt: str) -> list[Sample]:
     first = 0 if role == "instance" else 100
-    return [Sample(f"{role}-{i}", encode_image(model, make_photo(first + i, 32)), prompt, role) for i in range(count)]
+    return [
+        Sample(f"{role}-{i}", encode_image(model, make_photo(first + i, 32)), prompt, role, drawn_sizes(32))
+        for i in range(count)
+    ]
 
 
 def run(model: Model, prior_count: int = 4, **changes: Any) -> list[StepRecord]:

@@ -1,0 +1,251 @@
+"""Compare the whole recipe with diffusers' train_dreambooth.py, in one run and in turns; ratios first.
+
+    python -m benchmarks.bench --reference ~/diffusers [--steps 100] [--repeats 3]     # make bench REFERENCE=...
+
+Both sides get the same base model, photos, batch, steps, resolution and precision, and do the same: class images,
+training of UNet and text encoder with a prior, a pipeline folder at the end. Each repeat runs four variants of it, of
+both sides in turns: cold (class images to draw), warm (class images there), short (warm, a tenth of the steps) and
+checkpoint (warm, with one). All numbers follow from whole runs of the programs, by the same arithmetic for both:
+
+    seconds a step = (warm - short) / (steps - short steps)      a class image = (cold - warm) / images
+    start-up       = short - short steps x seconds a step        a checkpoint  = checkpoint - warm
+"""
+
+import argparse
+import hashlib
+import platform
+import re
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from benchmarks.floors import (
+    BYTES_OF_MOMENTS_AND_WEIGHT,
+    BYTES_OF_TRAINING,
+    Peaks,
+    Work,
+    count_work,
+    measure_peaks,
+)
+from benchmarks.recipe import REFERENCE_SAMPLER_STEPS, ROOT, Ours, Recipe, Reference, Side, Variant, find_script
+from benchmarks.usage import Usage
+from dreambooth.models import default_device, device_name
+
+VARIANTS: tuple[Variant, ...] = ("cold", "warm", "short", "checkpoint")
+MEASURES = {  # name in `derive`: (what it is called, unit, better is less)
+    "cold": ("whole recipe, cold", "s"),
+    "warm": ("whole recipe, class images there", "s"),
+    "step": ("a step", "s"),
+    "image": ("a class image", "s"),
+    "startup": ("start-up and end", "s"),
+    "checkpoint": ("a checkpoint", "s"),
+    "memory": ("most memory of a process", "MB"),
+    "gpu_memory": ("most memory of the GPU", "MB"),
+}
+Numbers = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one side cost in one repeat, by wall time and by CPU time."""
+
+    wall: Numbers
+    cpu: Numbers
+
+
+def derive(runs: Mapping[Variant, Usage], recipe: Recipe, what: str) -> Numbers:
+    """Return seconds a step, a class image, a start-up and a checkpoint from the times of four whole runs.
+
+    Args:
+        runs: by variant.
+        recipe: says how many steps and class images.
+        what: wall or cpu.
+    """
+    seconds = {variant: float(getattr(cost, what)) for variant, cost in runs.items()}
+    step = (seconds["warm"] - seconds["short"]) / (recipe.steps - recipe.short_steps)
+    return {
+        "cold": seconds["cold"],
+        "warm": seconds["warm"],
+        "step": step,
+        "image": (seconds["cold"] - seconds["warm"]) / recipe.class_images,
+        "startup": seconds["short"] - recipe.short_steps * step,
+        "checkpoint": seconds["checkpoint"] - seconds["warm"],
+        "memory": max(cost.memory for cost in runs.values()),
+        "gpu_memory": max(cost.gpu_memory for cost in runs.values()),
+    }
+
+
+def measure(sides: Sequence[Side], recipe: Recipe, repeats: int) -> dict[str, list[Measured]]:
+    """Run every variant of every side so many times, the sides in turns and each second time in the other order."""
+    found: dict[str, list[Measured]] = {side.name: [] for side in sides}
+    for repeat in range(repeats):
+        runs: dict[str, dict[Variant, Usage]] = {side.name: {} for side in sides}
+        for variant in VARIANTS:
+            for side in sides if repeat % 2 == 0 else sides[::-1]:
+                runs[side.name][variant] = side.run(variant)
+                _say(f"{repeat + 1}/{repeats} {variant} {side.name}: {runs[side.name][variant].wall:.1f} s")
+        for name, own in runs.items():
+            found[name].append(Measured(derive(own, recipe, "wall"), derive(own, recipe, "cpu")))
+    return found
+
+
+def floors(work: Work, peaks: Peaks, recipe: Recipe, sampler_steps: int) -> Numbers:
+    """Return the least that each number could be: arithmetic over the peak, bytes over the disk, imports alone."""
+    return {
+        "cold": work.recipe(recipe, recipe.class_images, sampler_steps) / peaks.flops + peaks.imports,
+        "warm": work.recipe(recipe, 0, sampler_steps) / peaks.flops + peaks.imports,
+        "step": work.step / peaks.flops,
+        "image": work.image(sampler_steps) / peaks.flops,
+        "startup": peaks.imports,
+        "checkpoint": work.trained_weights * BYTES_OF_MOMENTS_AND_WEIGHT / peaks.write,
+        "memory": work.trained_weights * BYTES_OF_TRAINING / 1e6,
+        "gpu_memory": work.trained_weights * BYTES_OF_TRAINING / 1e6,
+    }
+
+
+def table(found: Mapping[str, Sequence[Measured]], least: Mapping[str, Numbers], what: str) -> str:
+    """Lay the numbers of one clock out: ratios first, then each side's median, range, and distance from its floor."""
+    names = list(found)
+    head = ["", *(["reference / ours"] if len(names) == 2 else [])]
+    head += [f"{name}{suffix}" for name in names for suffix in ("", " / floor")]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for measure_name, (label, unit) in MEASURES.items():
+        values = {name: [getattr(one, what)[measure_name] for one in found[name]] for name in names}
+        if measure_name == "gpu_memory" and not any(any(one) for one in values.values()):
+            continue
+        median = {name: statistics.median(one) for name, one in values.items()}
+        cells = [label]
+        if len(names) == 2:
+            cells.append(_ratio(median["reference"], median["ours"]))
+        for name in names:
+            low, high = min(values[name]), max(values[name])
+            cells.append(f"{median[name]:.3g} {unit} [{low:.3g}, {high:.3g}]")
+            cells.append(_ratio(median[name], least[name][measure_name]))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def report(
+    found: Mapping[str, Sequence[Measured]],
+    least: Mapping[str, Numbers],
+    recipe: Recipe,
+    peaks: Peaks,
+    script: Path | None,
+) -> str:
+    """Write the results file."""
+    device = default_device()
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "accelerate"))
+    reference = "The reference was not measured: no --reference."
+    if script:
+        digest = hashlib.sha256(script.read_bytes()).hexdigest()
+        reference = f"Reference: `train_dreambooth.py` of diffusers, sha256 {digest}, as it is."
+    gpu = device_name(device) if device.type == "cuda" else "not measured"
+    return f"""# Whole recipe: ours and diffusers' script
+
+{datetime.now(UTC):%Y-%m-%d}, {hardware()}. GPU: {gpu}.
+
+{_told(recipe, len(next(iter(found.values()))))}
+{reference}
+
+## Wall time
+{table(found, least, "wall")}
+
+## CPU time (hardly depends on what else the machine does; no floor is meant for it)
+{table(found, least, "cpu")}
+
+Floors, for each side's own work: arithmetic counted by torch over {peaks.flops / 1e9:.4g} GFLOP/s, a measured
+product of matrices; a checkpoint's bytes over {peaks.write / 1e6:.4g} MB/s to the disk; {peaks.imports:.2f} s of
+imports; 16 bytes a trained weight. A class image and a checkpoint are differences of whole runs: what is smaller than
+the range was not seen.
+
+{versions}; Python {platform.python_version()}; {torch.get_num_threads()} threads.
+"""
+
+
+def _told(recipe: Recipe, repeats: int) -> str:
+    """Say what both sides were told, and what each chose itself."""
+    photos = sum(path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") for path in recipe.photos.iterdir())
+    rows = f"{recipe.train_batch_size} + {recipe.train_batch_size} rows at {recipe.resolution} px"
+    return f"""Base `{recipe.base.name}`, {photos} photos, {recipe.class_images} class images, {recipe.steps} steps of
+{rows}, UNet and text encoder, precision {recipe.mixed_precision}. Medians of {repeats} repeats in turns, [least, most].
+A ratio above 1 means that the reference needs more. It draws class images with {REFERENCE_SAMPLER_STEPS} steps of the
+base's own scheduler, which cannot be told; ours take {recipe.sampler_steps} of DPM-Solver++."""
+
+
+def hardware() -> str:
+    """Name the machine: its GPU, else its processor and cores."""
+    device = default_device()
+    if device.type == "cuda":
+        return device_name(device)
+    cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"model name\s*: (.+)", cpu)
+    return f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Measure, write benchmarks/results/<date>-<hardware>.md, and print it."""
+    given = _parser().parse_args(arguments)
+    script = find_script(given.reference) if given.reference else None
+    recipe = Recipe(
+        given.base, given.photos, given.class_noun, given.resolution, given.steps, given.class_images,
+        given.train_batch_size, given.sample_batch_size, given.learning_rate, given.mixed_precision,
+        given.sampler_steps,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        folder = Path(name)
+        sides: list[Side] = [Ours(recipe, folder / "ours")]
+        if script:
+            sides.append(Reference(recipe, script, folder / "reference"))
+        work, peaks = count_work(recipe), measure_peaks(recipe, folder, given.peak_size)
+        found = measure(sides, recipe, given.repeats)
+    own_steps = {"ours": recipe.sampler_steps, "reference": REFERENCE_SAMPLER_STEPS}
+    least = {side.name: floors(work, peaks, recipe, own_steps[side.name]) for side in sides}
+    text = report(found, least, recipe, peaks, script)
+    slug = re.sub(r"[^a-z0-9]+", "-", hardware().lower()).strip("-")
+    path = Path(given.out) / f"{datetime.now(UTC):%Y-%m-%d}-{slug}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    _say(text)
+    return path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--reference", type=Path, help="train_dreambooth.py, or a checkout of diffusers; else ours alone"
+    )
+    parser.add_argument("--base", type=Path, default=ROOT / "data/base/emoji64", help="see benchmarks/architectures.py")
+    parser.add_argument("--photos", type=Path, default=ROOT / "data/subjects/biscuit")
+    parser.add_argument("--class-noun", default="dog")
+    parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--class-images", type=int, default=48)
+    parser.add_argument("--train-batch-size", type=int, default=4)
+    parser.add_argument("--sample-batch-size", type=int, default=16)
+    parser.add_argument("--sampler-steps", type=int, default=20, help="of our class images")
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peak-size", type=int, help="side of the matrices that the peak is measured with")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    return parser
+
+
+def _ratio(one: float, other: float) -> str:
+    return f"{one / other:.2f}" if one > 0 and other > 0 else "-"
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

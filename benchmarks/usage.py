@@ -1,0 +1,90 @@
+"""Run a command as its user would, and say what it cost: wall time, CPU time, and the most memory it held."""
+
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+MEGABYTE = 1e6
+POLL_SECONDS = 0.2
+
+
+class CommandError(Exception):
+    """A command under measurement failed; its last lines are the message."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a command, or several one after the other, cost."""
+
+    wall: float
+    """Seconds a person waits."""
+    cpu: float
+    """Seconds of all cores; they hardly depend on what else the machine does."""
+    memory: float
+    """Most resident memory of a process, in MB."""
+    gpu_memory: float = 0.0
+    """Most memory in use on the GPU, by anybody, in MB; 0 without a GPU."""
+
+    def __add__(self, other: "Usage") -> "Usage":
+        """Return the cost of both, one after the other."""
+        gpu_memory = max(self.gpu_memory, other.gpu_memory)
+        return Usage(self.wall + other.wall, self.cpu + other.cpu, max(self.memory, other.memory), gpu_memory)
+
+
+NOTHING = Usage(0, 0, 0)
+
+
+def run(command: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path) -> Usage:
+    """Run a command to its end.
+
+    Args:
+        command: program and arguments.
+        folder: to run it in.
+        environment: all of it.
+        log: gets what it prints, after what is there.
+
+    Raises:
+        CommandError: it did not exit with 0.
+    """
+    with log.open("ab") as out:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, cwd=folder, env=dict(environment), stdout=out, stderr=subprocess.STDOUT)
+        with _GpuWatch() as watch:
+            _, status, used = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - began
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise CommandError(f"{' '.join(command[:4])} ... exited with {process.returncode}:\n{last}")
+    return Usage(wall, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / MEGABYTE, watch.peak)
+
+
+class _GpuWatch:
+    """Ask nvidia-smi a few times a second how much memory is in use, where there is one."""
+
+    def __init__(self) -> None:
+        self.peak = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True) if shutil.which("nvidia-smi") else None
+
+    def __enter__(self) -> "_GpuWatch":
+        if self._thread:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+        while not self._stop.wait(POLL_SECONDS):
+            answer = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+            if answer.isdigit():
+                self.peak = max(self.peak, int(answer) * 2**20 / MEGABYTE)

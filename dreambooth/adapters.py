@@ -1,0 +1,248 @@
+"""Small additions to a frozen model: low-rank updates by peft (LoRA, DoRA), and one new word in a vocabulary.
+
+Files are those that diffusers reads: `pipeline.load_lora_weights(folder)` and `pipeline.load_textual_inversion`.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from tokenizers import AddedToken
+from torch import Tensor
+
+from dreambooth import rng
+from dreambooth.errors import ModelError, TrainingError
+
+LORA_FILE, EMBEDDINGS_FILE = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
+# The projections of attention: what diffusers' own LoRA scripts adapt, and what kohya's names can say.
+UNET_TARGETS = ("to_k", "to_out.0", "to_q", "to_v")
+TEXT_TARGETS = ("k_proj", "out_proj", "q_proj", "v_proj")
+METADATA = "lora_adapter_metadata"  # the key of diffusers; alone, because safetensors writes several in any order
+CLIP_KEYS = ("clip_l", "clip_g")  # names of the two encoders of SDXL in a file of embeddings, as diffusers' scripts do
+_ADAPTER = "default"
+_CONFIG = ("r", "lora_alpha", "use_dora")
+
+
+def targets_of(part: str) -> tuple[str, ...]:
+    """Return which linear layers of a part are adapted, by the ends of their names."""
+    return UNET_TARGETS if part == "unet" else TEXT_TARGETS
+
+
+def adapted_layers(part: str, module: torch.nn.Module) -> list[torch.nn.Linear]:
+    """Return the layers of a part that LoRA adapts."""
+    ends = tuple(f".{target}" for target in targets_of(part))
+    return [
+        layer for name, layer in module.named_modules() if name.endswith(ends) and isinstance(layer, torch.nn.Linear)
+    ]
+
+
+def add_lora(part: str, module: torch.nn.Module, rank: int, alpha: float, dora: bool, seed: int) -> None:
+    """Put a low-rank update beside each adapted layer (Hu et al. 2022), zero at first, in float32.
+
+    Args:
+        part: name of the module, from which the first values follow as well.
+        module: is frozen; only the updates will be trainable.
+        rank: r.
+        alpha: the update counts alpha / r.
+        dora: with a magnitude of its own for each output (Liu et al. 2024).
+        seed: of the first values of A: (seed, name), whatever the device and the number of processes.
+    """
+    module.requires_grad_(False)
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=list(targets_of(part)), use_dora=dora, init_lora_weights=True
+    )
+    inject_adapter_in_model(config, module, adapter_name=_ADAPTER)
+    for name, weight in module.named_parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+        if ".lora_A." in name:
+            first = torch.empty(weight.shape)
+            torch.nn.init.kaiming_uniform_(first, math.sqrt(5), generator=rng.generator(seed, f"lora/{part}.{name}"))
+            weight.data.copy_(first)
+
+
+@contextmanager
+def without_lora(module: torch.nn.Module) -> Iterator[None]:
+    """Let a module be its base again for a while."""
+    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def save_lora(path: Path, modules: Mapping[str, torch.nn.Module], dtype: torch.dtype) -> None:
+    """Write the updates of several parts into one file, under the names of diffusers, with rank and alpha.
+
+    Args:
+        path: of the file.
+        modules: by part; parts without updates are passed over.
+        dtype: of the saved weights.
+    """
+    weights: dict[str, Tensor] = {}
+    about: dict[str, Any] = {}
+    for part, module in modules.items():
+        config = getattr(module, "peft_config", {}).get(_ADAPTER)
+        if config is None:
+            continue
+        for name, weight in convert_state_dict_to_diffusers(get_peft_model_state_dict(module)).items():
+            weights[f"{part}.{_hub_name(part, name)}"] = weight.detach().to("cpu", dtype).contiguous()
+        about |= {f"{part}.{key}": getattr(config, key) for key in _CONFIG}
+        about[f"{part}.target_modules"] = sorted(config.target_modules)
+    safetensors.torch.save_file(weights, path, metadata={METADATA: json.dumps(about, sort_keys=True)})
+
+
+def parts_of_lora(path: Path) -> list[str]:
+    """Name the parts that a file of `save_lora` changes."""
+    with safetensors.safe_open(path, "pt") as file:
+        return sorted({name.split(".")[0] for name in file.keys()})  # noqa: SIM118 - no mapping
+
+
+def merge_lora(path: Path, modules: Mapping[str, torch.nn.Module]) -> None:
+    """Add the updates of a file to the weights of several parts: they are plain modules again, and as fast.
+
+    Args:
+        path: written by `save_lora`.
+        modules: by part, in float32.
+
+    Raises:
+        ModelError: the file is torn, or of another model.
+    """
+    try:
+        weights = safetensors.torch.load_file(path)
+        with safetensors.safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()[METADATA])
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path} is no LoRA of this program ({error}); train again") from error
+    for part, module in modules.items():
+        own = {name.removeprefix(f"{part}."): value for name, value in weights.items() if name.startswith(f"{part}.")}
+        if own:
+            settings = {key.removeprefix(f"{part}."): v for key, v in about.items() if key.startswith(f"{part}.")}
+            _merge(path, part, module, own, LoraConfig(**settings))
+
+
+def _merge(path: Path, part: str, module: torch.nn.Module, weights: Mapping[str, Tensor], config: LoraConfig) -> None:
+    inject_adapter_in_model(config, module, adapter_name=_ADAPTER)
+    convert = convert_unet_state_dict_to_peft if part == "unet" else convert_state_dict_to_peft
+    state = convert({_own_name(module, name): weight.float() for name, weight in weights.items()})
+    try:
+        left = set_peft_model_state_dict(module, state, adapter_name=_ADAPTER)
+    except RuntimeError as error:
+        raise ModelError(f"{path} does not fit the {part} of this base: {str(error).splitlines()[-1]}") from error
+    missing = [name for name in left.missing_keys if ".lora_" in name]
+    if missing or left.unexpected_keys:
+        raise ModelError(f"{path} is of another {part}: {(missing + left.unexpected_keys)[0]} ...; train again")
+    for layer in module.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+    recurse_remove_peft_layers(module)
+    del module.peft_config
+    module.requires_grad_(False)
+
+
+class TokenEmbedding(torch.nn.Module):
+    """An embedding table of which one row is learned, in float32, and no other one can move."""
+
+    def __init__(self, table: torch.nn.Embedding, number: int) -> None:
+        super().__init__()
+        self.table, self.number = table.requires_grad_(False), number
+        self.learned = torch.nn.Parameter(table.weight[number].detach().float().clone())
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen table, for who asks for its type or its place."""
+        return self.table.weight
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Look (B, L) up; the learned row stands where its number does."""
+        rows: Tensor = self.table(input_ids)
+        return torch.where((input_ids == self.number)[..., None], self.learned.to(rows.dtype), rows)
+
+
+def add_token(tokenizer: Any, encoder: Any, token: str) -> int:
+    """Make a word a token of its own, with a new row of embeddings; return its number.
+
+    Raises:
+        TrainingError: the vocabulary has it already.
+    """
+    if token in tokenizer.get_vocab():
+        raise TrainingError(
+            f"subjects.identifier: {token!r} is a token of the base already; a new embedding needs a new word, for "
+            f"example <{token.strip('<>')}-1>"
+        )
+    tokenizer.add_tokens([AddedToken(token, single_word=True, normalized=True)])
+    number: int = tokenizer.convert_tokens_to_ids(token)
+    if number >= encoder.get_input_embeddings().num_embeddings:
+        encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    return number
+
+
+@torch.no_grad()
+def set_embedding(encoder: Any, number: int, vector: Tensor) -> None:
+    """Write one row of an encoder's embeddings."""
+    table = encoder.get_input_embeddings().weight
+    table[number] = vector.to(table)
+
+
+@torch.no_grad()
+def mean_embedding(tokenizer: Any, encoder: Any, words: str) -> Tensor:
+    """Return the mean embedding of words, a place to begin from (Gal et al. 2023, section 4.1)."""
+    numbers = tokenizer(words, add_special_tokens=False).input_ids
+    mean: Tensor = encoder.get_input_embeddings().weight[numbers].float().mean(0)
+    return mean
+
+
+def save_embeddings(path: Path, token: str, vectors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Write the embedding of a token as diffusers reads it: under the token, or of SDXL as clip_l and clip_g.
+
+    Args:
+        path: of the file; its metadata names the token.
+        token: the new word.
+        vectors: (D,) by text encoder, in the order of the family.
+        dtype: of the saved rows.
+    """
+    rows = [vector.detach().to("cpu", dtype)[None].contiguous() for vector in vectors.values()]
+    names = (token,) if len(rows) == 1 else CLIP_KEYS
+    safetensors.torch.save_file(dict(zip(names, rows, strict=True)), path, metadata={"token": token})
+
+
+def load_embeddings(path: Path) -> tuple[str, list[Tensor]]:
+    """Return a token and its embeddings, (D,) for each text encoder.
+
+    Raises:
+        ModelError: the file is torn.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            token = file.metadata()["token"]
+            names = [token] if token in file.keys() else CLIP_KEYS  # noqa: SIM118 - no mapping
+            return token, [file.get_tensor(name)[0] for name in names]
+    except (safetensors.SafetensorError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} is no embedding of this program ({error}); train again") from error
+
+
+def _hub_name(part: str, name: str) -> str:
+    """Return a weight's name as on the hub: CLIPTextModel of new versions has dropped a level in memory."""
+    return name if part == "unet" or name.startswith("text_model.") else f"text_model.{name}"
+
+
+def _own_name(module: torch.nn.Module, name: str) -> str:
+    """Return a weight's name in memory, see `_hub_name`."""
+    return name if hasattr(module, "text_model") else name.removeprefix("text_model.")

@@ -1,0 +1,130 @@
+"""Write a preset of params/ into params.yaml: DVC, the tests and a reader see what is used, and nothing is hidden."""
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.representer import RoundTripRepresenter
+
+from dreambooth.errors import ParamsError
+from dreambooth.folders import write_file
+from dreambooth.params import parse_params
+from dreambooth.yaml12 import YamlError, load_yaml
+from flows.project import PARAMS
+
+FOLDER = "params"
+MAY_SAY = ("base", "evaluate", "export", "photos", "prior", "tracking", "train")  # not who is trained, nor who may pass
+
+
+@dataclass(frozen=True)
+class Change:
+    """A parameter that a preset gives another value."""
+
+    name: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.before} -> {self.after}"
+
+
+class _WithNull(RoundTripRepresenter):
+    """Writes null, where ruamel.yaml would leave nothing."""
+
+
+_WithNull.add_representer(type(None), lambda writer, _: writer.represent_scalar("tag:yaml.org,2002:null", "null"))
+
+
+def names(root: Path) -> list[str]:
+    """Return the presets of a project."""
+    return sorted(path.stem for path in (root / FOLDER).glob("*.yaml"))
+
+
+def apply(root: Path, presets: Sequence[str]) -> list[Change]:
+    """Merge presets into params.yaml, each on top of the one before; return what changed.
+
+    The file keeps its comments and its order. An invalid result is refused, and the file stays as it was.
+
+    Raises:
+        ParamsError: no such preset, one that says what a preset may not, or values that do not go together.
+    """
+    path = root / PARAMS
+    text = path.read_text(encoding="utf-8")
+    changes: dict[str, Change] = {}
+    for preset in presets:
+        text, new = merge(text, read(root, preset))
+        for change in new:
+            first = changes.get(change.name, change).before
+            changes[change.name] = Change(change.name, first, change.after)
+    parse_params(load_yaml(text))
+    real = [change for change in changes.values() if change.before != change.after]
+    if real:
+        write_file(path, text.encode())
+    return real
+
+
+def read(root: Path, preset: str) -> dict[str, Any]:
+    """Read one preset: sections of params.yaml with some of their keys."""
+    path = root / FOLDER / f"{preset}.yaml"
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", preset) or not path.is_file():
+        known = ", ".join(names(root)) or f"none; {FOLDER}/ has no .yaml"
+        raise ParamsError([f"--preset: there is no {preset!r}; the presets of this project: {known}"])
+    try:
+        values = load_yaml(path.read_text(encoding="utf-8"))
+    except YamlError as error:
+        raise ParamsError([f"{FOLDER}/{path.name}: cannot be read: {error}"]) from None
+    wrong = [name for name, part in dict(values or {}).items() if name not in MAY_SAY or not isinstance(part, dict)]
+    if wrong:
+        raise ParamsError(
+            [f"{FOLDER}/{path.name}: {name}: should be a map in one of {', '.join(MAY_SAY)}" for name in wrong]
+        )
+    return dict(values or {})
+
+
+def merge(text: str, preset: Mapping[str, Mapping[str, Any]]) -> tuple[str, list[Change]]:
+    """Put the values of a preset into the text of params.yaml; everything else in it stays, comments too.
+
+    Raises:
+        ParamsError: a key that params.yaml does not have.
+    """
+    yaml = YAML()
+    yaml.Representer = _WithNull
+    yaml.preserve_quotes, yaml.width = True, 4096
+    whole = yaml.load(text)
+    unknown = [f"{PARAMS}: {name}: unknown, but a preset sets it" for name in _unknown(whole, preset)]
+    if unknown:
+        raise ParamsError(unknown)
+    changes = []
+    for section, values in preset.items():
+        for key, value in values.items():
+            before = whole[section][key]
+            if before != value or isinstance(before, bool) is not isinstance(value, bool):
+                changes.append(Change(f"{section}.{key}", _plain(before), value))
+                whole[section][key] = _flow(value)
+    out = io.StringIO()
+    yaml.dump(whole, out)
+    return out.getvalue(), changes
+
+
+def _unknown(whole: Mapping[str, Any], preset: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    for section, values in preset.items():
+        yield from (f"{section}.{key}" for key in values if key not in whole.get(section, {}))
+
+
+def _flow(value: Any) -> Any:
+    """Keep lists on one line, as the file has them."""
+    from ruamel.yaml.comments import CommentedSeq
+
+    if not isinstance(value, list):
+        return value
+    line = CommentedSeq(value)
+    line.fa.set_flow_style()
+    return line
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, list) else value

@@ -1,0 +1,94 @@
+"""Presets are written into params.yaml, where DVC and a reader see them."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from test_cli import dreambooth
+from toy_project import REPOSITORY
+
+from dreambooth.errors import ParamsError
+from dreambooth.params import load_params
+from flows.presets import Change, apply, merge, names
+
+SHIPPED = ("faces", "low-memory", "objects", "sd15-full", "sd15-lora", "sdxl-lora")
+ALONE = {"faces": ["sd15-full"], "objects": ["sd15-full"], "low-memory": ["sd15-lora"]}  # what they stand on top of
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    shutil.copy(REPOSITORY / "params.yaml", tmp_path / "params.yaml")
+    shutil.copytree(REPOSITORY / "params", tmp_path / "params")
+    return tmp_path
+
+
+def test_the_presets_that_are_promised_are_there(root: Path) -> None:
+    assert tuple(names(root)) == SHIPPED
+
+
+@pytest.mark.parametrize("preset", SHIPPED)
+def test_every_preset_gives_valid_parameters_and_says_its_source(root: Path, preset: str) -> None:
+    assert apply(root, [*ALONE.get(preset, []), preset])
+    params = load_params(root / "params.yaml")
+    assert params.base.resolution >= 512
+    head = (root / "params" / f"{preset}.yaml").read_text().split("\nbase:")[0]
+    assert "# Source: " in head
+    assert "# Expected, not measured: " in head
+
+
+def test_only_the_lines_of_changed_values_are_changed(root: Path) -> None:
+    before = (root / "params.yaml").read_text().splitlines()
+    changes = apply(root, ["sd15-lora"])
+    after = (root / "params.yaml").read_text().splitlines()
+    assert len(after) == len(before)
+    changed = [(one, other) for one, other in zip(before, after, strict=True) if one != other]
+    assert len(changed) == len(changes)
+    assert {one.split(":")[0] for one, _ in changed} == {other.split(":")[0] for _, other in changed}
+    assert load_params(root / "params.yaml").train.method == "lora"
+
+
+def test_a_second_time_nothing_changes(root: Path) -> None:
+    apply(root, ["sd15-full"])
+    before = (root / "params.yaml").read_bytes()
+    assert apply(root, ["sd15-full"]) == []
+    assert (root / "params.yaml").read_bytes() == before
+
+
+def test_a_later_preset_stands_on_top_of_an_earlier_one(root: Path) -> None:
+    changes = {change.name: change for change in apply(root, ["sd15-full", "objects"])}
+    assert changes["train.max_train_steps"].after == 400
+    assert changes["train.max_train_steps"].before == 250  # what the file said before both
+    assert load_params(root / "params.yaml").base.resolution == 512
+
+
+def test_true_is_not_one() -> None:
+    text, changes = merge("train:\n  a: 1\n", {"train": {"a": True}})
+    assert (text, changes) == ("train:\n  a: true\n", [Change("train.a", 1, True)])
+
+
+def test_what_does_not_fit_leaves_the_file_as_it_was(root: Path) -> None:
+    before = (root / "params.yaml").read_bytes()
+    for text, complaint in (
+        ("train: {learning_rate: 5}", "train.learning_rate"),
+        ("train: {learning_rat: 5}", "unknown, but a preset sets it"),
+        ("subjects: {rex: {}}", "should be a map in one of"),
+        ("export: {formats: [diffusers, kohya]}", "kohya holds what train.method lora or pivotal makes"),
+        ("a: b: c", "cannot be read"),
+    ):
+        (root / "params/odd.yaml").write_text(text)
+        with pytest.raises(ParamsError, match=complaint):
+            apply(root, ["odd"])
+        assert (root / "params.yaml").read_bytes() == before
+    for name in ("nothing", "../params"):
+        with pytest.raises(ParamsError, match=r"there is no '.*'; the presets of this project: faces, low-memory"):
+            apply(root, [name])
+
+
+def test_the_command_says_each_change(project: Path) -> None:
+    (project / "params").mkdir()
+    (project / "params/quick.yaml").write_text("train: {max_train_steps: 7}\n")
+    done = dreambooth(project, "run", "nobody", "--preset", "quick")
+    assert done.stdout.splitlines()[0] == "params.yaml: train.max_train_steps: 250 -> 7"
+    assert done.returncode == 3  # there is no such subject; the preset was written before
+    assert load_params(project / "params.yaml").train.max_train_steps == 7
+    assert "no 'slow'" in dreambooth(project, "run", "--preset", "slow").stderr

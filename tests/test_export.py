@@ -1,0 +1,205 @@
+"""Every format of an export, loaded again by diffusers, draws the picture of the model that it was made from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from test_layouts import picture
+from test_lora_formats import ALPHA, TEXT_MODULES, UNET_MODULES, adapt
+from tiny_pipelines import write_sd, write_sdxl
+
+from dreambooth.adapters import EMBEDDINGS_FILE, LORA_FILE, save_lora
+from dreambooth.errors import ExportError, ModelError, ParamsError
+from dreambooth.export import a1111_embedding, require_formats, write_export
+from dreambooth.folders import sha256_of_file
+from dreambooth.params import parse_params
+
+METRICS: dict[str, Any] = {
+    "identity": dict.fromkeys(("personalised", "base", "gain", "low", "high", "ceiling"), 0.5),
+    "prompt": {"gain": -0.07, "low": -0.15, "high": 0.02}, "copying": {"rate": 0.0},
+    "confidence": 0.95, "prompts": 6, "encoder": {"name": "e", "revision": "1"}, "photos": 5,
+}  # fmt: skip
+ONE_STEP = 1 / 255  # of a picture of 8 bits
+
+
+@pytest.fixture(scope="module", params=["sd1", "sdxl"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / request.param
+    return write_sdxl(folder) if request.param == "sdxl" else write_sd(folder)
+
+
+def kind_of(folder: Path) -> Any:
+    return StableDiffusionXLPipeline if (folder / "text_encoder_2").is_dir() else StableDiffusionPipeline
+
+
+def export(
+    values: dict[str, Any],
+    base: Path,
+    trained: Path,
+    folder: Path,
+    formats: list[str],
+    method: str = "full",
+    **more: Any,
+) -> Path:
+    values["export"] |= {"formats": ["diffusers", *formats]} | more
+    values["train"]["method"] = method
+    folder.mkdir()
+    write_export(folder, base, trained, "biscuit", parse_params(values), "b" * 64, METRICS, None, method)
+    return folder
+
+
+def header(path: Path) -> dict[str, str]:
+    with safetensors.safe_open(path, "pt") as file:
+        return dict(file.metadata())
+
+
+def train_lora(base: Path, folder: Path) -> np.ndarray:
+    """Write a LoRA as the training does; return the picture of the model with it."""
+    pipeline = kind_of(base).from_pretrained(base)
+    torch.manual_seed(1)
+    parts = (
+        ("unet", "text_encoder", "text_encoder_2") if hasattr(pipeline, "text_encoder_2") else ("unet", "text_encoder")
+    )
+    modules = {part: getattr(pipeline, part) for part in parts}
+    for part, module in modules.items():
+        adapt(module, UNET_MODULES if part == "unet" else TEXT_MODULES)
+    folder.mkdir()
+    save_lora(folder / LORA_FILE, modules, torch.float32)
+    return picture(pipeline)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_single_file_draws_the_picture_of_the_folder(
+    params_values: dict[str, Any], tmp_path: Path, dtype: str
+) -> None:
+    base = write_sd(tmp_path / "base")
+    folder = export(params_values, base, tmp_path / "nothing", tmp_path / "out", ["single_file"], dtype=dtype)
+    path = folder / "single_file/biscuit.safetensors"
+    assert {tensor.dtype for tensor in safetensors.torch.load_file(path).values()} == {getattr(torch, dtype)}
+    loaded = StableDiffusionPipeline.from_single_file(path, config=str(folder), local_files_only=True)
+    difference = np.abs(picture(loaded) - picture(StableDiffusionPipeline.from_pretrained(folder))).max()
+    assert difference < (1e-5 if dtype == "float32" else 4 * ONE_STEP)  # of weights that are rounded
+    if dtype != "float32":
+        assert difference > 0
+
+
+def test_a_rounded_single_file_draws_what_the_rounded_folder_draws(
+    params_values: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    folder = export(params_values, base, tmp_path / "nothing", tmp_path / "out", ["single_file"], dtype="float16")
+    path, kind = folder / "single_file/biscuit.safetensors", kind_of(base)
+    loaded = kind.from_single_file(path, config=str(folder), local_files_only=True)
+    rounded = kind.from_pretrained(folder, dtype=torch.float16).to(torch.float32)
+    assert np.abs(picture(loaded) - picture(rounded)).max() < 1e-5
+
+
+def test_both_files_of_a_lora_and_the_folder_draw_the_trained_picture(
+    params_values: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    expected = train_lora(base, tmp_path / "trained")
+    arguments = (params_values, base, tmp_path / "trained", tmp_path / "out", ["lora", "kohya"], "lora")
+    folder = export(*arguments, dtype="float32")
+    for path in (folder / "lora" / LORA_FILE, folder / "kohya/biscuit.safetensors"):
+        pipeline = kind_of(base).from_pretrained(base)
+        pipeline.load_lora_weights(path.parent, weight_name=path.name)
+        assert np.abs(picture(pipeline) - expected).max() < ONE_STEP, path
+    merged = kind_of(base).from_pretrained(folder)
+    assert np.abs(picture(merged) - expected).max() < ONE_STEP
+    about = header(folder / "kohya/biscuit.safetensors")
+    name = "stable-diffusion-xl-v1-base" if kind_of(base) is StableDiffusionXLPipeline else "stable-diffusion-v1"
+    assert about["modelspec.architecture"] == f"{name}/lora"
+    assert about["modelspec.trigger_phrase"] == "sks dog"
+    assert (about["ss_network_dim"], about["ss_network_alpha"]) == ("4", f"{ALPHA:.1f}")
+    assert about["ss_network_module"] == "networks.lora"
+
+
+def test_the_embedding_is_read_by_diffusers_under_any_word(params_values: dict[str, Any], tmp_path: Path) -> None:
+    base, word = write_sd(tmp_path / "base"), "<rex>"
+    params_values["subjects"]["biscuit"]["identifier"] = word
+    (tmp_path / "trained").mkdir()
+    torch.manual_seed(3)
+    vectors = torch.randn(1, 16)
+    safetensors.torch.save_file({word: vectors}, tmp_path / "trained" / EMBEDDINGS_FILE, {"token": word})
+    arguments = (params_values, base, tmp_path / "trained", tmp_path / "out", ["embedding"], "textual_inversion")
+    folder = export(*arguments, dtype="float32")
+    path = folder / "embedding/rex.safetensors"
+    assert list(safetensors.torch.load_file(path)) == ["emb_params"]
+    assert header(path)["modelspec.architecture"] == "stable-diffusion-v1/textual-inversion"
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    pipeline.load_textual_inversion(path, token="sks")
+    number = pipeline.tokenizer.convert_tokens_to_ids("sks")
+    assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight[number], vectors[0])
+
+
+def test_the_embeddings_of_sdxl_keep_the_names_of_both_encoders() -> None:
+    weights = {"clip_l": torch.zeros(1, 16), "clip_g": torch.zeros(32)}
+    assert {name: tuple(tensor.shape) for name, tensor in a1111_embedding(weights).items()} == {
+        "clip_l": (1, 16),
+        "clip_g": (1, 32),
+    }
+    with pytest.raises(ModelError, match="holds a, b"):
+        a1111_embedding({"a": torch.zeros(1), "b": torch.zeros(1)})
+
+
+def test_the_same_training_gives_the_same_bytes(params_values: dict[str, Any], tmp_path: Path) -> None:
+    base = write_sd(tmp_path / "base")
+    train_lora(base, tmp_path / "trained")
+    hashes = []
+    for name in ("one", "two", "three"):
+        formats = ["single_file", "lora", "kohya"]
+        folder = export(params_values, base, tmp_path / "trained", tmp_path / name, formats, "lora")
+        hashes.append({path.relative_to(folder): sha256_of_file(path) for path in folder.rglob("*") if path.is_file()})
+    assert hashes[0] == hashes[1] == hashes[2]
+
+
+def test_the_card_names_files_hashes_parameters_scores_and_licence(
+    params_values: dict[str, Any], tmp_path: Path
+) -> None:
+    base = write_sd(tmp_path / "base")
+    more = {"license": "creativeml-openrail-m"}
+    folder = export(params_values, base, tmp_path / "nothing", tmp_path / "out", ["single_file"], **more)
+    card = (folder / "README.md").read_text()
+    path = folder / "single_file/biscuit.safetensors"
+    assert (
+        f"| single_file/biscuit.safetensors | {sha256_of_file(path)} | `StableDiffusionPipeline.from_single_file("
+        in card
+    )
+    assert 'config="export/biscuit")`' in card
+    assert "license: creativeml-openrail-m\n" in card
+    assert f"| learning_rate | {params_values['train']['learning_rate']} |" in card
+    assert "| prompt fidelity against the base | -0.070 [-0.150, +0.020] |" in card
+    assert 'instance_prompt: "a photo of sks dog"' in card
+
+
+def test_a_format_that_the_method_does_not_fill_is_refused_before_anything_runs(params_values: dict[str, Any]) -> None:
+    params_values["export"]["formats"] = ["diffusers", "kohya"]
+    with pytest.raises(ParamsError, match=r"kohya holds what train\.method lora or pivotal makes .*method is full"):
+        parse_params(params_values)
+
+
+def test_a_format_that_an_older_training_does_not_fill_is_refused(params_values: dict[str, Any]) -> None:
+    params_values["train"]["method"] = "lora"
+    params_values["export"]["formats"] = ["diffusers", "kohya"]
+    with pytest.raises(ExportError, match=r"this model was trained by full; take it out"):
+        require_formats(parse_params(params_values), "full")
+
+
+def test_the_folder_of_diffusers_is_always_part_of_an_export(params_values: dict[str, Any]) -> None:
+    params_values["export"]["formats"] = ["single_file"]
+    with pytest.raises(ParamsError, match=r"export\.formats: .*should hold diffusers"):
+        parse_params(params_values)
+
+
+def test_the_header_is_json_in_order(params_values: dict[str, Any], tmp_path: Path) -> None:
+    base = write_sd(tmp_path / "base")
+    folder = export(params_values, base, tmp_path / "nothing", tmp_path / "out", ["single_file"])
+    with (folder / "single_file/biscuit.safetensors").open("rb") as file:
+        content = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    assert list(content["__metadata__"]) == sorted(content["__metadata__"])
+    assert content["__metadata__"]["modelspec.sai_model_spec"] == "1.0.0"
