@@ -21,7 +21,7 @@ from test_checkpoint import names, state
 from test_training import settings
 from tiny_project import REPOSITORY, make_project, tiny_values
 
-from dreambooth import rng, trainer, training
+from dreambooth import methods, rng, trainer, training
 from dreambooth.checkpoint import Checkpoints
 from dreambooth.dataset import Posterior, Sample
 from dreambooth.folders import DiskFullError, read_manifest
@@ -51,6 +51,7 @@ def run_in_process(base: Path, folder: Path, answer: Path, changes: dict[str, An
     checkpoints = Checkpoints(folder, {"processes": int(os.environ.get("WORLD_SIZE", "1"))})
     values = settings(**FULL | {"checkpointing_steps": 3} | changes)
     model = load_model(base, device="cpu")
+    methods.add_token(model, values, "sks", "dog")
     try:
         history = training.train(model, samples("instance", 3), samples("prior", 4), values, None, checkpoints)
     except Interrupted:
@@ -98,6 +99,37 @@ def test_interrupted_in_any_forward_pass_a_training_ends_with_the_same_bytes(
         assert not (tmp_path / "answer").exists()
         assert finish(*where) == 0
     assert (tmp_path / "answer").read_text() == straight
+
+
+OTHERS = {
+    "lora": {"method": "lora", "rank": 2, "train_text_encoder": True, "ema_decay": 0.9},
+    "textual_inversion": {"method": "textual_inversion"},
+    "pivotal": {"method": "pivotal", "use_dora": True, "embedding_learning_rate": 1e-2},
+}
+
+
+@pytest.fixture(scope="module")
+def straight_of(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    answers = {}
+    for name, changes in OTHERS.items():
+        folder = tmp_path_factory.mktemp(name)
+        where = tiny_model_folder, folder / "checkpoints", folder / "answer", changes | {"checkpointing_steps": None}
+        assert finish(*where) == 0
+        answers[name] = (folder / "answer").read_text()
+    assert len(set(answers.values())) == len(OTHERS)
+    return answers
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("call", [0, 7, 8, 13, 19])
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_added_to_a_frozen_model_resumes_as_exactly(
+    tiny_model_folder: Path, tmp_path: Path, straight_of: dict[str, str], name: str, call: int, number: signal.Signals
+) -> None:
+    where = tiny_model_folder, tmp_path / "checkpoints", tmp_path / "answer", OTHERS[name]
+    assert finish(*where, (call, number)) == (RESUME if number == signal.SIGTERM else -signal.SIGKILL)
+    assert finish(*where) == 0
+    assert (tmp_path / "answer").read_text() == straight_of[name]
 
 
 def save_and_die(folder: Path, write: int, half: bool) -> None:
@@ -236,6 +268,33 @@ def test_two_processes_end_alike_and_share_no_noise(two_straight: Path) -> None:
     first, second = (set((two_straight / "noise" / name).read_text().split()) for name in "01")
     assert len(first) == len(second) == 2 * STEPS * ACCUMULATION * 2  # posterior and noise, of both roles
     assert not first & second
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "textual_inversion"])
+def test_two_processes_take_the_steps_of_one_with_the_whole_batch(
+    tiny_model_folder: Path, tmp_path: Path, method: str
+) -> None:
+    """Adam's epsilon is large, so that it does not blow rounding differences of tiny gradients up to whole steps."""
+    changes = {"method": method, "adam_epsilon": 1e-2, "max_train_steps": 4, "gradient_accumulation_steps": 1}
+    ends = []
+    for name, batch in (("two", 1), ("one", 2)):
+        folder = tmp_path / name
+        folder.mkdir()
+        where = tiny_model_folder, folder / "checkpoints", folder / "answer"
+        values = changes | {"train_batch_size": batch, "checkpointing_steps": 3}
+        if name == "two":
+            assert finish_two(folder, *where, values) == [0, 0]
+        else:
+            assert finish(*where, values) == 0
+        ends.append(Checkpoints(folder / "checkpoints", {"processes": 1 + (name == "two")}).newest())
+    two, one = ends
+    assert two is not None
+    assert one is not None
+    assert two.step == one.step == 3
+    for weight in one.weights:
+        assert torch.allclose(two.weights[weight], one.weights[weight], atol=1e-6), weight
+    for mine, theirs in zip(two.records["steps"], one.records["steps"], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize(("number", "codes"), [(signal.SIGKILL, [-9, -9]), (signal.SIGTERM, [RESUME, RESUME])])
