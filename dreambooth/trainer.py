@@ -104,7 +104,10 @@ def prepare(model: Model, samples: Sequence[Sample], settings: Train) -> Trainer
         accelerator=accelerator,
         model=model,
         modules={
-            name: accelerator.prepare(module) if name == "unet" or name in reads_text else module
+            # evaluation_mode: precision only; what is frozen has no gradients that processes could share
+            name: accelerator.prepare_model(module, evaluation_mode=name not in trained)
+            if name == "unet" or name in reads_text
+            else module
             for name, module in {"unet": model.unet, **model.encoders}.items()
         },
         optimizer=accelerator.prepare(optimizer),

@@ -1,6 +1,7 @@
 """Turn the pictures of a subject and the class images into the trained parts of its model, and their loss curve."""
 
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -66,6 +67,9 @@ def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = 
         root: of the project.
         resume_from: a checkpoint to continue with instead of the newest of this training.
     """
+    if params.train.num_processes > processes.count():
+        _start_processes(params.train.num_processes, subject_id, root, resume_from)
+        return
     base = resolve_model(params.base.pretrained_model_name_or_path, params.base.revision, root)
     model = load_model(base)
     about = _inputs(params, subject_id, root, model_hash(base), device_name(model.device))
@@ -105,6 +109,18 @@ def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = 
             if checkpoints.changes:
                 about["changes"] = checkpoints.changes
         checkpoints.remove()
+
+
+def _start_processes(number: int, subject_id: str, root: Path, resume_from: Path | None) -> None:
+    """Run this stage as so many processes, in the project's folder; end with the code of the first that fails."""
+    if processes.count() > 1:
+        raise TrainingError(
+            f"train.num_processes: is {number}, but a launcher started {processes.count()}; start as many, or write 1"
+        )
+    resume = ["--resume-from", str(resume_from)] if resume_from else []
+    command = [sys.executable, "-m", "stages.train", subject_id, *resume]
+    if code := processes.start_all(command, number, root):
+        raise SystemExit(code)
 
 
 def _save_records(history: History, folder: Path) -> None:
