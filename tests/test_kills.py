@@ -21,7 +21,7 @@ from test_checkpoint import names, state
 from test_training import settings
 from tiny_project import REPOSITORY, make_project, tiny_values
 
-from dreambooth import methods, rng, trainer, training
+from dreambooth import methods, processes, rng, trainer, training
 from dreambooth.checkpoint import Checkpoints
 from dreambooth.dataset import Posterior, Sample
 from dreambooth.folders import DiskFullError, read_manifest
@@ -385,3 +385,49 @@ def test_a_stage_that_is_told_to_stop_exits_with_75_and_one_that_resumes_elsewhe
     )
     assert finished.returncode == 6
     assert f"{newest} is of another training: train.adam_beta1 was 0.9, is 0.8; take" in finished.stderr
+
+
+def trained_by_two(root: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "stages.train", "biscuit"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_the_stage_starts_the_processes_itself_and_is_stopped_and_resumed_as_one(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    from dreambooth.params import load_params
+    from stages import prior, validate
+
+    values = tiny_values()
+    values["train"] |= {"max_train_steps": 400, "checkpointing_steps": 5, "train_batch_size": 1, "num_processes": 2}
+    values["train"] |= {"method": "lora", "rank": 2}
+    root = make_project(tmp_path / "project", tiny_model_folder, values)
+    params = load_params(root / "params.yaml")
+    validate.run(params, "biscuit", root)
+    prior.run(params, "dog", root)
+    with trained_by_two(root) as process:
+        await_true(lambda: list(root.glob(".scratch/checkpoints/*/step-*")), "no checkpoint was written")
+        process.terminate()
+        assert process.stdout is not None
+        said = process.stdout.read()
+    assert process.returncode == RESUME, said
+    assert not (root / "models/biscuit").exists()
+    with trained_by_two(root) as process:
+        assert process.stdout is not None
+        said = process.stdout.read()
+    assert process.returncode == 0, said
+    assert said.count("continues after step") >= 1
+    assert said.count("400 steps on cpu") == 1  # one of them writes and tells
+    assert read_manifest(root / "models/biscuit")["inputs"]["processes"] == 2
+    assert (root / "models/biscuit/loss.csv").read_text().count("\n") == 401
+
+
+def test_the_code_of_the_process_that_fails_first_is_the_answer_and_none_is_left(tmp_path: Path) -> None:
+    program = "import os, sys, time; sys.exit(75) if os.environ['RANK'] == '1' else time.sleep(600)"
+    assert processes.start_all([sys.executable, "-c", program], 3, tmp_path) == 75
+    program = "import os; assert os.environ['WORLD_SIZE'] == '2'; open(os.environ['RANK'], 'w')"
+    assert processes.start_all([sys.executable, "-c", program], 2, tmp_path) == 0
+    assert names(tmp_path) == ["0", "1"]

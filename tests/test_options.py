@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from test_training import largest_difference, make_samples, settings, weights
+from tiny_project import make_photo
 
 from dreambooth import rng, trainer
 from dreambooth.averaging import Average
@@ -62,8 +63,7 @@ def test_options_of_loss_and_noise_change_the_training(tiny_model_folder: Path) 
 
 
 def test_views_are_squares_along_the_longer_side_and_their_mirror_images() -> None:
-    picture = Image.linear_gradient("L").resize((96, 64)).rotate(90, expand=True).convert("RGB")
-    assert picture.size == (64, 96)
+    picture = make_photo(3, 96).crop((0, 0, 64, 96))
     views = views_of(picture, 32, 2, True, 0, 0)
     assert len(views) == 6
     (middle, sizes), (second, places), *_ = views
