@@ -402,7 +402,7 @@ def test_the_stage_starts_the_processes_itself_and_is_stopped_and_resumed_as_one
     from stages import prior, validate
 
     values = tiny_values()
-    values["train"] |= {"max_train_steps": 400, "checkpointing_steps": 5, "train_batch_size": 1, "num_processes": 2}
+    values["train"] |= {"max_train_steps": 150, "checkpointing_steps": 5, "train_batch_size": 1, "num_processes": 2}
     values["train"] |= {"method": "lora", "rank": 2}
     root = make_project(tmp_path / "project", tiny_model_folder, values)
     params = load_params(root / "params.yaml")
@@ -420,9 +420,9 @@ def test_the_stage_starts_the_processes_itself_and_is_stopped_and_resumed_as_one
         said = process.stdout.read()
     assert process.returncode == 0, said
     assert said.count("continues after step") >= 1
-    assert said.count("400 steps on cpu") == 1  # one of them writes and tells
+    assert said.count("150 steps on cpu") == 1  # one of them writes and tells
     assert read_manifest(root / "models/biscuit")["inputs"]["processes"] == 2
-    assert (root / "models/biscuit/loss.csv").read_text().count("\n") == 401
+    assert (root / "models/biscuit/loss.csv").read_text().count("\n") == 151
 
 
 def test_the_code_of_the_process_that_fails_first_is_the_answer_and_none_is_left(tmp_path: Path) -> None:
