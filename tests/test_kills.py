@@ -19,11 +19,13 @@ import torch
 from processes import FORKED, kill_this_process_at_write, kill_this_process_in
 from test_checkpoint import names, state
 from test_training import settings
+from tiny_families import write_sdxl
 from tiny_project import REPOSITORY, make_project, tiny_values
 
 from dreambooth import methods, processes, rng, trainer, training
 from dreambooth.checkpoint import Checkpoints
 from dreambooth.dataset import Posterior, Sample
+from dreambooth.families import drawn_sizes
 from dreambooth.folders import DiskFullError, read_manifest
 from dreambooth.interruption import RESUME, Interrupted
 from dreambooth.models import load_model
@@ -38,7 +40,10 @@ def samples(role: Any, count: int) -> list[Sample]:
     """Return samples with latents of their own, without an autoencoder."""
     mean = rng.normal((4, 16, 16), 1, role, 0, range(count))
     prompt = "a photo of sks dog" if role == "instance" else "a photo of a dog"
-    return [Sample(f"{role}-{i}", Posterior(mean[i], 0.1 * mean[i].abs()), prompt, role) for i in range(count)]
+    return [
+        Sample(f"{role}-{i}", Posterior(mean[i], 0.1 * mean[i].abs()), prompt, role, drawn_sizes(32))
+        for i in range(count)
+    ]
 
 
 def run_in_process(base: Path, folder: Path, answer: Path, changes: dict[str, Any], kill: tuple[Any, ...] = ()) -> None:
@@ -270,17 +275,20 @@ def test_two_processes_end_alike_and_share_no_noise(two_straight: Path) -> None:
     assert not first & second
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "textual_inversion"])
+@pytest.mark.parametrize(
+    ("family", "method"), [("sd", "full"), ("sd", "lora"), ("sd", "textual_inversion"), ("sdxl", "full")]
+)
 def test_two_processes_take_the_steps_of_one_with_the_whole_batch(
-    tiny_model_folder: Path, tmp_path: Path, method: str
+    tiny_model_folder: Path, tmp_path: Path, family: str, method: str
 ) -> None:
     """Adam's epsilon is large, so that it does not blow rounding differences of tiny gradients up to whole steps."""
     changes = {"method": method, "adam_epsilon": 1e-2, "max_train_steps": 4, "gradient_accumulation_steps": 1}
+    base = write_sdxl(tmp_path / "sdxl", tiny_model_folder) if family == "sdxl" else tiny_model_folder
     ends = []
     for name, batch in (("two", 1), ("one", 2)):
         folder = tmp_path / name
         folder.mkdir()
-        where = tiny_model_folder, folder / "checkpoints", folder / "answer"
+        where = base, folder / "checkpoints", folder / "answer"
         values = changes | {"train_batch_size": batch, "checkpointing_steps": 3}
         if name == "two":
             assert finish_two(folder, *where, values) == [0, 0]
