@@ -6,7 +6,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: demo test check clean
+.PHONY: demo test check faults clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -14,6 +14,7 @@ help:
 	@echo "make demo    personalise the demo subjects on the bundled model (minutes, no GPU, no network)"
 	@echo "make test    pass the tests"
 	@echo "make check   style and types"
+	@echo "make faults  every fault and threat with the tests that prove it"
 
 demo: .venv/ready          ## photos -> evaluated, exported and registered model
 	$(BIN)/dreambooth run
@@ -25,6 +26,9 @@ check: .venv/ready         ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+faults: .venv/ready        ## docs/faults.md from the marks of the tests
+	$(BIN)/python tests/faults.py --write
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'

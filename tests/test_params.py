@@ -32,6 +32,7 @@ def test_parameters_are_frozen(values: dict[str, Any]) -> None:
         params.train.seed = 1  # type: ignore[misc]
 
 
+@pytest.mark.fault(13)
 def test_every_fault_is_named_at_once_with_its_path(values: dict[str, Any]) -> None:
     values["base"]["resolution"] = 65
     values["prior"]["num_class_images"] = -1
@@ -54,6 +55,7 @@ def test_a_number_is_a_number_however_it_is_written(tmp_path: Path, text: str) -
     assert load_params(with_learning_rate(text, tmp_path)).train.learning_rate == 5e-6
 
 
+@pytest.mark.fault(13)
 def test_a_number_in_quotes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ParamsError, match=r"train\.learning_rate: should be a number .*'5e-6'; drop the quotes"):
         load_params(with_learning_rate("'5e-6'", tmp_path))
@@ -69,6 +71,7 @@ def test_no_is_a_word(tmp_path: Path) -> None:
     ("section", "key", "meant"),
     [("train", "lerning_rate", "learning_rate"), ("prior", "num_class_image", "num_class_images")],
 )
+@pytest.mark.fault(13)
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(
     values: dict[str, Any], section: str, key: str, meant: str
 ) -> None:
@@ -92,12 +95,15 @@ def test_a_subject_of_an_unknown_class_is_refused(values: dict[str, Any]) -> Non
     ]
 
 
+@pytest.mark.fault(12)
 def test_an_identifier_that_is_the_class_noun_is_refused(values: dict[str, Any]) -> None:
     values["subjects"]["biscuit"]["identifier"] = "Dog"
     assert "subjects.biscuit.identifier" in problems_of(values)[0]
 
 
 @pytest.mark.parametrize("bad", ["../../etc", "/etc", "", "-x", "a b", "Ä", "a" * 42, "dog; touch X #"])
+@pytest.mark.fault(11)
+@pytest.mark.threat(6, 8)
 def test_an_id_that_could_be_a_path_or_a_command_is_refused(bad: str, values: dict[str, Any]) -> None:
     with pytest.raises(SubjectError):
         check_id(bad)
@@ -118,6 +124,7 @@ def test_an_id_that_could_be_a_path_or_a_command_is_refused(bad: str, values: di
         ("[" * 10_000, "cannot be read"),
     ],
 )
+@pytest.mark.threat(10)
 def test_yaml_that_hides_what_it_does_is_refused(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(ParamsError, match=said):

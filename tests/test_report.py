@@ -136,6 +136,7 @@ def test_every_picture_is_inside_and_decodes(page: Path) -> None:
         assert attributes["alt"]
 
 
+@pytest.mark.threat(18)
 def test_nothing_is_fetched_and_nothing_is_run(page: Path) -> None:
     seen = Seen(page)
     assert {tag for tag, _ in seen.tags} & {"script", "iframe", "object", "embed", "form", "base"} == set()
@@ -146,6 +147,7 @@ def test_nothing_is_fetched_and_nothing_is_run(page: Path) -> None:
     assert not re.search(r"url\(|@import", page.read_text())
 
 
+@pytest.mark.threat(18)
 def test_the_policy_of_the_page_allows_its_own_style_and_pictures_alone(page: Path) -> None:
     text = page.read_text()
     policy = next(
@@ -158,6 +160,7 @@ def test_the_policy_of_the_page_allows_its_own_style_and_pictures_alone(page: Pa
     assert text.index("Content-Security-Policy") < text.index("<style>")
 
 
+@pytest.mark.threat(18)
 def test_a_subject_called_script_stays_text(page: Path) -> None:
     seen = Seen(page)
     assert seen.all("script") == []
@@ -191,6 +194,7 @@ def test_scores_lie_beside_the_page_for_programs(page: Path) -> None:
             image.load()
 
 
+@pytest.mark.fault(43)
 def test_what_was_not_measured_says_so(sources: tuple[Sources, dict[str, Any]]) -> None:
     where, metrics = sources
     less = {name: value for name, value in metrics.items() if name not in ("prompt", "prior")}
