@@ -94,17 +94,35 @@ class Photos(Section):
     min_count: Annotated[int, Field(ge=2)]
     """Fewest usable photos of a subject (Ruiz et al. 2022 use 3 to 5); one alone has no likeness to compare with."""
     max_count: Annotated[int, Field(ge=2, le=10_000)]
-    """Most photos of a subject."""
+    """Most files of a subject, counted before one is decoded."""
     max_bytes: Annotated[int, Field(ge=1024)]
     """Largest file, in bytes."""
-    max_pixels: Annotated[int, Field(ge=4096, le=178_000_000)]
-    """Most pixels (width x height), checked before any pixel is decoded."""
+    max_total_bytes: Annotated[int, Field(ge=1024)]
+    """All files of a subject together, in bytes."""
+    max_pixels: Annotated[int, Field(ge=4096, le=89_000_000)]
+    """Most pixels (width x height), checked before any pixel is decoded; Pillow calls 89,478,485 a bomb."""
+    max_frames: Annotated[int, Field(ge=1, le=10_000)]
+    """Most frames of an animation, of which the first is used."""
     min_side: Annotated[int, Field(ge=8)]
     """Shortest side that is not refused, in pixels."""
     max_aspect: Annotated[float, Field(ge=1)]
     """Longest side / shortest side above which the square crop loses too much: a warning."""
+    min_sharpness: Annotated[float, Field(ge=0)]
+    """Variance of the Laplacian, in squared grey levels, under which a photo is called blurred: a warning. Sharp photos
+    have above 150, the same ones blurred by a hundredth of their side under 10."""
+    min_brightness: Annotated[float, Field(ge=0, le=255)]
+    """Mean grey level, of 255, under which a photo is called dark: a warning."""
+    max_brightness: Annotated[float, Field(ge=0, le=255)]
+    """Mean grey level above which a photo is called too bright: a warning."""
+    min_contrast: Annotated[float, Field(ge=0, le=127)]
+    """Standard deviation of the grey levels under which a picture shows nothing and is refused."""
     duplicate_distance: Annotated[int, Field(ge=0, le=63)]
     """Hamming distance of 63-bit perceptual hashes at or under which two photos are one (mirrored ones too)."""
+    min_distance: Annotated[float, Field(ge=0, le=63)]
+    """Mean Hamming distance between the photos under which they are called alike: a warning. Photos of one subject in
+    different places have about 31."""
+    prepared_side: Annotated[int, Field(ge=64, le=8192)]
+    """Shorter side to which larger photos are scaled down when they are prepared; at least base.resolution."""
 
 
 class Prior(Section):
@@ -323,6 +341,11 @@ def _contradictions(params: Params) -> Iterator[str]:
     photos = params.photos
     if photos.max_count < photos.min_count:
         yield f"photos.max_count: should be at least photos.min_count {photos.min_count} (got {photos.max_count})"
+    if photos.prepared_side < params.base.resolution:
+        yield (
+            f"photos.prepared_side: should be at least base.resolution {params.base.resolution} "
+            f"(got {photos.prepared_side})"
+        )
     if params.train.prior_loss_weight > 0 and params.prior.num_class_images == 0:
         yield "prior.num_class_images: 0 leaves train.prior_loss_weight without images; draw some, or write weight 0"
     if params.train.max_train_steps is not None and params.train.lr_warmup_steps >= params.train.max_train_steps:

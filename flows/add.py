@@ -14,7 +14,8 @@ from pathlib import Path
 from dreambooth.consent import PERSON, RECORD, read_consent, require_lasting
 from dreambooth.errors import ConsentError, ParamsError, PhotosError, PipelineError, SubjectError
 from dreambooth.folders import write_file
-from dreambooth.images import (
+from dreambooth.params import Params, Photos, check_id, load_params, parse_params
+from dreambooth.photos import (
     CAPTION_SUFFIX,
     FOREIGN_SUFFIXES,
     PHOTO_SUFFIXES,
@@ -23,7 +24,6 @@ from dreambooth.images import (
     find_photos,
     require_usable,
 )
-from dreambooth.params import Params, Photos, check_id, load_params, parse_params
 from dreambooth.prompts import read_caption
 from dreambooth.yaml12 import YamlError, dump_yaml, load_yaml
 from flows.dvcrun import child_environment

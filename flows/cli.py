@@ -3,6 +3,7 @@
 Nothing heavy is imported here: each command imports what it needs, and --help needs nothing.
 """
 
+import io
 import logging
 import sys
 import time
@@ -72,20 +73,23 @@ def add(
 
 
 @app.command()
-def check(context: typer.Context, subject_id: SubjectId) -> None:
-    """Look at the photos of a subject: which can be used, and why not."""
-    from dreambooth.images import check_photos, find_photos, require_usable
-    from dreambooth.params import check_id, load_params
+def check(
+    context: typer.Context,
+    what: Annotated[str, typer.Argument(metavar="ID|FOLDER", help="Subject, or any folder of photos.")],
+) -> None:
+    """Look at photos: which can be used and why not, with a code each; thumbnails are drawn beside."""
+    from flows import check as checking
     from flows.tables import photos_table
 
-    root = find_root(context.obj)
-    limits = load_params(root / PARAMS).photos
-    folder = root / "data" / "subjects" / check_id(subject_id)
-    files = find_photos(folder)
-    reports = check_photos(folder, limits)
-    out.print(photos_table(reports, files.ignored))
-    usable = require_usable(reports, folder, limits)
-    _say(f"{len(usable)} of {len(reports)} photos can be used. Next: dreambooth run {subject_id}")
+    checked = checking.check(find_root(context.obj), what)
+    places = {name: _shown(path) for name, path in checked.thumbnails.items()}
+    out.print(photos_table(checked.reports, checked.ignored, places))
+    if checked.remark is not None:
+        err.print(f"warning: {checked.remark}", style="yellow", markup=False, soft_wrap=True)
+    if checked.refusal is not None:
+        raise checked.refusal
+    usable = sum(report.usable for report in checked.reports)
+    _say(f"{usable} of {len(checked.reports)} photos can be used. Next: {_next_of(checked.folder, what)}")
 
 
 @app.command()
@@ -182,6 +186,11 @@ def register(context: typer.Context, subject_id: SubjectId) -> None:
 commands.add_to(app)
 
 
+def _next_of(folder: Path, what: str) -> str:
+    is_subject = folder.parent.name == "subjects" and folder.name == what
+    return f"dreambooth run {what}" if is_subject else f"dreambooth add ID {_shown(folder)} --class-noun NOUN"
+
+
 def _params(root: Path) -> "Params":
     from dreambooth.params import load_params
 
@@ -247,6 +256,9 @@ def _say(text: str) -> None:
 def main() -> None:
     """Run the command; an error of its user is a line on stderr and an exit code, with --debug a traceback."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file name may hold bytes that are no text
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(arguments, prog_name="dreambooth")
     except DreamboothError as error:

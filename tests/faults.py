@@ -42,7 +42,10 @@ FAULTS: Mapping[int, tuple[str, str]] = {
     25: ("two dvc repro in one checkout", "the lock's message reaches the user; nothing corrupted"),
     26: ("prior stopped, shared, changed, topped up, damaged", "continues, waits, has a new key, or is made again"),
     27: ("base missing, gated, of the wrong type, offline, truncated", "which file, and how to get it"),
-    28: ("hub, MLflow or remote down, slow, 401", "bounded retries; the model stays; publishing alone; 401 not retried"),
+    28: (
+        "hub, MLflow or remote down, slow, 401",
+        "bounded retries; the model stays; publishing alone; 401 not retried",
+    ),
     29: ("upload to MLflow cut in the middle", "no version registered; the next registers once"),
     30: ("registered twice, flow retried", "one version"),
     31: ("the champion's artifacts are gone", "doctor says so; promote and rollback refuse"),
