@@ -58,6 +58,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sources, dict[str
     root, encoders = tmp_path_factory.mktemp("report"), Encoders(PatchEncoder(), PatchEncoder())
     photos = [make_photo(number, 64) for number in range(4)]
     with new_folder(root / "instance", {"photos": [{"file": f"{i:02d}.png"} for i in range(4)]}) as target:
+        row = {"file": f"{EVIL}.jpg", "width": 64, "height": 48, "usable": True, "codes": ["W_IMG_BLUR"]}
+        row |= {"remarks": ["blurred (W_IMG_BLUR)"], "duplicate_of": None, "prepared": "00.png", "hash": ""}
+        row |= {"quality": {"sharpness": 3.2, "brightness": 120.0, "contrast": 30.0}}
+        left_out = row | {"prepared": None, "quality": None, "remarks": [], "duplicate_of": f"{EVIL}.jpg"}
+        table = {"photos": [row, left_out], "remarks": [], "ignored": []}
+        (target / "photos.json").write_text(json.dumps(table))
         for number, photo in enumerate(photos):
             (target / f"{number:02d}.png").write_bytes(png_bytes(photo))
     todo, seen = cases(TEMPLATES, EVIL, "dog", [1, 2]), reference(photos, encoders)
@@ -165,6 +171,16 @@ def test_a_subject_called_script_stays_text(page: Path) -> None:
     seen = Seen(page)
     assert seen.all("script") == []
     assert "".join(seen.text).count(EVIL) >= 4  # title, heading, prompts, licence
+
+
+@pytest.mark.fault(9)
+@pytest.mark.threat(18)
+def test_every_photo_has_a_row_with_its_codes(page: Path) -> None:
+    text = " ".join("".join(Seen(page).text).split())
+    assert "blurred (W_IMG_BLUR)" in text
+    assert f"{EVIL}.jpg" in text
+    rows = json.loads((page.parent / "report.json").read_text())["photos"]
+    assert [row["found"] for row in rows] == ["blurred (W_IMG_BLUR)", f"the same as {EVIL}.jpg"]
 
 
 def test_copies_are_framed_and_come_first(page: Path) -> None:
