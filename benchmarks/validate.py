@@ -1,6 +1,6 @@
 """Measure `validate`: 10 photos of 12 megapixels, and 250, 500, 1,000 photos of one: seconds and peak memory.
 
-`python -m benchmarks.validate`; each is made and validated in processes of their own, so that the peak is that of `validate`.
+`python -m benchmarks.validate`; photos are made in a process of their own, so that the peak is that of `validate`.
 """
 
 import resource
@@ -62,9 +62,9 @@ def main() -> None:
         return
     wanted = sys.argv[1:]
     for case in [wanted] if wanted else [[str(count), str(size[0]), str(size[1])] for count, size in CASES]:
-        with tempfile.TemporaryDirectory() as root:
+        with tempfile.TemporaryDirectory() as place:
             for half in ("make", "measure"):
-                subprocess.run([sys.executable, "-m", "benchmarks.validate", half, *case, root], check=True)
+                subprocess.run([sys.executable, "-m", "benchmarks.validate", half, *case, place], check=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from dreambooth.errors import ParamsError, SubjectError
+from dreambooth.identifiers import identifier_fault
 from dreambooth.yaml12 import YamlError, load_yaml
 
 ID_PATTERN = r"^[a-z0-9][a-z0-9-]{0,40}$"
@@ -77,7 +78,7 @@ class SubjectParams(Section):
 
     class_id: Id
     """Key in `classes`."""
-    identifier: Annotated[str, Field(pattern=r"^\S{1,40}$")]
+    identifier: Annotated[str, Field(pattern=r"^\S{1,40}$"), AfterValidator(_one_line)]
     """The rare word that will mean this subject (Ruiz et al. 2022, section 3.2)."""
     kind: Literal["live", "object", "person"]
     """Chooses the evaluation prompts, <evaluate.prompts>/<live or object>.csv; a person needs a consent as well."""
@@ -336,8 +337,8 @@ def _contradictions(params: Params) -> Iterator[str]:
         where = f"subjects.{subject_id}"
         if subject.class_id not in params.classes:
             yield f"{where}.class_id: " + _unknown("class", subject.class_id, params.classes, "add it to classes:")
-        elif subject.identifier.lower() in params.classes[subject.class_id].class_noun.lower().split():
-            yield f"{where}.identifier: {subject.identifier!r} is the class noun itself; choose a rare word such as sks"
+        elif fault := identifier_fault(subject.identifier, params.classes[subject.class_id].class_noun):
+            yield f"{where}.identifier: {fault}"
     photos = params.photos
     if photos.max_count < photos.min_count:
         yield f"photos.max_count: should be at least photos.min_count {photos.min_count} (got {photos.max_count})"

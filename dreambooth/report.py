@@ -294,10 +294,8 @@ def photo_table(instance: Path) -> Table:
         quality = photo["quality"] or {}
         measured = [f"{quality[name]:.0f}" if quality else "-" for name in ("sharpness", "brightness", "contrast")]
         remarks = [*photo["remarks"], *([f"the same as {photo['duplicate_of']}"] if photo["duplicate_of"] else [])]
-        rows.append(
-            [photo["prepared"] or "left out", shown(photo["file"]), f"{photo['width']} x {photo['height']}", *measured]
-            + ["; ".join(remarks) or "good"]
-        )
+        picture, size = photo["prepared"] or "left out", f"{photo['width']} x {photo['height']}"
+        rows.append([picture, shown(photo["file"]), size, *measured, "; ".join(remarks) or "good"])
     rows += [["", "", "", "", "", "", remark] for remark in found.get("remarks", ())]
     columns = ["picture", "file", "pixels", "sharpness", "brightness", "contrast", "found"]
     return Table(columns, rows, numbers=(3, 4, 5))

@@ -67,6 +67,8 @@ def add(
     out.print(photos_table(added.reports, added.ignored))
     if kind is None:
         out.print("kind: object (evaluation prompts for things; --kind live for people and animals)")
+    for remark in added.remarks:
+        err.print(f"warning: {remark}", style="yellow", markup=False, soft_wrap=True)
     if reason := track_photos(root, added.folder):
         err.print(f"warning: {reason}", style="yellow", markup=False, soft_wrap=True)
     _say(f"{subject_id} is in {PARAMS}, class {added.class_id}. Next: dreambooth run {subject_id}")

@@ -22,6 +22,7 @@ STAGES = ("prior", "validate", "train", "evaluate", "report", "export")
 WITHOUT_EFFECT = {
     "dreambooth/__init__.py",
     "dreambooth/errors.py",
+    "dreambooth/identifiers.py",  # warns of a word
     "dreambooth/interruption.py",
     "dreambooth/locks.py",
     "dreambooth/processes.py",
