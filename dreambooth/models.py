@@ -29,6 +29,7 @@ COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 LOCAL_MODELS = "data/base"  # what the stages depend on, see dvc.yaml
 PIPELINE_CLASS = "StableDiffusionPipeline"
 _CONTENT_SUFFIXES = (".safetensors", ".json", ".txt")
+_PICKLES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 # What is fetched from the hub: the five parts, not the same weights again as pickles, fp16 or one file.
 _HUB_FILES = ["model_index.json", *(f"{part}/*{suffix}" for part in COMPONENTS for suffix in _CONTENT_SUFFIXES)]
 _HUB_DUPLICATES = ["*.fp16.*", "*non_ema*", "*.ema.*"]
@@ -149,7 +150,7 @@ def load_model(
 
 
 def check_model_folder(folder: Path) -> None:
-    """Refuse a folder that is no Stable Diffusion pipeline, lacks a part, or holds code or pickled weights only."""
+    """Refuse a folder that is no Stable Diffusion pipeline, lacks a part, or holds code or pickles."""
     index = _read_json(folder / "model_index.json")
     if index.get("_class_name") != PIPELINE_CLASS:
         raise ModelError(
@@ -161,10 +162,16 @@ def check_model_folder(folder: Path) -> None:
     code = [path.name for path in folder.rglob("*.py")]
     if code:
         raise ModelError(f"{folder} holds code ({', '.join(code)}), which is never run; use a model without any")
-    pickled = [part for part in ("unet", "vae", "text_encoder") if not list((folder / part).glob("*.safetensors"))]
-    if pickled:
+    lacking = [part for part in ("unet", "vae", "text_encoder") if not list((folder / part).glob("*.safetensors"))]
+    if lacking:
         raise ModelError(
-            f"{folder}: no .safetensors in {', '.join(pickled)}; pickled weights can run code, convert them"
+            f"{folder}: no .safetensors in {', '.join(lacking)}; pickled weights can run code, convert them"
+        )
+    pickles = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in _PICKLES)
+    if pickles:
+        raise ModelError(
+            f"{folder} holds pickles ({', '.join(pickles[:5])}), which can run code; the .safetensors are enough: "
+            "delete them"
         )
 
 

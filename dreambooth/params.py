@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from dreambooth.errors import ParamsError, SubjectError
 from dreambooth.identifiers import identifier_fault
+from dreambooth.redaction import looks_secret, redact
 from dreambooth.yaml12 import YamlError, load_yaml
 
 ID_PATTERN = r"^[a-z0-9][a-z0-9-]{0,40}$"
@@ -316,7 +317,7 @@ def parse_params(values: Mapping[str, Any], source: str = "params.yaml") -> Para
         params = Params.model_validate(values)
     except ValidationError as error:
         raise ParamsError([f"{source}: {_explain(fault)}" for fault in error.errors()]) from None
-    problems = list(_contradictions(params))
+    problems = [*_secrets(values), *_contradictions(params)]
     if problems:
         raise ParamsError([f"{source}: {problem}" for problem in problems])
     return params
@@ -329,6 +330,15 @@ def check_id(value: str) -> str:
             f"{value!r} is not an id; use 1 to 41 of a-z, 0-9 and '-', not starting with '-' (for example: biscuit)"
         )
     return value
+
+
+def _secrets(values: Any, where: str = "") -> Iterator[str]:
+    """Find texts that are secrets: parameters stand in git, in MLflow and in every export."""
+    if isinstance(values, Mapping | list):
+        for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
+            yield from _secrets(value, f"{where}.{key}" if where else str(key))
+    elif isinstance(values, str) and looks_secret(values):
+        yield f"{where}: looks like a secret, which no parameter may be; take it out and set it in the environment"
 
 
 def _contradictions(params: Params) -> Iterator[str]:
@@ -389,7 +399,7 @@ def _explain(fault: Any) -> str:
     if isinstance(got, str) and kind in ("float_type", "int_type") and _is_number(got):
         return f"{where}: should be a number (got the text {got!r}; drop the quotes)"
     message = re.sub(r"^(Value error, |Input |String )", "", fault["msg"])
-    return f"{where}: {message} (got {_short(got)})"
+    return f"{where}: {message} (got {redact(_short(got))})"
 
 
 def _nearest_key(location: tuple[Any, ...]) -> str:

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from dreambooth.errors import DreamboothError, PipelineError
+from dreambooth.redaction import redact
 from flows import commands
 from flows.project import PARAMS, choose_subjects, find_root
 
@@ -268,7 +269,7 @@ def main() -> None:
             raise
         from flows.tables import print_problems
 
-        print_problems(err, error.code, str(error))
+        print_problems(err, error.code, redact(str(error)))
         sys.exit(error.exit_code)
 
 

@@ -28,6 +28,7 @@ WITHOUT_EFFECT = {
     "dreambooth/processes.py",
     "dreambooth/params.py",  # the values are declared one by one, under params
     "dreambooth/progress.py",
+    "dreambooth/redaction.py",
     "dreambooth/tracking.py",
     "stages/__init__.py",
     "stages/entry.py",
