@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from dreambooth.errors import ParamsError, SubjectError
+from dreambooth.errors import ParamsError, SubjectError, shown
 from dreambooth.identifiers import identifier_fault
 from dreambooth.redaction import looks_secret, redact
 from dreambooth.yaml12 import YamlError, load_yaml
@@ -316,10 +316,10 @@ def parse_params(values: Mapping[str, Any], source: str = "params.yaml") -> Para
     try:
         params = Params.model_validate(values)
     except ValidationError as error:
-        raise ParamsError([f"{source}: {_explain(fault)}" for fault in error.errors()]) from None
+        raise ParamsError([shown(f"{source}: {_explain(fault)}") for fault in error.errors()]) from None
     problems = [*_secrets(values), *_contradictions(params)]
     if problems:
-        raise ParamsError([f"{source}: {problem}" for problem in problems])
+        raise ParamsError([shown(f"{source}: {problem}") for problem in problems])
     return params
 
 
