@@ -16,6 +16,8 @@ COMMON = frozenset({"a", "an", "and", "as", "at", "background", "by", "drawing",
 def identifier_fault(identifier: str, class_noun: str) -> str | None:
     """Return why a word can mean no subject of a class, None if it can."""
     word = identifier.casefold()
+    if word.startswith(("=", "+", "-", "@")):
+        return f"{identifier!r} begins with = + - or @, which spreadsheets and commands run; choose a word such as sks"
     if word in class_noun.casefold().split():
         return f"{identifier!r} is the class noun itself; choose a rare word such as sks"
     if word in COMMON:

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,18 +144,6 @@ def test_killed_at_any_write_of_a_checkpoint_the_one_before_it_or_the_whole_new_
     assert {kind.split()[0] for kind in kinds} == {"open", "os.mkdir", "os.rename", "shutil.rmtree"}
     written = ["plain.json", "records.json", "manifest.json", "best.json"]
     assert [name for name in written if name in " ".join(kinds)] == written
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mount a file system of 3 MB in memory."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("this user may not mount")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def megabytes(step: int, size: int) -> Any:

@@ -239,7 +239,7 @@ def test_a_file_that_is_far_too_large_is_not_parsed(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(12)
-@pytest.mark.parametrize("word", ["photo", "The", "of", "dog", "DOG"])
+@pytest.mark.parametrize("word", ["photo", "The", "of", "dog", "DOG", "=1+1", "-rf"])
 def test_an_identifier_that_prompts_are_made_of_is_refused(values: dict[str, Any], word: str) -> None:
     values["subjects"]["biscuit"]["identifier"] = word
     assert [problem.split(": ")[1] for problem in problems_of(values)] == ["subjects.biscuit.identifier"]

@@ -13,10 +13,11 @@ import pytest
 import yaml
 from tiny_project import REPOSITORY, add_photos
 
-from dreambooth.errors import ModelError
+from dreambooth.errors import EvaluationError, ModelError, ParamsError
 from dreambooth.folders import cache_folder, is_private, scratch_folder
 from dreambooth.models import check_model_folder
-from dreambooth.params import load_params
+from dreambooth.params import load_params, parse_params
+from dreambooth.prompts import load_templates
 from flows.doctor import _scratch
 from stages import validate
 
@@ -156,3 +157,23 @@ def test_servers_and_their_passwords_are_documented() -> None:
     told = (REPOSITORY / "SECURITY.md").read_text()
     for word in ("--host 127.0.0.1", "basic-auth", "--allowed-hosts", "PREFECT_SERVER_API_AUTH_STRING", "TLS"):
         assert word in told
+
+
+@pytest.mark.threat(14)
+def test_a_base_of_the_project_has_no_revision_and_one_of_the_hub_needs_forty_digits(
+    params_values: dict[str, Any],
+) -> None:
+    params_values["base"]["revision"] = "main"
+    with pytest.raises(ParamsError, match=r"base\.revision"):
+        parse_params(params_values)
+    params_values["base"]["revision"] = "a" * 40
+    assert parse_params(params_values).base.revision == "a" * 40
+
+
+@pytest.mark.threat(18)
+def test_a_table_for_spreadsheets_holds_no_formula(tmp_path: Path) -> None:
+    """A cell that begins with = + - or @ is run by spreadsheets; prompts stand in scores.csv and prompts.csv."""
+    lines = [f'recontextualisation,"{start}HYPERLINK(1) {{}}"' for start in "=+-@"]
+    (tmp_path / "live.csv").write_text("\n".join(["kind,prompt", *lines]) + "\n")
+    with pytest.raises(EvaluationError, match="begins with"):
+        load_templates(tmp_path / "live.csv")
