@@ -6,7 +6,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench faults clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -15,6 +15,7 @@ help:
 	@echo "make test    pass the tests"
 	@echo "make check   style and types"
 	@echo "make bench   time and memory of the whole recipe; REFERENCE=train_dreambooth.py compares with diffusers' script"
+	@echo "make faults  every fault and threat with the tests that prove it"
 
 demo: .venv/ready          ## photos -> evaluated, exported and registered model
 	$(BIN)/dreambooth run
@@ -29,6 +30,9 @@ check: .venv/ready         ## ruff and mypy
 
 bench: .venv/ready         ## benchmarks/results/<date>-<hardware>.md; more options: BENCH="--steps 200 --repeats 5"
 	$(BIN)/python -m benchmarks.bench $(if $(REFERENCE),--reference $(REFERENCE)) $(BENCH)
+
+faults: .venv/ready        ## docs/faults.md from the marks of the tests
+	$(BIN)/python tests/faults.py --write
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'

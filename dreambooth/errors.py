@@ -174,3 +174,8 @@ class PipelineError(DreamboothError):
 
     code = "E_PIPELINE"
     exit_code = 9
+
+
+def shown(text: object) -> str:
+    """Return a name or a path that strangers chose as one printable line: no line breaks, no escape sequences."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))

@@ -49,12 +49,12 @@ def free_bytes(folder: Path) -> int:
 
 def scratch_folder(root: Path) -> Path:
     """Return the folder of a project's caches and checkpoints: DREAMBOOTH_SCRATCH, or <root>/.scratch; made 0700."""
-    return _private(Path(os.environ.get("DREAMBOOTH_SCRATCH") or root / ".scratch"))
+    return _private(os.environ.get("DREAMBOOTH_SCRATCH"), root / ".scratch")
 
 
 def cache_folder() -> Path:
     """Return the folder shared by all projects of a user: DREAMBOOTH_CACHE, or the platform's cache; made 0700."""
-    return _private(Path(os.environ.get("DREAMBOOTH_CACHE") or platformdirs.user_cache_path("dreambooth")))
+    return _private(os.environ.get("DREAMBOOTH_CACHE"), platformdirs.user_cache_path("dreambooth"))
 
 
 def sha256_of_file(path: Path) -> str:
@@ -163,9 +163,17 @@ def write_file(path: Path, content: bytes) -> None:
         raise
 
 
-def _private(path: Path) -> Path:
-    path = path.expanduser().absolute()
+def is_private(folder: Path) -> bool:
+    """Return whether nobody but its owner may look into a folder."""
+    return not folder.stat().st_mode & 0o077
+
+
+def _private(named: str | None, ours: Path) -> Path:
+    """Make a folder for its owner alone; one that the user named is left as it was, it may be shared on purpose."""
+    path = (Path(named) if named else ours).expanduser().absolute()
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not named and not is_private(path):
+        path.chmod(0o700)
     return path
 
 

@@ -1,13 +1,14 @@
-"""Turn photos on disk into upright sRGB pictures; refuse what is no photo, and say why for every file at once.
+"""Turn a photo on disk into an upright sRGB picture, or say why it is none; hashes and PNG of pictures.
 
 Pictures are PIL images of mode RGB; W width, H height, in pixels.
 """
 
 import io
 import json
+import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,11 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from scipy.fft import dctn
 
-from dreambooth.errors import PhotosError, SubjectError
+from dreambooth.errors import PhotosError, shown
 from dreambooth.folders import read_manifest
 from dreambooth.params import Photos
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
-# Pictures that we do not read: whoever puts one there means it, so it is named and not passed over.
-FOREIGN_SUFFIXES = frozenset({".avif", ".bmp", ".cr2", ".dng", ".eps", ".gif", ".heic", ".heif", ".jp2", ".jxl"}) | {
-    ".nef", ".psd", ".raw", ".svg", ".tga", ".tif", ".tiff"
-}  # fmt: skip
-CAPTION_SUFFIX = ".txt"
 PROVENANCE = "dreambooth"  # keyword of the text of a PNG that says how it was made
 _HASH_SIDE = 32  # pixels of the grey thumbnail that is transformed; the 8 x 8 lowest frequencies count
 _GPS, _ORIENTATION = 0x8825, 0x0112  # EXIF tags
@@ -43,51 +38,28 @@ _TURNS = {
 
 
 @dataclass(frozen=True)
-class PhotoFiles:
-    """What lies in a folder: files that should be photos, their captions, and names that are passed over."""
+class Opened:
+    """A photo as it was found in its file."""
 
-    photos: list[Path]
-    ignored: list[str]
-    captions: dict[str, Path] = field(default_factory=dict)
-    """The caption file, 00.txt, of a photo, 00.jpg, by the photo's name."""
-
-
-@dataclass(frozen=True)
-class PhotoReport:
-    """What was found out about one file."""
-
-    file: str
-    width: int = 0
-    height: int = 0
-    warnings: list[str] = field(default_factory=list)
-    error: str | None = None
-    duplicate_of: str | None = None
-
-    @property
-    def usable(self) -> bool:
-        """Whether the photo goes into the training."""
-        return self.error is None and self.duplicate_of is None
+    image: Image.Image
+    """Upright, sRGB, on white: pixels alone."""
+    tells_place: bool
+    """Whether its EXIF or XMP tells where it was taken."""
+    frames: int
+    """More than one in an animation, of which the first is used."""
 
 
-class _UnusableError(Exception):
-    """One file that cannot be used; the message says why."""
+class UnusableError(Exception):
+    """One file that cannot be used.
 
+    Args:
+        code: stable, for programs: E_IMG_TRUNCATED.
+        text: why, for people.
+    """
 
-def find_photos(folder: Path) -> PhotoFiles:
-    """List a subject's folder: the photos by name, and what is passed over (hidden files, notes, folders, links)."""
-    if not folder.is_dir():
-        raise SubjectError(f"{folder} does not exist; put the photos there, or: dreambooth add ID PHOTOS --class-noun")
-    photos: list[Path] = []
-    others: list[Path] = []
-    for path in sorted(folder.iterdir()):
-        is_photo = path.suffix.lower() in PHOTO_SUFFIXES | FOREIGN_SUFFIXES and not path.name.startswith(".")
-        if is_photo and path.is_file() and not path.is_symlink():
-            photos.append(path)
-        else:
-            others.append(path)
-    texts = {path.stem: path for path in others if path.suffix == CAPTION_SUFFIX and path.is_file()}
-    captions = {photo.name: texts[photo.stem] for photo in photos if photo.stem in texts}
-    return PhotoFiles(photos, [path.name for path in others if path not in captions.values()], captions)
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 def open_image(path: Path, limits: Photos) -> Image.Image:
@@ -100,43 +72,38 @@ def open_image(path: Path, limits: Photos) -> Image.Image:
         PhotosError: what is wrong with this file.
     """
     try:
-        return _open(path, limits)[0]
-    except _UnusableError as error:
-        raise PhotosError([f"{path}: {error}"]) from None
+        return open_photo(path, limits).image
+    except UnusableError as error:
+        raise PhotosError([f"{shown(path)}: {error} ({error.code})"]) from None
 
 
-def check_photos(folder: Path, limits: Photos) -> list[PhotoReport]:
-    """Decode every photo of a folder and report on each; one bad file does not hide the next."""
-    reports: list[PhotoReport] = []
-    seen: list[tuple[str, NDArray[np.bool_]]] = []
-    for path in find_photos(folder).photos:
-        report, hashes = _check_one(path, limits)
-        if hashes is not None:
-            distance, twin = min(((hash_distance(hashes, other), name) for name, other in seen), default=(64, ""))
-            if distance <= limits.duplicate_distance:
-                report = PhotoReport(report.file, report.width, report.height, report.warnings, duplicate_of=twin)
-            else:
-                seen.append((path.name, hashes[0]))
-        reports.append(report)
-    return reports
+def open_photo(path: Path, limits: Photos) -> Opened:
+    """Read a photo as `open_image` does, and what a person should know of its file.
 
-
-def require_usable(reports: Sequence[PhotoReport], folder: Path, limits: Photos) -> list[PhotoReport]:
-    """Return the usable reports, or raise PhotosError that names every file that is not and the counts that are not."""
-    problems = [f"{folder / report.file}: {report.error}" for report in reports if report.error]
-    usable = [report for report in reports if report.usable]
-    duplicates = sum(report.duplicate_of is not None for report in reports)
-    if len(usable) < limits.min_count:
-        dropped = f" after {duplicates} duplicates were dropped" if duplicates else ""
-        problems.append(
-            f"{folder} has {len(usable)} usable photos (.jpg .jpeg .png .webp){dropped}, fewer than "
-            f"{limits.min_count}; put 3 to 10 there"
-        )
-    if len(usable) > limits.max_count:
-        problems.append(f"{folder} has {len(usable)} photos, more than photos.max_count {limits.max_count}")
-    if problems:
-        raise PhotosError(problems)
-    return usable
+    Raises:
+        UnusableError: what is wrong with this file, with its code.
+    """
+    _check_file(path, limits)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata, which is dropped
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                _check_size(image, limits)
+                frames = _check_frames(image, limits)
+                image.load()
+                return Opened(_upright_rgb(image), _tells_place(image), frames)
+    except UnusableError:
+        raise
+    except UnidentifiedImageError:
+        text = f"is no JPEG, PNG or WEBP {_looks_like(path)}; convert it or take it away"
+        raise UnusableError("E_IMG_FORMAT", text) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        text = f"has more pixels than photos.max_pixels {limits.max_pixels}; scale it down"
+        raise UnusableError("E_IMG_PIXELS", text) from None
+    except Exception as error:  # decoders raise whatever a damaged file leads them to, struct.error for one
+        text = f"cannot be decoded ({shown(str(error) or type(error).__name__)}); copy it again"
+        raise UnusableError("E_IMG_TRUNCATED", text) from None
 
 
 def read_prepared(folder: Path) -> Iterator[tuple[str, Image.Image]]:
@@ -151,6 +118,15 @@ def read_captions(folder: Path) -> dict[str, str | None]:
     return {entry["file"]: entry.get("caption") for entry in read_manifest(folder)["photos"]}
 
 
+def shrunk(image: Image.Image, shorter_side: int) -> Image.Image:
+    """Scale a picture down (Lanczos) until its shorter side has no more pixels than this; a small one stays."""
+    scale = shorter_side / min(image.size)
+    if scale >= 1:
+        return image
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
 def to_square(image: Image.Image, resolution: int) -> Image.Image:
     """Scale the shorter side to `resolution` (Lanczos) and cut the middle square out."""
     return ImageOps.fit(image, (resolution, resolution), method=Image.Resampling.LANCZOS)
@@ -162,14 +138,13 @@ def perceptual_hash(image: Image.Image) -> NDArray[np.bool_]:
     Returns:
         (63,) whether each of the 8 x 8 lowest coefficients but the mean is above their median.
     """
-    grey = image.convert("L").resize((_HASH_SIDE, _HASH_SIDE), Image.Resampling.LANCZOS)
-    low = dctn(np.asarray(grey, dtype=np.float64), norm="ortho")[:8, :8].ravel()[1:]
-    return np.asarray(low > np.median(low))
+    return _hash_of(_thumbnail(image))
 
 
 def both_hashes(image: Image.Image) -> NDArray[np.bool_]:
     """Return (2, 63), the perceptual hashes of a picture and of its mirror image."""
-    return np.stack([perceptual_hash(image), perceptual_hash(ImageOps.mirror(image))])
+    thumbnail = _thumbnail(image)
+    return np.stack([_hash_of(thumbnail), _hash_of(ImageOps.mirror(thumbnail))])
 
 
 def hash_distance(hashes: NDArray[np.bool_], other: NDArray[np.bool_]) -> int:
@@ -203,52 +178,52 @@ def read_provenance(png: bytes) -> dict[str, Any]:
     return found
 
 
-def _check_one(path: Path, limits: Photos) -> tuple[PhotoReport, NDArray[np.bool_] | None]:
-    """Report on one file, with the perceptual hashes of the picture and of its mirror image if it is one."""
+def _thumbnail(image: Image.Image) -> Image.Image:
+    return image.convert("L").resize((_HASH_SIDE, _HASH_SIDE), Image.Resampling.LANCZOS)
+
+
+def _hash_of(thumbnail: Image.Image) -> NDArray[np.bool_]:
+    low = dctn(np.asarray(thumbnail, dtype=np.float64), norm="ortho")[:8, :8].ravel()[1:]
+    return np.asarray(low > np.median(low))
+
+
+def _check_file(path: Path, limits: Photos) -> None:
+    """Refuse by what the file system says, before a byte is read."""
     try:
-        image, has_gps = _open(path, limits)
-    except _UnusableError as error:
-        return PhotoReport(path.name, error=str(error)), None
-    remarks = ["its EXIF tells the place where it was taken (removed in training)"] if has_gps else []
-    aspect = max(image.size) / min(image.size)
-    if aspect > limits.max_aspect:
-        remarks.append(f"{image.width} x {image.height}: the middle square shows 1/{aspect:.1f} of it; crop it by hand")
-    return PhotoReport(path.name, image.width, image.height, remarks), both_hashes(image)
-
-
-def _open(path: Path, limits: Photos) -> tuple[Image.Image, bool]:
-    """Return the picture, and whether its file tells a GPS position."""
-    size = path.stat().st_size
+        size = path.stat().st_size
+    except OSError as error:
+        raise UnusableError("E_IMG_READ", f"cannot be read ({error.strerror}); mend its permissions") from None
     if size == 0:
-        raise _UnusableError("is empty (0 bytes); copy the photo again")
+        raise UnusableError("E_IMG_EMPTY", "is empty (0 bytes); copy the photo again")
     if size > limits.max_bytes:
-        raise _UnusableError(f"has {size} bytes, more than photos.max_bytes {limits.max_bytes}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, which is dropped; of bombs: our own cap is lower
-            with Image.open(path, formats=FORMATS) as image:
-                _check_size(image, limits)
-                image.load()
-                return _upright_rgb(image), _has_gps(image)
-    except UnidentifiedImageError:
-        raise _UnusableError(f"is no JPEG, PNG or WEBP {_looks_like(path)}; convert it or take it away") from None
-    except Image.DecompressionBombError:
-        raise _UnusableError(f"has more pixels than photos.max_pixels {limits.max_pixels}; scale it down") from None
-    except Exception as error:  # decoders raise whatever a damaged file leads them to, struct.error for one
-        raise _UnusableError(f"cannot be decoded ({str(error) or type(error).__name__}); copy it again") from None
+        raise UnusableError("E_IMG_BYTES", f"has {size} bytes, more than photos.max_bytes {limits.max_bytes}")
+    if not os.access(path, os.R_OK):
+        raise UnusableError("E_IMG_READ", "cannot be read (Permission denied); mend its permissions")
 
 
 def _check_size(image: Image.Image, limits: Photos) -> None:
+    """Refuse by the size that the header states, before a pixel is decoded."""
     width, height = image.size
     if width * height > limits.max_pixels:
-        raise _UnusableError(
-            f"has {width} x {height} pixels, more than photos.max_pixels {limits.max_pixels}; scale it down"
-        )
+        text = f"has {width} x {height} pixels, more than photos.max_pixels {limits.max_pixels}; scale it down"
+        raise UnusableError("E_IMG_PIXELS", text)
     if min(width, height) < limits.min_side:
-        raise _UnusableError(f"is {width} x {height} pixels, its shorter side under photos.min_side {limits.min_side}")
+        text = f"is {width} x {height} pixels, its shorter side under photos.min_side {limits.min_side}"
+        raise UnusableError("E_IMG_SMALL", text)
 
 
-def _has_gps(image: Image.Image) -> bool:
+def _check_frames(image: Image.Image, limits: Photos) -> int:
+    frames = int(getattr(image, "n_frames", 1))
+    if frames > limits.max_frames:
+        text = f"has {frames} frames, more than photos.max_frames {limits.max_frames}; save the one that you mean"
+        raise UnusableError("E_IMG_FRAMES", text)
+    return frames
+
+
+def _tells_place(image: Image.Image) -> bool:
+    xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
+    if b"GPSLatitude" in (xmp.encode() if isinstance(xmp, str) else xmp):
+        return True
     try:
         return bool(image.getexif().get_ifd(_GPS))
     except Exception:  # an EXIF block that cannot be read tells no place
@@ -264,7 +239,9 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     colours = _to_srgb(upright, image.info.get("icc_profile"))
     if alpha is not None:
         colours = Image.composite(colours, Image.new("RGB", colours.size, "white"), alpha)
-    return Image.fromarray(np.asarray(colours))  # of pixels alone: no comment or profile survives
+    plain = Image.new("RGB", colours.size)  # gets pixels alone: no comment or profile survives
+    plain.paste(colours)
+    return plain
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
@@ -274,10 +251,10 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        except ImageCms.PyCMSError:
+        except (ImageCms.PyCMSError, OSError, ValueError):
             return image.convert("RGB")  # a broken profile: the plain conversion is what viewers show
         return converted if converted is not None else image.convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _looks_like(path: Path) -> str:

@@ -29,6 +29,7 @@ transformers_logging.disable_progress_bar()  # bars for milliseconds hide those 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOCAL_MODELS = "data/base"  # what the stages depend on, see dvc.yaml
 _CONTENT_SUFFIXES = (".safetensors", ".json", ".txt")
+_PICKLES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 # What is fetched from the hub: the parts, not the same weights again as pickles, fp16 or one file.
 _HUB_FILES = [
     "model_index.json",
@@ -214,7 +215,7 @@ def _load_part(name: str, folder: Path, dtype: torch.dtype) -> Any:
 
 
 def check_model_folder(folder: Path) -> Family:
-    """Return the family of a pipeline; refuse a folder of another one, without a part, with code, or only pickles."""
+    """Return the family of a pipeline; refuse a folder of another, without a part, or with code or pickles."""
     index = _read_json(folder / "model_index.json")
     family = FAMILIES.get(str(index.get("_class_name")))
     if family is None:
@@ -228,10 +229,16 @@ def check_model_folder(folder: Path) -> Family:
     code = [path.name for path in folder.rglob("*.py")]
     if code:
         raise ModelError(f"{folder} holds code ({', '.join(code)}), which is never run; use a model without any")
-    pickled = [part for part in family.weighted if not list((folder / part).glob("*.safetensors"))]
-    if pickled:
+    lacking = [part for part in family.weighted if not list((folder / part).glob("*.safetensors"))]
+    if lacking:
         raise ModelError(
-            f"{folder}: no .safetensors in {', '.join(pickled)}; pickled weights can run code, convert them"
+            f"{folder}: no .safetensors in {', '.join(lacking)}; pickled weights can run code, convert them"
+        )
+    pickles = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in _PICKLES)
+    if pickles:
+        raise ModelError(
+            f"{folder} holds pickles ({', '.join(pickles[:5])}), which can run code; the .safetensors are enough: "
+            "delete them"
         )
     return family
 

@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from dreambooth.errors import ParamsError, SubjectError
+from dreambooth.errors import ParamsError, SubjectError, shown
+from dreambooth.identifiers import identifier_fault
+from dreambooth.redaction import looks_secret, redact
 from dreambooth.yaml12 import YamlError, load_yaml
 
 ID_PATTERN = r"^[a-z0-9][a-z0-9-]{0,40}$"
@@ -77,7 +79,7 @@ class SubjectParams(Section):
 
     class_id: Id
     """Key in `classes`."""
-    identifier: Annotated[str, Field(pattern=r"^\S{1,40}$")]
+    identifier: Annotated[str, Field(pattern=r"^\S{1,40}$"), AfterValidator(_one_line)]
     """The rare word that will mean this subject (Ruiz et al. 2022, section 3.2)."""
     kind: Literal["live", "object", "person"]
     """Chooses the evaluation prompts, <evaluate.prompts>/<live or object>.csv; a person needs a consent as well."""
@@ -94,17 +96,35 @@ class Photos(Section):
     min_count: Annotated[int, Field(ge=2)]
     """Fewest usable photos of a subject (Ruiz et al. 2022 use 3 to 5); one alone has no likeness to compare with."""
     max_count: Annotated[int, Field(ge=2, le=10_000)]
-    """Most photos of a subject."""
+    """Most files of a subject, counted before one is decoded."""
     max_bytes: Annotated[int, Field(ge=1024)]
     """Largest file, in bytes."""
-    max_pixels: Annotated[int, Field(ge=4096, le=178_000_000)]
-    """Most pixels (width x height), checked before any pixel is decoded."""
+    max_total_bytes: Annotated[int, Field(ge=1024)]
+    """All files of a subject together, in bytes."""
+    max_pixels: Annotated[int, Field(ge=4096, le=89_000_000)]
+    """Most pixels (width x height), checked before any pixel is decoded; Pillow calls 89,478,485 a bomb."""
+    max_frames: Annotated[int, Field(ge=1, le=10_000)]
+    """Most frames of an animation, of which the first is used."""
     min_side: Annotated[int, Field(ge=8)]
     """Shortest side that is not refused, in pixels."""
     max_aspect: Annotated[float, Field(ge=1)]
     """Longest side / shortest side above which the square crop loses too much: a warning."""
+    min_sharpness: Annotated[float, Field(ge=0)]
+    """Variance of the Laplacian, in squared grey levels, under which a photo is called blurred: a warning. Sharp photos
+    have above 150, the same ones blurred by a hundredth of their side under 10."""
+    min_brightness: Annotated[float, Field(ge=0, le=255)]
+    """Mean grey level, of 255, under which a photo is called dark: a warning."""
+    max_brightness: Annotated[float, Field(ge=0, le=255)]
+    """Mean grey level above which a photo is called too bright: a warning."""
+    min_contrast: Annotated[float, Field(ge=0, le=127)]
+    """Standard deviation of the grey levels under which a picture shows nothing and is refused."""
     duplicate_distance: Annotated[int, Field(ge=0, le=63)]
     """Hamming distance of 63-bit perceptual hashes at or under which two photos are one (mirrored ones too)."""
+    min_distance: Annotated[float, Field(ge=0, le=63)]
+    """Mean Hamming distance between the photos under which they are called alike: a warning. Photos of one subject in
+    different places have about 31."""
+    prepared_side: Annotated[int, Field(ge=64, le=8192)]
+    """Shorter side to which larger photos are scaled down when they are prepared; at least base.resolution."""
 
 
 class Prior(Section):
@@ -373,10 +393,10 @@ def parse_params(values: Mapping[str, Any], source: str = "params.yaml") -> Para
     try:
         params = Params.model_validate(values)
     except ValidationError as error:
-        raise ParamsError([f"{source}: {_explain(fault)}" for fault in error.errors()]) from None
-    problems = list(_contradictions(params))
+        raise ParamsError([shown(f"{source}: {_explain(fault)}") for fault in error.errors()]) from None
+    problems = [*_secrets(values), *_contradictions(params)]
     if problems:
-        raise ParamsError([f"{source}: {problem}" for problem in problems])
+        raise ParamsError([shown(f"{source}: {problem}") for problem in problems])
     return params
 
 
@@ -389,14 +409,23 @@ def check_id(value: str) -> str:
     return value
 
 
+def _secrets(values: Any, where: str = "") -> Iterator[str]:
+    """Find texts that are secrets: parameters stand in git, in MLflow and in every export."""
+    if isinstance(values, Mapping | list):
+        for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
+            yield from _secrets(value, f"{where}.{key}" if where else str(key))
+    elif isinstance(values, str) and looks_secret(values):
+        yield f"{where}: looks like a secret, which no parameter may be; take it out and set it in the environment"
+
+
 def _contradictions(params: Params) -> Iterator[str]:
     """Faults that no single field shows."""
     for subject_id, subject in params.subjects.items():
         where = f"subjects.{subject_id}"
         if subject.class_id not in params.classes:
             yield f"{where}.class_id: " + _unknown("class", subject.class_id, params.classes, "add it to classes:")
-        elif subject.identifier.lower() in params.classes[subject.class_id].class_noun.lower().split():
-            yield f"{where}.identifier: {subject.identifier!r} is the class noun itself; choose a rare word such as sks"
+        elif fault := identifier_fault(subject.identifier, params.classes[subject.class_id].class_noun):
+            yield f"{where}.identifier: {fault}"
     photos = params.photos
     if photos.max_count < photos.min_count:
         yield f"photos.max_count: should be at least photos.min_count {photos.min_count} (got {photos.max_count})"
@@ -407,6 +436,11 @@ def _contradictions(params: Params) -> Iterator[str]:
                 f"export.formats: {name} holds what train.method {' or '.join(methods)} makes (train.method is "
                 f"{params.train.method}); take it out, or change the method"
             )
+    if photos.prepared_side < params.base.resolution:
+        yield (
+            f"photos.prepared_side: should be at least base.resolution {params.base.resolution} "
+            f"(got {photos.prepared_side})"
+        )
     if params.train.prior_loss_weight > 0 and params.prior.kind == "images" and params.prior.num_class_images == 0:
         yield "prior.num_class_images: 0 leaves train.prior_loss_weight without images; draw some, or write weight 0"
     if params.train.max_train_steps is not None and params.train.lr_warmup_steps >= params.train.max_train_steps:
@@ -455,7 +489,7 @@ def _explain(fault: Any) -> str:
     if isinstance(got, str) and kind in ("float_type", "int_type") and _is_number(got):
         return f"{where}: should be a number (got the text {got!r}; drop the quotes)"
     message = re.sub(r"^(Value error, |Input |String )", "", fault["msg"])
-    return f"{where}: {message} (got {_short(got)})"
+    return f"{where}: {message} (got {redact(_short(got))})"
 
 
 def _nearest_key(location: tuple[Any, ...]) -> str:

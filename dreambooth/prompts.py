@@ -125,6 +125,8 @@ def _faults(row: dict[str | Any, Any]) -> Iterator[str]:
         return
     if row["kind"] not in KINDS:
         yield f"kind {row['kind']!r} is none of {', '.join(KINDS)}"
+    if (row["prompt"] or "").lstrip().startswith(("=", "+", "-", "@")):
+        yield f"the prompt {row['prompt']!r} begins with = + - or @, which spreadsheets run"
     if (row["prompt"] or "").count(PLACEHOLDER) != 1:
         yield f"the prompt {row['prompt']!r} should have one {{}}"
     elif re.search(r"\ban? \{\}", row["prompt"], re.IGNORECASE):

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure as Plot
 
+from dreambooth.errors import shown
 from dreambooth.evaluation import choose_step
 from dreambooth.folders import write_file
 from dreambooth.gate import Decision, numbers
@@ -54,6 +55,7 @@ class Report:
     summary_note: str
     models: Sequence[str]
     photos: Sequence[Picture]
+    photo_table: Table
     grid: Sequence[Mapping[str, Any]]
     prompts: Sequence[Mapping[str, Any]]
     nearest: Sequence[Mapping[str, Any]]
@@ -85,7 +87,8 @@ def write_report(
     """
     report = make_report(title, sources, metrics, decision, drop)
     write_file(target / "index.html", render("report.html", report=report).encode())
-    told = {"title": title, "decision": asdict(decision), "metrics": metrics}
+    photos = [dict(zip(report.photo_table.columns, row, strict=True)) for row in report.photo_table.rows]
+    told = {"title": title, "decision": asdict(decision), "metrics": metrics, "photos": photos}
     write_file(target / "report.json", json.dumps(told, indent=1).encode() + b"\n")
     for name in ("scores.csv", "prompts.csv", "grid.png"):
         write_file(target / name, (sources.evaluation / name).read_bytes())
@@ -109,6 +112,7 @@ def make_report(title: str, sources: Sources, metrics: Mapping[str, Any], decisi
         summary_note=_summary_note(metrics),
         models=models,
         photos=photos,
+        photo_table=photo_table(sources.instance),
         grid=list(grid_rows(sources.evaluation, tables["scores"], models)),
         prompts=prompt_tables(tables["prompts"], models),
         nearest=nearest_pairs(sources.evaluation, tables["scores"], models[-1], photos),
@@ -279,6 +283,22 @@ def tradeoff_curve(points: pd.DataFrame) -> bytes:
     axes.set_ylabel("identity", fontsize=9)
     axes.tick_params(labelsize=8)
     return _png(plot)
+
+
+def photo_table(instance: Path) -> Table:
+    """List every file that `validate` looked at, also those it left out, with what it found; empty if it noted none."""
+    path = instance / "photos.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    rows = []
+    for photo in found.get("photos", ()):
+        quality = photo["quality"] or {}
+        measured = [f"{quality[name]:.0f}" if quality else "-" for name in ("sharpness", "brightness", "contrast")]
+        remarks = [*photo["remarks"], *([f"the same as {photo['duplicate_of']}"] if photo["duplicate_of"] else [])]
+        picture, size = photo["prepared"] or "left out", f"{photo['width']} x {photo['height']}"
+        rows.append([picture, shown(photo["file"]), size, *measured, "; ".join(remarks) or "good"])
+    rows += [["", "", "", "", "", "", remark] for remark in found.get("remarks", ())]
+    columns = ["picture", "file", "pixels", "sharpness", "brightness", "contrast", "found"]
+    return Table(columns, rows, numbers=(3, 4, 5))
 
 
 def provenance(about: Mapping[str, Any], metrics: Mapping[str, Any], sources: Sources) -> Table:

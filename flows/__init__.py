@@ -2,6 +2,8 @@
 
 import os
 
+from dreambooth.redaction import redact_logs
+
 # Before prefect, dvc or mlflow is imported: nothing is reported to anyone, and a slow disk may take its time.
 for _name, _value in {
     "DO_NOT_TRACK": "1",
@@ -11,3 +13,5 @@ for _name, _value in {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
 }.items():
     os.environ.setdefault(_name, _value)
+
+redact_logs()  # Prefect, DVC and MLflow log what they are given

@@ -14,16 +14,18 @@ from pathlib import Path
 from dreambooth.consent import PERSON, RECORD, read_consent, require_lasting
 from dreambooth.errors import ConsentError, ParamsError, PhotosError, PipelineError, SubjectError
 from dreambooth.folders import write_file
-from dreambooth.images import (
+from dreambooth.identifiers import remarks_by_tokenizer
+from dreambooth.params import Params, Photos, check_id, load_params, parse_params
+from dreambooth.photos import (
     CAPTION_SUFFIX,
     FOREIGN_SUFFIXES,
     PHOTO_SUFFIXES,
     PhotoReport,
+    alike,
     check_photos,
     find_photos,
     require_usable,
 )
-from dreambooth.params import Params, Photos, check_id, load_params, parse_params
 from dreambooth.prompts import read_caption
 from dreambooth.yaml12 import YamlError, dump_yaml, load_yaml
 from flows.dvcrun import child_environment
@@ -52,6 +54,8 @@ class Added:
     class_id: str
     reports: list[PhotoReport]
     ignored: list[str]
+    remarks: list[str]
+    """Warnings about the photos together and the identifier."""
 
 
 def add_subject(root: Path, wish: Wish, sources: Sequence[Path], force: bool = False) -> Added:
@@ -83,7 +87,9 @@ def add_subject(root: Path, wish: Wish, sources: Sequence[Path], force: bool = F
         with _replaced(folder, Path(temporary) / "old"):
             place.rename(folder)
             write_file(root / PARAMS, text.encode())
-    return Added(folder, class_id, reports, ignored)
+    tokenizer = root / params.base.pretrained_model_name_or_path / "tokenizer/tokenizer.json"
+    remarks = [str(remark)] if (remark := alike(reports, params.photos)) else []
+    return Added(folder, class_id, reports, ignored, remarks + remarks_by_tokenizer(wish.identifier, tokenizer))
 
 
 def collect(sources: Sequence[Path]) -> tuple[list[Path], list[str]]:

@@ -3,6 +3,7 @@
 Nothing heavy is imported here: each command imports what it needs, and --help needs nothing.
 """
 
+import io
 import logging
 import sys
 import time
@@ -13,6 +14,7 @@ import typer
 from rich.console import Console
 
 from dreambooth.errors import DreamboothError, PipelineError
+from dreambooth.redaction import redact
 from flows import commands
 from flows.project import PARAMS, choose_subjects, find_root
 
@@ -66,26 +68,31 @@ def add(
     out.print(photos_table(added.reports, added.ignored))
     if kind is None:
         out.print("kind: object (evaluation prompts for things; --kind live for people and animals)")
+    for remark in added.remarks:
+        err.print(f"warning: {remark}", style="yellow", markup=False, soft_wrap=True)
     if reason := track_photos(root, added.folder):
         err.print(f"warning: {reason}", style="yellow", markup=False, soft_wrap=True)
     _say(f"{subject_id} is in {PARAMS}, class {added.class_id}. Next: dreambooth run {subject_id}")
 
 
 @app.command()
-def check(context: typer.Context, subject_id: SubjectId) -> None:
-    """Look at the photos of a subject: which can be used, and why not."""
-    from dreambooth.images import check_photos, find_photos, require_usable
-    from dreambooth.params import check_id, load_params
+def check(
+    context: typer.Context,
+    what: Annotated[str, typer.Argument(metavar="ID|FOLDER", help="Subject, or any folder of photos.")],
+) -> None:
+    """Look at photos: which can be used and why not, with a code each; thumbnails are drawn beside."""
+    from flows import check as checking
     from flows.tables import photos_table
 
-    root = find_root(context.obj)
-    limits = load_params(root / PARAMS).photos
-    folder = root / "data" / "subjects" / check_id(subject_id)
-    files = find_photos(folder)
-    reports = check_photos(folder, limits)
-    out.print(photos_table(reports, files.ignored))
-    usable = require_usable(reports, folder, limits)
-    _say(f"{len(usable)} of {len(reports)} photos can be used. Next: dreambooth run {subject_id}")
+    checked = checking.check(find_root(context.obj), what)
+    places = {name: _shown(path) for name, path in checked.thumbnails.items()}
+    out.print(photos_table(checked.reports, checked.ignored, places))
+    if checked.remark is not None:
+        err.print(f"warning: {checked.remark}", style="yellow", markup=False, soft_wrap=True)
+    if checked.refusal is not None:
+        raise checked.refusal
+    usable = sum(report.usable for report in checked.reports)
+    _say(f"{usable} of {len(checked.reports)} photos can be used. Next: {_next_of(checked.folder, what)}")
 
 
 @app.command()
@@ -200,6 +207,11 @@ def _apply_presets(root: Path, presets: list[str]) -> None:
         _say(f"{PARAMS} says what {', '.join(presets)} says already")
 
 
+def _next_of(folder: Path, what: str) -> str:
+    is_subject = folder.parent.name == "subjects" and folder.name == what
+    return f"dreambooth run {what}" if is_subject else f"dreambooth add ID {_shown(folder)} --class-noun NOUN"
+
+
 def _params(root: Path) -> "Params":
     from dreambooth.params import load_params
 
@@ -265,6 +277,9 @@ def _say(text: str) -> None:
 def main() -> None:
     """Run the command; an error of its user is a line on stderr and an exit code, with --debug a traceback."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file name may hold bytes that are no text
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(arguments, prog_name="dreambooth")
     except DreamboothError as error:
@@ -272,7 +287,7 @@ def main() -> None:
             raise
         from flows.tables import print_problems
 
-        print_problems(err, error.code, str(error))
+        print_problems(err, error.code, redact(str(error)))
         sys.exit(error.exit_code)
 
 

@@ -14,7 +14,7 @@ import psutil
 
 from dreambooth.consent import PERSON, require_consent
 from dreambooth.errors import DreamboothError
-from dreambooth.folders import scratch_folder
+from dreambooth.folders import is_private, scratch_folder
 from dreambooth.params import Params, load_params
 from flows.project import PARAMS
 
@@ -142,6 +142,8 @@ def _scratch(root: Path, params: Params | None) -> Iterator[Finding]:
         f"{free / 1e9:.1f} GB are free in {folder}",
         "make room, or set DREAMBOOTH_SCRATCH to another disk" if free < LOW_BYTES else "",
     )
+    if not is_private(folder):
+        yield Finding("warning", "scratch", f"others may look into {folder}: latents of photos", f"chmod 700 {folder}")
     left = [path.name for pattern in ("upload-*", "download-*", "scores-*") for path in folder.glob(pattern)]
     if left:
         remedy = f"when nothing runs: rm -r {folder}/{{upload,download,scores}}-*"

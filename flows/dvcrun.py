@@ -16,6 +16,7 @@ import psutil
 
 from dreambooth.errors import PipelineError
 from dreambooth.interruption import RESUME
+from dreambooth.redaction import redact
 
 Outcome = Literal["ran", "restored", "unchanged"]
 _KEPT_LINES = 500
@@ -129,7 +130,7 @@ def _lines(child: "subprocess.Popen[str]") -> Iterator[str]:
     assert child.stdout is not None
     for line in child.stdout:
         if line.strip() and not line.strip().startswith(_ADVICE):
-            yield line.rstrip()
+            yield redact(line.rstrip())
 
 
 def _pauses(patience: float) -> Iterator[float]:

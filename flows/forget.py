@@ -22,7 +22,8 @@ from flows.project import PARAMS
 FOLDERS = ("data/subjects/{id}", "build/{id}", "models/{id}", "export/{id}", "reports/{id}")
 FILES = ("data/subjects/{id}.dvc", "metrics/{id}.json", "reports/{id}.html")
 SCRATCH = (
-    "checkpoints/{id}-*", "latents/{id}", "locks/train-{id}.*", "register-{id}.lock", "pipelines", "trackers/{id}",
+    "check", "checkpoints/{id}-*", "latents/{id}", "locks/train-{id}.*", "pipelines", "register-{id}.lock",
+    "trackers/{id}",
 )  # fmt: skip
 OUT_OF_REACH = (
     "the history of git: the photos' hashes and the subject's id stand in old commits (git filter-repo)",

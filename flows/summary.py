@@ -104,7 +104,7 @@ def write_index(root: Path, versions: Mapping[str, str]) -> None:
 
 def count_photos(root: Path, subject_id: str) -> int:
     """Count what look like photos in data/subjects/<subject>."""
-    from dreambooth.images import find_photos
+    from dreambooth.photos import find_photos
 
     folder = root / "data" / "subjects" / subject_id
     return len(find_photos(folder).photos) if folder.is_dir() else 0

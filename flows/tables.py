@@ -1,22 +1,28 @@
 """Draw the tables that people read in a terminal."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dreambooth.images import PhotoReport
+from dreambooth.errors import shown
+from dreambooth.photos import PhotoReport
 from flows.summary import Summary, rows
 
 
-def photos_table(reports: Sequence[PhotoReport], ignored: Sequence[str]) -> Table:
-    """Say for every photo whether it can be used, and why not."""
-    table = Table("file", "pixels", "verdict", box=None, pad_edge=False)
+def photos_table(
+    reports: Sequence[PhotoReport], ignored: Sequence[str], thumbnails: Mapping[str, str] | None = None
+) -> Table:
+    """Say for every photo whether it can be used, and why not; where a thumbnail of it lies, if there are any."""
+    columns = ["file", "pixels", "verdict"] + (["thumbnail"] if thumbnails else [])
+    table = Table(*columns, box=None, pad_edge=False)
     for report in reports:
-        table.add_row(Text(report.file), f"{report.width} x {report.height}" if report.width else "", _verdict(report))
+        pixels = f"{report.width} x {report.height}" if report.width else ""
+        more = [Text((thumbnails or {}).get(report.file, ""))] if thumbnails else []
+        table.add_row(Text(shown(report.file)), pixels, _verdict(report), *more)
     for name in ignored:
-        table.add_row(Text(name), "", Text("passed over: no photo", "dim"))
+        table.add_row(Text(shown(name)), "", Text("passed over: no photo", "dim"))
     return table
 
 
@@ -56,7 +62,8 @@ def print_problems(console: Console, code: str, text: str) -> None:
 
 def _verdict(report: PhotoReport) -> Text:
     if report.error:
-        return Text(report.error, "red")
-    if report.duplicate_of:
-        return Text(f"the same as {report.duplicate_of}: dropped", "yellow")
-    return Text("; ".join(report.warnings), "yellow") if report.warnings else Text("good", "green")
+        return Text(str(report.error), "red")
+    if report.duplicate_of is not None:
+        return Text(f"the same as {shown(report.duplicate_of)}: dropped (W_IMG_DUPLICATE)", "yellow")
+    remarks = "; ".join(str(remark) for remark in report.warnings)
+    return Text(remarks, "yellow") if remarks else Text("good", "green")

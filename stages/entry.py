@@ -16,6 +16,7 @@ from dreambooth.consent import require_consent
 from dreambooth.errors import DreamboothError
 from dreambooth.interruption import die_with_starter
 from dreambooth.params import check_id, load_params
+from dreambooth.redaction import redact, redact_logs
 
 MACHINE_FAULT = 71  # EX_OSERR of sysexits.h
 Run = Callable[..., None]
@@ -29,6 +30,7 @@ def main(run: Run, options: Sequence[str] = ()) -> None:
         options: names that may follow the id: --resume-from PATH for resume_from.
     """
     die_with_starter()
+    redact_logs()
     parser = argparse.ArgumentParser(prog=f"python -m stages.{Path(sys.argv[0]).stem}", allow_abbrev=False)
     parser.add_argument("id")
     for name in options:
@@ -44,12 +46,12 @@ def main(run: Run, options: Sequence[str] = ()) -> None:
     except DreamboothError as error:
         if os.environ.get("DREAMBOOTH_DEBUG"):
             raise
-        sys.stderr.writelines(f"{error.code}: {line}\n" for line in str(error).splitlines())
+        sys.stderr.writelines(f"{error.code}: {line}\n" for line in redact(str(error)).splitlines())
         raise SystemExit(error.exit_code) from None
     except (OSError, RuntimeError) as error:
         if os.environ.get("DREAMBOOTH_DEBUG") or not (told := _machine_fault(error)):
             raise
-        sys.stderr.write(f"{told}\n")
+        sys.stderr.write(f"{redact(told)}\n")
         raise SystemExit(MACHINE_FAULT) from None
 
 
@@ -73,5 +75,5 @@ def _machine_fault(error: Exception) -> str:
 
 def say(line: str) -> None:
     """Print a line that a log should have at once."""
-    sys.stdout.write(line + "\n")
+    sys.stdout.write(redact(line) + "\n")
     sys.stdout.flush()

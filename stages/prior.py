@@ -7,10 +7,11 @@ from dreambooth.dataset import Posterior
 from dreambooth.errors import SubjectError
 from dreambooth.families import Sizes, drawn_sizes
 from dreambooth.folders import cache_folder, new_folder, scratch_folder, sha256_of_file
-from dreambooth.images import check_photos, open_image, png_bytes, require_usable, to_square
+from dreambooth.images import open_image, png_bytes, to_square
 from dreambooth.latents import encode_images
 from dreambooth.models import DTYPES, default_device, device_name, load_model, model_hash, resolve_model
 from dreambooth.params import Params
+from dreambooth.photos import check_photos, require_usable
 from dreambooth.priors import ensure_class_images, prior_key, read_class_images, save_class_latents
 from dreambooth.prompts import class_prompt
 from dreambooth.views import sizes_of

@@ -26,6 +26,7 @@ from dreambooth.folders import (
     sha256_of,
     write_file,
 )
+from dreambooth.identifiers import identifier_remarks
 from dreambooth.images import png_bytes, read_captions, read_prepared
 from dreambooth.latents import encode_images
 from dreambooth.locks import only_one
@@ -84,6 +85,7 @@ def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = 
         train(model, instance, prior, params.train, None, checkpoints)
         return
     _require_room(params, model, root)
+    _say_remarks(params, subject_id, model)
     if params.train.preview_steps is None:
         model.vae = None  # all latents are known: its memory is free for the training
     say(
@@ -126,6 +128,13 @@ def _start_processes(number: int, subject_id: str, root: Path, resume_from: Path
     command = [sys.executable, "-m", "stages.train", subject_id, *resume]
     if code := processes.start_all(command, number, root):
         raise SystemExit(code)
+
+
+def _say_remarks(params: Params, subject_id: str, model: Model) -> None:
+    word, tokenizer = params.subject(subject_id).identifier, model.tokenizer
+    ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+    for remark in identifier_remarks(word, ids, tokenizer.convert_ids_to_tokens(ids), len(tokenizer)):
+        say(f"train {subject_id}: warning: {remark}")
 
 
 def _save_records(history: History, folder: Path) -> None:

@@ -2,6 +2,9 @@
 
 import json
 import os
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +82,15 @@ def params_values() -> dict[str, Any]:
 def project(tmp_path: Path, tiny_model_folder: Path, params_values: dict[str, Any]) -> Path:
     """Return a project with the tiny pipeline as its base model and one subject of five photos."""
     return make_project(tmp_path / "project", tiny_model_folder, params_values)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a file system of 3 MB in memory."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)

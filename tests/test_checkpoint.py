@@ -84,6 +84,7 @@ def test_the_pointer_is_written_again_if_a_stop_came_before_it(tmp_path: Path) -
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+@pytest.mark.fault(16)
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path: Path, name: str, damage: str) -> None:
     said: list[str] = []
     checkpoints = Checkpoints(tmp_path, say=said.append)
@@ -131,6 +132,7 @@ def test_a_checkpoint_of_other_parameters_is_refused_with_the_difference(tmp_pat
         Checkpoints(tmp_path, INPUTS | {"processes": 2}).newest()
 
 
+@pytest.mark.fault(40)
 def test_another_library_or_device_is_a_warning_with_both_and_is_remembered(tmp_path: Path) -> None:
     Checkpoints(tmp_path, INPUTS).save(state(1))
     said: list[str] = []
@@ -145,6 +147,7 @@ def test_another_library_or_device_is_a_warning_with_both_and_is_remembered(tmp_
     assert again.changes == ["device was 'cpu', is 'cuda'", "versions.torch was '2.13', is '2.14'"]
 
 
+@pytest.mark.fault(20)
 def test_a_checkpoint_that_does_not_fit_is_refused_with_both_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +214,7 @@ def signalled_in(step: int) -> Callable[..., Any]:
     return signalled
 
 
+@pytest.mark.fault(17)
 def test_a_signal_finishes_the_step_and_saves(
     tiny_model_folder: Path, tmp_path: Path, straight: tuple[dict[str, torch.Tensor], History]
 ) -> None:
@@ -226,6 +230,7 @@ def test_a_signal_finishes_the_step_and_saves(
 
 
 @pytest.mark.parametrize("spoiled", [2, 3])
+@pytest.mark.fault(22)
 def test_a_training_that_diverges_keeps_its_last_finite_checkpoint(
     tiny_model_folder: Path, tmp_path: Path, spoiled: int
 ) -> None:
@@ -263,6 +268,7 @@ def out_of_memory_in(step: int, times: int) -> Callable[..., Any]:
     return forward
 
 
+@pytest.mark.fault(21)
 def test_a_step_without_memory_is_taken_again_in_halves(
     tiny_model_folder: Path, tmp_path: Path, straight: tuple[dict[str, torch.Tensor], History]
 ) -> None:
@@ -297,6 +303,7 @@ def test_halves_are_remembered_by_a_checkpoint(tiny_model_folder: Path, tmp_path
         ({}, 2, "at step 1, at half the batch too; lower"),
     ],
 )
+@pytest.mark.fault(21)
 def test_a_step_that_does_not_fit_stops_with_advice_and_keeps_the_state(
     tiny_model_folder: Path, tmp_path: Path, changes: dict[str, Any], times: int, said: str
 ) -> None:

@@ -60,6 +60,7 @@ def test_a_record_that_leaves_something_open_is_refused(folder: Path, text: str,
         read_consent(folder)
 
 
+@pytest.mark.threat(21)
 def test_the_card_carries_the_consent(folder: Path, params_values: dict[str, Any]) -> None:
     (folder / "subject.yaml").write_text(RECORD)
     metrics = {
@@ -76,6 +77,7 @@ def test_the_card_carries_the_consent(folder: Path, params_values: dict[str, Any
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["validate", "train"])
+@pytest.mark.threat(21)
 def test_no_stage_works_on_a_person_whose_consent_has_ended(
     stage: str, tmp_path: Path, tiny_model_folder: Path, params_values: dict[str, Any]
 ) -> None:
@@ -93,6 +95,7 @@ def test_no_stage_works_on_a_person_whose_consent_has_ended(
 
 
 @pytest.mark.slow
+@pytest.mark.threat(21)
 def test_a_person_is_added_with_a_consent_alone(
     tmp_path: Path, tiny_model_folder: Path, params_values: dict[str, Any]
 ) -> None:

@@ -63,6 +63,7 @@ def test_what_killed_processes_left_is_named(root: Path) -> None:
         (("127.0.0.1", 4200, "prefect server start"), {"PREFECT_SERVER_API_HOST": "0.0.0.0"}, ["Prefect server"]),
     ],
 )
+@pytest.mark.threat(15, 16)
 def test_a_server_that_is_open_to_the_network_is_a_warning(
     listener: tuple[str, int, str], environment: dict[str, str], said: list[str]
 ) -> None:
@@ -81,6 +82,7 @@ def test_a_server_that_is_open_to_the_network_is_a_warning(
         ({"torch": "2.10.0+cpu"}, None),
     ],
 )
+@pytest.mark.threat(19)
 def test_a_library_outside_of_its_bounds_is_named(changed: dict[str, Any], said: str | None) -> None:
     have = {
         "prefect": "3.8.8", "mlflow": "3.17.2", "diffusers": "0.42.1", "transformers": "5.3.0", "torch": "2.11.0",

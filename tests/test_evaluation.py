@@ -170,6 +170,7 @@ def test_models_with_other_prompts_are_not_compared() -> None:
         compare(one, other, 0.95)
 
 
+@pytest.mark.threat(22)
 def test_a_picture_that_is_a_photo_or_its_mirror_image_is_a_copy_and_named() -> None:
     photos = [make_photo(number) for number in range(4)]
     pictures = [photos[2], photos[1].transpose(Image.Transpose.FLIP_LEFT_RIGHT), make_photo(9)]

@@ -78,6 +78,7 @@ def test_equal_content_makes_equal_bytes(tmp_path: Path) -> None:
         (lambda folder: (folder / "manifest.json").write_text(signed({"version": 0, "files": {}})), "has version 0"),
     ],
 )
+@pytest.mark.fault(41)
 def test_any_damage_is_found_and_named(tmp_path: Path, damage: object, said: str) -> None:
     folder = make(tmp_path / "x")
     damage(folder)  # type: ignore[operator]
@@ -92,6 +93,7 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.threat(25)
 def test_the_scratch_folder_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert scratch_folder(tmp_path).stat().st_mode & 0o777 == 0o700
     monkeypatch.setenv("DREAMBOOTH_SCRATCH", str(tmp_path / "elsewhere"))
@@ -99,6 +101,7 @@ def test_the_scratch_folder_is_private(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(("mask", "file_mode", "folder_mode"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+@pytest.mark.fault(42)
 def test_files_and_folders_follow_the_umask(tmp_path: Path, mask: int, file_mode: int, folder_mode: int) -> None:
     before = os.umask(mask)
     try:

@@ -121,6 +121,7 @@ def test_property_prompts_count_neither_for_the_identity_nor_for_the_six() -> No
 
 @pytest.mark.parametrize("measure", ["identity", "prompt_fidelity", "diversity"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.fault(32)
 def test_a_measure_that_is_missing_in_one_prompt_keeps_the_champion(measure: str, value: float) -> None:
     broken = card(identity=0.5)
     broken.prompts.loc[3, measure] = value
@@ -150,6 +151,7 @@ def test_a_missing_copy_rate_keeps_the_champion() -> None:
         (math.nan, 0.1, "keep"),
     ],
 )
+@pytest.mark.threat(22)
 def test_more_flagged_images_than_the_champion_or_an_unchecked_model_are_refused(
     ours: float | str, theirs: float | str, expected: str
 ) -> None:
@@ -159,6 +161,7 @@ def test_more_flagged_images_than_the_champion_or_an_unchecked_model_are_refused
     assert verdict(challenger, champion) == expected
 
 
+@pytest.mark.fault(32)
 def test_scores_of_another_evaluator_are_refused_and_the_difference_is_named() -> None:
     other = dataclasses.replace(card(), how=HOW | {"code": "2"})
     found = decide(card(identity=0.5), other, MARGINS)

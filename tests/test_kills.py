@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +91,7 @@ def straight(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("call", range(STEPS * ACCUMULATION))
+@pytest.mark.fault(18)
 def test_interrupted_in_any_forward_pass_a_training_ends_with_the_same_bytes(
     tiny_model_folder: Path, tmp_path: Path, straight: str, call: int, number: signal.Signals
 ) -> None:
@@ -151,6 +151,7 @@ def save_and_die(folder: Path, write: int, half: bool) -> None:
     Checkpoints(folder).save(state(3), 0.5)
 
 
+@pytest.mark.fault(15)
 def test_killed_at_any_write_of_a_checkpoint_the_one_before_it_or_the_whole_new_one_is_found(tmp_path: Path) -> None:
     """Every file that is opened for writing, every rename and every removal on the way is a point of its own."""
     found: list[int] = []
@@ -183,22 +184,11 @@ def test_killed_at_any_write_of_a_checkpoint_the_one_before_it_or_the_whole_new_
     assert [name for name in written if name in " ".join(kinds)] == written
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mount a file system of 3 MB in memory."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("this user may not mount")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
-
-
 def megabytes(step: int, size: int) -> Any:
     return state(step, weights={"unet.w": torch.full((size * 250_000,), float(step))})
 
 
+@pytest.mark.fault(20)
 def test_a_disk_without_room_is_named_with_both_numbers_and_the_last_checkpoint_is_whole(small_disk: Path) -> None:
     checkpoints = Checkpoints(small_disk / "checkpoints")
     first = checkpoints.save(megabytes(1, 1))
@@ -207,6 +197,7 @@ def test_a_disk_without_room_is_named_with_both_numbers_and_the_last_checkpoint_
     read_manifest(first)
 
 
+@pytest.mark.fault(19)
 def test_a_disk_that_fills_up_in_between_leaves_the_last_checkpoint_and_no_half_one(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,6 +365,7 @@ def await_true(condition: Any, what: str, seconds: float = 300) -> None:
 
 
 @pytest.mark.parametrize("shell", ["bash", "sh"])  # bash makes way for the stage, the dash of Debian stays above it
+@pytest.mark.fault(24)
 def test_a_killed_dvc_repro_leaves_no_process_and_the_next_one_continues(
     tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, shell: str
 ) -> None:
@@ -407,6 +399,7 @@ def test_a_killed_dvc_repro_leaves_no_process_and_the_next_one_continues(
     assert said == f"train biscuit: continues after step {steps}\n"
 
 
+@pytest.mark.fault(17)
 def test_a_stage_that_is_told_to_stop_exits_with_75_and_one_that_resumes_elsewhere_says_why_not(
     tmp_path: Path, tiny_model_folder: Path
 ) -> None:

@@ -62,12 +62,16 @@ def cut_short(folder: Path) -> None:
         (lambda folder: (folder / "model_index.json").write_text("{"), "is not JSON"),
     ],
 )
+@pytest.mark.fault(27)
+@pytest.mark.threat(11, 13)
 def test_a_folder_that_is_no_pipeline_is_refused(copy: Path, damage: Callable[[Path], None], said: str) -> None:
     damage(copy)
     with pytest.raises(ModelError, match=said):
         load_model(copy)
 
 
+@pytest.mark.fault(27)
+@pytest.mark.threat(14)
 def test_a_hub_model_needs_a_commit_and_an_absent_one_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"base\.revision: should be the 40-digit commit"):
         resolve_model("owner/name", None, tmp_path)
@@ -111,6 +115,7 @@ def test_the_same_weights_in_another_precision_do_not_count(copy: Path, tmp_path
     assert not list(tmp_path.glob("export/unet/*fp16*"))
 
 
+@pytest.mark.threat(14)
 def test_a_folder_outside_of_data_base_is_refused(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is not in data/base"):
         resolve_model(str(copy), None, tmp_path / "project")

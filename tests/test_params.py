@@ -1,5 +1,6 @@
 """params.yaml: read once, strictly, and refused with every fault at once."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import yaml
 from tiny_project import REPOSITORY
 
 from dreambooth.errors import ParamsError, SubjectError
-from dreambooth.params import Params, check_id, load_params, parse_params
+from dreambooth.identifiers import remarks_by_tokenizer
+from dreambooth.params import MAX_BYTES, Params, check_id, load_params, parse_params
 
 
 @pytest.fixture
@@ -32,6 +34,7 @@ def test_parameters_are_frozen(values: dict[str, Any]) -> None:
         params.train.seed = 1  # type: ignore[misc]
 
 
+@pytest.mark.fault(13)
 def test_every_fault_is_named_at_once_with_its_path(values: dict[str, Any]) -> None:
     values["base"]["resolution"] = 65
     values["prior"]["num_class_images"] = -1
@@ -54,6 +57,7 @@ def test_a_number_is_a_number_however_it_is_written(tmp_path: Path, text: str) -
     assert load_params(with_learning_rate(text, tmp_path)).train.learning_rate == 5e-6
 
 
+@pytest.mark.fault(13)
 def test_a_number_in_quotes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ParamsError, match=r"train\.learning_rate: should be a number .*'5e-6'; drop the quotes"):
         load_params(with_learning_rate("'5e-6'", tmp_path))
@@ -69,6 +73,7 @@ def test_no_is_a_word(tmp_path: Path) -> None:
     ("section", "key", "meant"),
     [("train", "lerning_rate", "learning_rate"), ("prior", "num_class_image", "num_class_images")],
 )
+@pytest.mark.fault(13)
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(
     values: dict[str, Any], section: str, key: str, meant: str
 ) -> None:
@@ -92,12 +97,15 @@ def test_a_subject_of_an_unknown_class_is_refused(values: dict[str, Any]) -> Non
     ]
 
 
+@pytest.mark.fault(12)
 def test_an_identifier_that_is_the_class_noun_is_refused(values: dict[str, Any]) -> None:
     values["subjects"]["biscuit"]["identifier"] = "Dog"
     assert "subjects.biscuit.identifier" in problems_of(values)[0]
 
 
 @pytest.mark.parametrize("bad", ["../../etc", "/etc", "", "-x", "a b", "Ä", "a" * 42, "dog; touch X #"])
+@pytest.mark.fault(11)
+@pytest.mark.threat(6, 8)
 def test_an_id_that_could_be_a_path_or_a_command_is_refused(bad: str, values: dict[str, Any]) -> None:
     with pytest.raises(SubjectError):
         check_id(bad)
@@ -118,6 +126,7 @@ def test_an_id_that_could_be_a_path_or_a_command_is_refused(bad: str, values: di
         ("[" * 10_000, "cannot be read"),
     ],
 )
+@pytest.mark.threat(10)
 def test_yaml_that_hides_what_it_does_is_refused(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(ParamsError, match=said):
@@ -171,3 +180,89 @@ def test_every_parameter_says_what_it_is() -> None:
 def test_what_cannot_work_together_is_refused(values: dict[str, Any], changes: dict[str, Any], said: str) -> None:
     values["train"] |= changes
     assert said in problems_of(values)[0]
+
+
+@pytest.mark.fault(13)
+@pytest.mark.threat(24)
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("train.max_train_steps", 10**9),
+        ("train.max_train_steps", -5),
+        ("train.max_train_steps", True),
+        ("train.train_batch_size", 10**6),
+        ("train.gradient_accumulation_steps", 0),
+        ("train.learning_rate", "fast"),
+        ("train.learning_rate", float("nan")),
+        ("train.learning_rate", float("inf")),
+        ("train.learning_rate", -1e-6),
+        ("train.learning_rate", 5.0),
+        ("train.seed", 2**64),
+        ("train.prior_loss_weight", -1.0),
+        ("prior.num_class_images", 10**9),
+        ("prior.num_inference_steps", 0),
+        ("prior.scheduler", "magic"),
+        ("base.resolution", 65),
+        ("base.resolution", 10**6),
+        ("base.revision", "main"),
+        ("photos.max_pixels", 10**12),
+        ("photos.min_count", 0),
+        ("photos.prepared_side", 1 << 20),
+        ("evaluate.seeds", []),
+        ("evaluate.confidence", 1.5),
+        ("gate.copy_rate", float("nan")),
+        ("classes.dog.class_noun", ""),
+        ("classes.dog.class_noun", " \n"),
+        ("subjects.biscuit.identifier", ""),
+        ("subjects.biscuit.identifier", "two words"),
+        ("subjects.biscuit.identifier", "s\x1b[31m"),
+        ("subjects.biscuit.kind", "alien"),
+    ],
+)
+def test_an_absurd_value_is_refused_with_its_path(values: dict[str, Any], path: str, value: object) -> None:
+    *sections, key = path.split(".")
+    place = values
+    for section in sections:
+        place = place[section]
+    place[key] = value
+    problems = problems_of(values)
+    assert [problem.split(": ")[1] for problem in problems] == [path]
+    assert "\x1b" not in problems[0]
+
+
+def test_a_prepared_side_under_the_resolution_is_refused(values: dict[str, Any]) -> None:
+    values["base"]["resolution"] = 2048
+    assert "photos.prepared_side: should be at least base.resolution 2048" in problems_of(values)[0]
+
+
+@pytest.mark.threat(10)
+def test_a_file_that_is_far_too_large_is_not_parsed(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("a: 1\n" * (MAX_BYTES // 5 + 1))
+    with pytest.raises(ParamsError, match=f"larger than {MAX_BYTES} bytes"):
+        load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.fault(12)
+@pytest.mark.parametrize("word", ["photo", "The", "of", "dog", "DOG", "=1+1", "-rf"])
+def test_an_identifier_that_prompts_are_made_of_is_refused(values: dict[str, Any], word: str) -> None:
+    values["subjects"]["biscuit"]["identifier"] = word
+    assert [problem.split(": ")[1] for problem in problems_of(values)] == ["subjects.biscuit.identifier"]
+
+
+@pytest.mark.fault(12)
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("sks", None),
+        ("zwx", None),
+        ("biscuit", r"'biscuit' is 6 pieces to the tokenizer \(b is c u i t\), more than 3"),
+        ("red", r"'red' is a frequent word to the base model \(token 584 of 1536\)"),
+    ],
+)
+def test_the_tokenizer_of_the_base_says_whether_a_word_is_rare_and_short(word: str, said: str | None) -> None:
+    remarks = remarks_by_tokenizer(word, REPOSITORY / "data/base/emoji64/tokenizer/tokenizer.json")
+    assert (remarks == []) if said is None else re.search(said, remarks[0])
+
+
+def test_without_a_tokenizer_at_hand_nothing_is_said(tmp_path: Path) -> None:
+    assert remarks_by_tokenizer("biscuit", tmp_path / "tokenizer.json") == []

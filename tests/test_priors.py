@@ -44,6 +44,7 @@ def test_the_second_subject_of_a_class_draws_nothing_and_loads_no_model(model: M
     assert str(ensure(tmp_path, None, 6)) == "6 reused, 0 generated"
 
 
+@pytest.mark.fault(26)
 def test_more_images_later_are_the_same_as_at_once(model: Model, tmp_path: Path) -> None:
     ensure(tmp_path / "at-once", model, 10)
     ensure(tmp_path / "later", model, 3)
@@ -58,6 +59,7 @@ def test_fewer_images_than_there_are_draw_nothing(model: Model, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["00003.png", "00003.safetensors"])
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"x")])
+@pytest.mark.fault(26)
 def test_a_damaged_image_is_made_again_as_it_was(model: Model, tmp_path: Path, name: str, damage: object) -> None:
     ensure(tmp_path, model, 6)
     before = (tmp_path / name).read_bytes()
@@ -90,6 +92,7 @@ def hundred(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.mark.slow
 # the 75th write is the picture after the 37th; the 76th its latents, so that a picture stands there without a line
 @pytest.mark.parametrize("write", [74, 75])
+@pytest.mark.fault(26)
 def test_of_a_hundred_images_killed_after_37_the_other_63_are_drawn(
     tiny_model_folder: Path, tmp_path: Path, model: Model, hundred: Path, write: int
 ) -> None:
@@ -110,6 +113,7 @@ def test_a_torn_index_line_costs_its_image_alone(model: Model, tmp_path: Path) -
     assert str(ensure(tmp_path, None, 6)) == "6 reused, 0 generated"
 
 
+@pytest.mark.fault(22)
 def test_a_black_image_is_drawn_again_from_the_next_seed_and_counted(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +152,7 @@ def test_flat_pictures_are_told_from_drawn_ones() -> None:
     assert not is_flat(Image.fromarray(noise))
 
 
+@pytest.mark.fault(26)
 def test_everything_an_image_depends_on_is_in_the_key_and_the_count_is_not() -> None:
     def key(**changes: object) -> str:
         values = {
@@ -189,6 +194,7 @@ def draw_in_process(store: Path, base: Path, answers: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.fault(26)
 def test_of_two_processes_one_draws_and_the_other_waits(tiny_model_folder: Path, tmp_path: Path) -> None:
     answers = [tmp_path / "first", tmp_path / "second"]
     processes = [

@@ -137,11 +137,13 @@ def test_promote_promote_rollback_rollback(root: Path, params: Params) -> None:
     assert aliases.history(log(root), CHAMPION) == [1, 2]
 
 
+@pytest.mark.fault(34)
 def test_what_was_never_promoted_cannot_be_rolled_back(root: Path) -> None:
     with pytest.raises(RegistryError, match="has no champion before any"):
         rollback(root, BISCUIT)
 
 
+@pytest.mark.fault(31)
 def test_with_the_files_of_the_champion_gone_promote_and_rollback_refuse_and_doctor_names_it(
     root: Path, params: Params
 ) -> None:
@@ -178,6 +180,7 @@ def test_rollback_passes_over_what_cannot_be_served(root: Path, params: Params) 
         rollback(root, BISCUIT)
 
 
+@pytest.mark.fault(32)
 def test_scores_of_two_evaluators_keep_the_champion(root: Path, params: Params, tiny_model_folder: Path) -> None:
     promote(root, params, BISCUIT, 1)
     write_export(root, tiny_model_folder, "2" * 64)
@@ -190,6 +193,7 @@ def test_scores_of_two_evaluators_keep_the_champion(root: Path, params: Params, 
     assert promote(root, params, BISCUIT, 2).champion == 2
 
 
+@pytest.mark.fault(32)
 def test_a_champion_of_another_evaluator_is_scored_again_where_the_challenger_was_trained(
     root: Path, params: Params, tiny_model_folder: Path
 ) -> None:
@@ -283,6 +287,7 @@ def write_consent(root: Path, until: date) -> None:
     )
 
 
+@pytest.mark.threat(21)
 def test_a_person_is_promoted_only_while_the_consent_lasts(root: Path, person: Params) -> None:
     try:
         with pytest.raises(ConsentError, match="is a person without a consent"):
@@ -360,6 +365,7 @@ def down():
 
 
 @pytest.mark.slow
+@pytest.mark.fault(33)
 def test_a_promotion_and_a_rollback_that_are_killed_at_any_step_are_finished_or_never_were(root: Path) -> None:
     aliases.append(tracking.connect(root)[0], BISCUIT, "refuse", CHAMPION, None, 1)
     program = (
@@ -391,6 +397,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
+@pytest.mark.fault(33)
 def test_promotions_that_race_leave_one_champion_and_a_log_that_agrees(root: Path) -> None:
     """Without the lock of the project, as on two machines: eight processes move the alias at once."""
     aliases.append(tracking.connect(root)[0], BISCUIT, "refuse", CHAMPION, None, 1)

@@ -89,6 +89,7 @@ def stored_unet(root: Path) -> Path:
     return place / f"artifacts/artifacts/{BISCUIT}/unet/diffusion_pytorch_model.safetensors"
 
 
+@pytest.mark.fault(30)
 def test_an_export_is_one_version_however_often_it_is_registered(root: Path) -> None:
     first, again = register(root, BISCUIT), register(root, BISCUIT)
     assert first == RegisteredVersion(BISCUIT, 1, True, first.export_hash)
@@ -133,6 +134,7 @@ def test_a_missing_export_says_what_makes_it(root: Path) -> None:
         register(root, "../rex")
 
 
+@pytest.mark.fault(29)
 def test_an_upload_that_was_killed_leaves_no_version_and_is_taken_up_again(root: Path) -> None:
     program = """
 import os, shutil, signal, sys
@@ -264,6 +266,7 @@ def test_what_is_not_there_is_none(root: Path) -> None:
     assert find(root, BISCUIT, alias="champion") is None
 
 
+@pytest.mark.fault(28)
 def test_a_dead_server_is_one_line_and_the_export_stays(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@127.0.0.1:{free_port()}")
     with pytest.raises(RegistryError) as caught:
@@ -297,6 +300,7 @@ def test_a_large_export_stays_in_dvc_and_is_served_from_there(root: Path, tiny_m
         load(root, BISCUIT)
 
 
+@pytest.mark.fault(20)
 def test_a_full_disk_is_seen_before_the_copy(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(RegistryError, match=r"needs \d+ bytes, 1 are free"):
@@ -304,6 +308,7 @@ def test_a_full_disk_is_seen_before_the_copy(root: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
+@pytest.mark.fault(30)
 def test_two_processes_register_once(root: Path) -> None:
     program = "import sys; from pathlib import Path; from dreambooth.registry import register; "
     program += "print(register(Path(sys.argv[1]), 'biscuit').created)"

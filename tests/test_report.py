@@ -58,6 +58,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sources, dict[str
     root, encoders = tmp_path_factory.mktemp("report"), Encoders(PatchEncoder(), PatchEncoder())
     photos = [make_photo(number, 64) for number in range(4)]
     with new_folder(root / "instance", {"photos": [{"file": f"{i:02d}.png"} for i in range(4)]}) as target:
+        row = {"file": f"{EVIL}.jpg", "width": 64, "height": 48, "usable": True, "codes": ["W_IMG_BLUR"]}
+        row |= {"remarks": ["blurred (W_IMG_BLUR)"], "duplicate_of": None, "prepared": "00.png", "hash": ""}
+        row |= {"quality": {"sharpness": 3.2, "brightness": 120.0, "contrast": 30.0}}
+        left_out = row | {"prepared": None, "quality": None, "remarks": [], "duplicate_of": f"{EVIL}.jpg"}
+        table = {"photos": [row, left_out], "remarks": [], "ignored": []}
+        (target / "photos.json").write_text(json.dumps(table))
         for number, photo in enumerate(photos):
             (target / f"{number:02d}.png").write_bytes(png_bytes(photo))
     todo, seen = cases(TEMPLATES, EVIL, "dog", [1, 2]), reference(photos, encoders)
@@ -136,6 +142,7 @@ def test_every_picture_is_inside_and_decodes(page: Path) -> None:
         assert attributes["alt"]
 
 
+@pytest.mark.threat(18)
 def test_nothing_is_fetched_and_nothing_is_run(page: Path) -> None:
     seen = Seen(page)
     assert {tag for tag, _ in seen.tags} & {"script", "iframe", "object", "embed", "form", "base"} == set()
@@ -146,6 +153,7 @@ def test_nothing_is_fetched_and_nothing_is_run(page: Path) -> None:
     assert not re.search(r"url\(|@import", page.read_text())
 
 
+@pytest.mark.threat(18)
 def test_the_policy_of_the_page_allows_its_own_style_and_pictures_alone(page: Path) -> None:
     text = page.read_text()
     policy = next(
@@ -158,10 +166,21 @@ def test_the_policy_of_the_page_allows_its_own_style_and_pictures_alone(page: Pa
     assert text.index("Content-Security-Policy") < text.index("<style>")
 
 
+@pytest.mark.threat(18)
 def test_a_subject_called_script_stays_text(page: Path) -> None:
     seen = Seen(page)
     assert seen.all("script") == []
     assert "".join(seen.text).count(EVIL) >= 4  # title, heading, prompts, licence
+
+
+@pytest.mark.fault(9)
+@pytest.mark.threat(18)
+def test_every_photo_has_a_row_with_its_codes(page: Path) -> None:
+    text = " ".join("".join(Seen(page).text).split())
+    assert "blurred (W_IMG_BLUR)" in text
+    assert f"{EVIL}.jpg" in text
+    rows = json.loads((page.parent / "report.json").read_text())["photos"]
+    assert [row["found"] for row in rows] == ["blurred (W_IMG_BLUR)", f"the same as {EVIL}.jpg"]
 
 
 def test_copies_are_framed_and_come_first(page: Path) -> None:
@@ -191,6 +210,7 @@ def test_scores_lie_beside_the_page_for_programs(page: Path) -> None:
             image.load()
 
 
+@pytest.mark.fault(43)
 def test_what_was_not_measured_says_so(sources: tuple[Sources, dict[str, Any]]) -> None:
     where, metrics = sources
     less = {name: value for name, value in metrics.items() if name not in ("prompt", "prior")}

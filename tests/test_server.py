@@ -104,6 +104,7 @@ def all_of(root: Path, name: str = BISCUIT) -> list[int]:
     return [int(one.version) for one in tracking.connect(root)[0].search_model_versions(f"name = '{name}'")]
 
 
+@pytest.mark.fault(29)
 def test_an_upload_that_is_cut_registers_nothing_and_its_repetition_once(root: Path, proxy: Proxy) -> None:
     proxy.limit = SMALL
     try:

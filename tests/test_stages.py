@@ -172,6 +172,7 @@ def test_scores_of_another_model_do_not_reach_the_card(done: Path, tmp_path: Pat
         export.run(load_params(root / "params.yaml"), "biscuit", root)
 
 
+@pytest.mark.fault(1)
 def test_validate_names_every_bad_file_and_writes_nothing(project: Path) -> None:
     folder = project / "data/subjects/biscuit"
     (folder / ".DS_Store").write_bytes(b"x")
@@ -184,9 +185,11 @@ def test_validate_names_every_bad_file_and_writes_nothing(project: Path) -> None
     said = "\n".join(refused.value.problems)
     assert "data/subjects/biscuit/note.jpg" in said
     assert "data/subjects/biscuit/torn.jpg" in said
-    assert not (project / "build").exists()
+    assert [path for path in (project / "build").rglob("*") if path.is_file()] == []
 
 
+@pytest.mark.fault(10)
+@pytest.mark.threat(3)
 def test_validate_stores_photos_under_generated_names_and_keeps_the_original_in_the_manifest(project: Path) -> None:
     folder = project / "data/subjects/biscuit"
     (folder / "00.png").rename(folder / "-rf $(touch x) é.png")
@@ -207,6 +210,7 @@ def test_a_photo_is_trained_with_its_caption_and_the_others_with_the_instance_pr
     ]
 
 
+@pytest.mark.threat(3)
 def test_an_edited_picture_is_refused_by_the_training(project: Path) -> None:
     params = load_params(project / "params.yaml")
     validate.run(params, "biscuit", project)
@@ -248,6 +252,7 @@ def test_a_mistake_is_one_line_with_a_code_and_loads_no_model(project: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.fault(13)
 def test_all_faults_of_params_yaml_are_printed_and_the_exit_code_is_two(
     project: Path, params_values: dict[str, Any]
 ) -> None:

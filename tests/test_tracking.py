@@ -185,6 +185,7 @@ def test_values_that_mlflow_does_not_take_are_made_fit(root: Path) -> None:
     assert data.tags["a_b"].startswith("xxx")
 
 
+@pytest.mark.fault(28)
 def test_a_dead_server_costs_one_warning_and_the_next_run_sends_the_rest(
     root: Path, dead_port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -225,6 +226,7 @@ def test_what_is_sent_twice_stands_there_once(root: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.fault(28)
 def test_a_server_that_says_no_is_named_and_not_asked_again(
     root: Path, server: Server, status: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +240,7 @@ def test_a_server_that_says_no_is_named_and_not_asked_again(
     assert "secret" not in caplog.text
 
 
+@pytest.mark.fault(28)
 def test_a_server_with_errors_is_asked_again_a_few_times(
     root: Path, server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +252,7 @@ def test_a_server_with_errors_is_asked_again_a_few_times(
     assert "too many 500 error responses" in caplog.text
 
 
+@pytest.mark.fault(28)
 def test_a_server_that_never_answers_stalls_nothing(
     root: Path, server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

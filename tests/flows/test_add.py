@@ -87,6 +87,7 @@ def test_an_entry_that_would_not_be_valid_leaves_nothing_behind(project: Path, t
     assert everything(project) == before
 
 
+@pytest.mark.fault(19)
 def test_a_disk_that_fails_at_the_last_write_leaves_nothing_behind(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +167,7 @@ def test_every_missing_source_is_named_at_once(tmp_path: Path) -> None:
     assert len(caught.value.problems) == 2
 
 
+@pytest.mark.fault(10)
 def test_names_are_kept_if_they_are_safe_and_numbered_if_not() -> None:
     given = ["a.jpg", "x/A.JPG", "-rf.png", "$(touch x).png", "día.jpeg", "a b.webp", "05.webp", "n" * 200 + ".png"]
     names = new_names([Path(name) for name in given])

@@ -52,6 +52,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in dreambooth(tmp_path, "status", "--debug").stderr
 
 
+@pytest.mark.fault(13)
 def test_every_fault_of_params_is_a_line_with_a_code(project: Path) -> None:
     text = (project / "params.yaml").read_text()
     (project / "params.yaml").write_text(text.replace("resolution: 64", "resolution: 65").replace("seed:", "sed:"))
@@ -62,6 +63,7 @@ def test_every_fault_of_params_is_a_line_with_a_code(project: Path) -> None:
     assert all(line.startswith("E_PARAMS: params.yaml: ") for line in lines)
 
 
+@pytest.mark.fault(9)
 def test_check_says_what_is_wrong_with_each_photo(project: Path) -> None:
     (project / "data" / "subjects" / "rex" / "torn.jpg").write_bytes(b"")
     (project / "data" / "subjects" / "rex" / "notes.txt").touch()

@@ -77,6 +77,7 @@ def test_a_stage_that_saved_its_state_says_so(tmp_path: Path) -> None:
         DvcRunner(tmp_path).run("train@rex", print)
 
 
+@pytest.mark.fault(25)
 def test_busy_files_are_waited_for_twice_as_long_each_time(tmp_path: Path) -> None:
     fake_dvc(
         tmp_path,
@@ -112,6 +113,7 @@ def test_a_stage_that_prints_is_busy_is_not_run_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.fault(25)
 def test_two_runs_of_one_stage_at_once_execute_it_once(project: Path) -> None:
     (project / "toy.py").write_text((project / "toy.py").read_text().replace("def main", "time.sleep(1)\n\n\ndef main"))
     program = (

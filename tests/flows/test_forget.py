@@ -55,6 +55,8 @@ def forget(root: Path, home: Path, *arguments: str, before: str = "") -> "subpro
 
 
 @pytest.mark.slow
+@pytest.mark.fault(44)
+@pytest.mark.threat(23)
 def test_nothing_of_a_forgotten_subject_is_left_and_the_other_champion_still_loads(
     project: Path, tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,7 @@ def test_flow_runs_what_is_stale_in_order_and_registers_then_does_nothing(
     assert 'href="rex/index.html"' in index
 
 
+@pytest.mark.fault(39)
 def test_flow_executes_nothing_after_dvc_repro(project: Path, environment: dict[str, str]) -> None:
     dvc(project, "repro")
     ran(project)
@@ -106,6 +107,7 @@ def test_a_failed_subject_does_not_stop_the_other_and_the_flow_is_failed(
     assert sorted(ran(project)) == ["evaluate@rex", "export@rex", "report@rex", "train@rex"]
 
 
+@pytest.mark.fault(28)
 def test_a_registration_that_fails_can_be_repeated_alone(project: Path, environment: dict[str, str]) -> None:
     dvc(project, "repro")
     (project / "fail-register-biscuit").touch()

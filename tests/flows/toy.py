@@ -1,6 +1,7 @@
 """Stand in for the stages of a toy project: real files and manifests, no model; `fail-<stage>-<id>` makes one fail."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,8 @@ def main(stage: str, key: str) -> None:
     if Path(f"slow-{stage}-{key}").exists():
         Path(f"started-{stage}-{key}").touch()
         time.sleep(60)
+    if Path(f"tells-{stage}-{key}").exists():
+        sys.stderr.write(f"signed in with {os.environ['HF_TOKEN']} at https://me:{os.environ['HF_TOKEN']}@hub\n")
     sys.stderr.write("\r 50%|=====     | 1/2\r100%|==========| 2/2\n")
     with new_folder(Path(OUTPUTS[stage].format(key))) as folder:
         count = 2 if stage == "prior" else 1

@@ -1,0 +1,71 @@
+"""Measure `validate`: 10 photos of 12 megapixels, and 250, 500, 1,000 photos of one: seconds and peak memory.
+
+`python -m benchmarks.validate`; photos are made in a process of their own, so that the peak is that of `validate`.
+"""
+
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dreambooth.params import load_params
+from stages import validate
+
+SUBJECT = "biscuit"
+LARGE, SMALL = (4000, 3000), (1200, 900)
+CASES = ((10, LARGE), (250, SMALL), (500, SMALL), (1000, SMALL))
+
+
+def make_photos(folder: Path, count: int, size: tuple[int, int]) -> None:
+    """Write JPEG photos with detail at every scale, no two of them alike."""
+    folder.mkdir(parents=True)
+    width, height = size
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize(
+            size, Image.Resampling.BICUBIC
+        )
+        grain = rng.normal(0, 8, (height // 2, width // 2, 1)).repeat(2, 0).repeat(2, 1)
+        pixels = (np.asarray(coarse, dtype=np.float32) + grain).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:04d}.jpg", quality=90)
+
+
+def measure(root: Path, count: int, size: tuple[int, int]) -> None:
+    """Validate `count` photos that lie ready and print what it took."""
+    params = load_params(Path("params.yaml"))
+    wide = params.photos.model_copy(update={"max_count": max(count, params.photos.max_count)})
+    params = params.model_copy(update={"photos": wide})
+    start, cpu = time.monotonic(), time.process_time()
+    validate.run(params, SUBJECT, root)
+    seconds, cpu = time.monotonic() - start, time.process_time() - cpu
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+    sys.stdout.write(
+        f"{count} photos of {size[0]} x {size[1]}: {seconds:.1f} s ({cpu:.1f} s of one core), "
+        f"{1000 * cpu / count:.0f} ms of it each, peak {peak:.0f} MB\n"
+    )
+
+
+def main() -> None:
+    """Run every case, or the one of the command line: COUNT WIDTH HEIGHT."""
+    given = [int(word) for word in sys.argv[2:5]]
+    if len(sys.argv) > 5:  # the two halves of a case, each in its own process
+        root, count, size = Path(sys.argv[5]), given[0], (given[1], given[2])
+        if sys.argv[1] == "make":
+            make_photos(root / "data/subjects" / SUBJECT, count, size)
+        else:
+            measure(root, count, size)
+        return
+    wanted = sys.argv[1:]
+    for case in [wanted] if wanted else [[str(count), str(size[0]), str(size[1])] for count, size in CASES]:
+        with tempfile.TemporaryDirectory() as place:
+            for half in ("make", "measure"):
+                subprocess.run([sys.executable, "-m", "benchmarks.validate", half, *case, place], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Look at photos before anything is made of them: a table, and a thumbnail of each that can be used."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from dreambooth.errors import SubjectError, shown
+from dreambooth.folders import scratch_folder
+from dreambooth.images import png_bytes, shrunk
+from dreambooth.params import check_id, load_params
+from dreambooth.photos import PhotoReport, Remark, alike, check_photos, find_photos, require_usable, subject_folder
+from flows.project import PARAMS
+
+THUMBNAIL_SIDE = 128  # pixels
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found in a folder of photos."""
+
+    folder: Path
+    reports: list[PhotoReport]
+    ignored: list[str]
+    remark: Remark | None
+    """On the whole folder."""
+    thumbnails: dict[str, Path]
+    """By the name of the photo."""
+    refusal: SubjectError | None
+    """Why the photos cannot be used, None if they can."""
+
+
+def check(root: Path, what: str) -> Checked:
+    """Check the photos of a subject, or of any folder; draw thumbnails without their metadata.
+
+    Args:
+        root: the project, for the limits and the thumbnails.
+        what: id of a subject, or a folder.
+
+    Raises:
+        SubjectError: neither.
+    """
+    params = load_params(root / PARAMS)
+    folder, place = _folder_and_place(root, what)
+    ignored, thumbnails = find_photos(folder).ignored, dict[str, Path]()
+    shutil.rmtree(place, ignore_errors=True)
+
+    def draw(report: PhotoReport, image: Image.Image) -> None:
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = place / f"{len(thumbnails):02d}.png"
+        path.write_bytes(png_bytes(shrunk(image, THUMBNAIL_SIDE)))
+        thumbnails[report.file] = path
+
+    reports = check_photos(folder, params.photos, params.base.resolution, draw)
+    refusal = None
+    try:
+        require_usable(reports, folder, params.photos)
+    except SubjectError as error:
+        refusal = error
+    return Checked(folder, reports, ignored, alike(reports, params.photos), thumbnails, refusal)
+
+
+def _folder_and_place(root: Path, what: str) -> tuple[Path, Path]:
+    """Return the folder of the photos, and where their thumbnails go: both are erased with the subject."""
+    given = Path(what).expanduser()
+    try:
+        folder = subject_folder(root, check_id(what))
+    except SubjectError as error:
+        if given.is_dir():
+            return given, scratch_folder(root) / "check"
+        raise SubjectError(f"{error}; or name a folder of photos") from None
+    if not folder.is_dir() and given.is_dir():
+        return given, scratch_folder(root) / "check"
+    if not folder.is_dir():
+        raise SubjectError(f"neither {shown(folder)} nor the folder {shown(given.absolute())} exists; name one of them")
+    return folder, root / "build" / what / "check"

@@ -1,0 +1,75 @@
+"""A disk that is full: what was whole stays whole, nothing half is left, and the message says how to go on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_project import REPOSITORY, add_photos, make_photo
+
+from dreambooth.folders import new_folder, read_manifest, write_file
+from dreambooth.models import Model, load_model
+from dreambooth.params import Prior
+from dreambooth.priors import ensure_class_images
+
+
+def fill(disk: Path, free: int) -> Path:
+    """Leave about `free` bytes of a disk."""
+    with (disk / "ballast").open("wb") as file:
+        file.write(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - free))
+    return disk / "ballast"
+
+
+@pytest.mark.fault(19)
+def test_a_folder_and_a_file_that_find_no_room_leave_the_old_ones(small_disk: Path) -> None:
+    with new_folder(small_disk / "report") as folder:
+        (folder / "index.html").write_text("old")
+    write_file(small_disk / "index.html", b"old")
+    ballast = fill(small_disk, 100_000)
+
+    def report() -> None:
+        with new_folder(small_disk / "report") as folder:
+            (folder / "index.html").write_bytes(bytes(400_000))
+
+    for write in (report, lambda: write_file(small_disk / "index.html", bytes(400_000))):
+        with pytest.raises(OSError, match="No space left"):
+            write()
+    ballast.unlink()
+    assert sorted(path.name for path in small_disk.iterdir()) == ["index.html", "report"]
+    assert (small_disk / "index.html").read_bytes() == b"old"
+    assert read_manifest(small_disk / "report")["files"]["index.html"]["size"] == 3
+
+
+@pytest.mark.fault(19)
+def test_a_stage_without_room_exits_with_71_and_the_free_bytes(small_disk: Path, params_values: dict[str, Any]) -> None:
+    add_photos(small_disk / "data/subjects/biscuit", 2)
+    make_photo(7, 800).save(small_disk / "data/subjects/biscuit/large.jpg")
+    (small_disk / "params.yaml").write_text(yaml.safe_dump(params_values, sort_keys=False))
+    fill(small_disk, 60_000)
+    command = [sys.executable, "-m", "stages.validate", "biscuit"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=small_disk, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 71, done.stderr
+    assert "E_DISK_FULL" in done.stderr
+    assert "bytes free); make room, run again" in done.stderr
+    assert [path for path in (small_disk / "build").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.fault(19)
+def test_class_images_that_found_no_room_are_continued(
+    small_disk: Path, tiny_model_folder: Path, params_values: dict[str, Any]
+) -> None:
+    prior = Prior(**params_values["prior"])
+    model: Model = load_model(tiny_model_folder)
+    ballast = fill(small_disk, 12_000)
+    store = small_disk / "store"
+    with pytest.raises(OSError, match="No space left"):
+        ensure_class_images(store, "a photo of a dog", lambda: model, prior, 32)
+    ballast.unlink()
+    report = str(ensure_class_images(store, "a photo of a dog", lambda: model, prior, 32))
+    again = str(ensure_class_images(store, "a photo of a dog", lambda: model, prior, 32))
+    assert "generated" in report
+    assert again.startswith("5 reused, 0 generated")

@@ -1,0 +1,179 @@
+"""What no file of the project may do, and what the project's own settings must say."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_project import REPOSITORY, add_photos
+
+from dreambooth.errors import EvaluationError, ModelError, ParamsError
+from dreambooth.folders import cache_folder, is_private, scratch_folder
+from dreambooth.models import check_model_folder
+from dreambooth.params import load_params, parse_params
+from dreambooth.prompts import load_templates
+from flows.doctor import _scratch
+from stages import validate
+
+CODE = sorted(path for folder in ("dreambooth", "stages", "flows") for path in (REPOSITORY / folder).rglob("*.py"))
+WORKFLOWS = sorted((REPOSITORY / ".github/workflows").glob("*.yml"))
+
+
+def calls(path: Path) -> list[ast.Call]:
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+
+
+def name_of(call: ast.Call) -> str:
+    return ast.unparse(call.func)
+
+
+def keywords(call: ast.Call) -> dict[str, str]:
+    return {word.arg: ast.unparse(word.value) for word in call.keywords if word.arg}
+
+
+@pytest.mark.threat(2)
+def test_every_picture_is_opened_with_a_list_of_formats() -> None:
+    opened = [(path.name, keywords(call)) for path in CODE for call in calls(path) if name_of(call) == "Image.open"]
+    assert len(opened) > 3
+    assert [name for name, given in opened if "formats" not in given] == []
+    foreign = {given["formats"] for name, given in opened if name != "images.py"}
+    assert {re.sub(r"\W", "", formats) for formats in foreign} == {"PNG"}  # all but photos are pictures of our own
+
+
+@pytest.mark.threat(8)
+def test_no_shell_is_started_and_no_text_is_run() -> None:
+    forbidden = {"eval", "exec", "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
+    for path in CODE:
+        for call in calls(path):
+            assert name_of(call) not in forbidden, path
+            assert keywords(call).get("shell", "False") == "False", path
+            if name_of(call) in ("subprocess.run", "subprocess.Popen"):
+                first = call.args[0]
+                assert isinstance(first, ast.List | ast.Name), f"{path}: a command is a list"
+
+
+@pytest.mark.threat(11, 13)
+def test_nothing_is_unpickled_and_no_code_of_others_is_asked_for() -> None:
+    for path in CODE:
+        text = path.read_text()
+        assert not re.search(r"\b(pickle|cloudpickle|dill|joblib|marshal)\.(loads?|Unpickler)\b|shelve\.open", text), (
+            path
+        )
+        assert not re.search(r"trust_remote_code\s*=|custom_pipeline\s*=", text), path
+        for call in calls(path):
+            if name_of(call) == "torch.load":
+                assert keywords(call).get("weights_only") == "True", path
+            if name_of(call).endswith("Model.from_pretrained") or name_of(call).startswith("AutoencoderKL.from_"):
+                assert keywords(call).get("use_safetensors") == "True", f"{path}: {ast.unparse(call)}"
+
+
+@pytest.mark.threat(11, 13)
+@pytest.mark.parametrize("name", ["unet/pytorch_model.bin", "vae/x.ckpt", "extra/model.pt", "m.pkl", "handler.py"])
+def test_a_model_folder_with_a_pickle_or_code_beside_its_weights_is_refused(
+    tiny_model_folder: Path, tmp_path: Path, name: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
+    check_model_folder(folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"\x80\x04.")
+    with pytest.raises(ModelError, match=Path(name).name):
+        check_model_folder(folder)
+
+
+@pytest.mark.threat(25)
+def test_folders_of_caches_and_work_are_for_their_owner_also_if_they_were_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = os.umask(0)
+    try:
+        monkeypatch.setenv("DREAMBOOTH_CACHE", str(tmp_path / "a/cache"))
+        for folder in (scratch_folder(tmp_path / "project"), cache_folder()):
+            assert folder.stat().st_mode & 0o777 == 0o700
+        (tmp_path / "project/.scratch").chmod(0o777)
+        assert is_private(scratch_folder(tmp_path / "project"))
+        (tmp_path / "shared").mkdir(mode=0o777)
+        monkeypatch.setenv("DREAMBOOTH_SCRATCH", str(tmp_path / "shared"))
+        assert not is_private(scratch_folder(tmp_path))  # named by the user: left alone, and doctor warns
+        assert any("others may look into" in found.found for found in _scratch(tmp_path, None))
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.fault(42)
+@pytest.mark.threat(25)
+def test_a_path_with_spaces_no_home_and_a_closed_umask_work(tmp_path: Path, params_values: dict[str, Any]) -> None:
+    root = tmp_path / "a project; with (odd) 'name' é"
+    add_photos(root / "data/subjects/biscuit", 3)
+    (root / "params.yaml").write_text(yaml.safe_dump(params_values, sort_keys=False))
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY)}
+    program = "import os, sys; os.umask(0o077); sys.argv = ['validate', 'biscuit']; import runpy; "
+    program += "runpy.run_module('stages.validate', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(path.stat().st_mode & 0o077 == 0 for path in (root / "build").rglob("*"))
+
+
+@pytest.mark.fault(42)
+def test_photos_that_may_only_be_read_are_enough(project: Path) -> None:
+    folder = project / "data/subjects/biscuit"
+    for path in folder.iterdir():
+        path.chmod(0o444)
+    folder.chmod(0o555)
+    try:
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        validate.run(load_params(project / "params.yaml"), "biscuit", project)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    finally:
+        folder.chmod(0o755)
+
+
+@pytest.mark.threat(19)
+def test_actions_are_pinned_and_a_job_installs_without_constraints() -> None:
+    text = "".join(path.read_text() for path in WORKFLOWS)
+    used = re.findall(r"uses:\s*(\S+)", text)
+    assert used
+    assert [one for one in used if not re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", one)] == []
+    jobs = {name: job for path in WORKFLOWS for name, job in yaml.safe_load(path.read_text())["jobs"].items()}
+    commands = {name: " ".join(step.get("run", "") for step in job["steps"]) for name, job in jobs.items()}
+    assert "make check" in commands["check"]
+    assert "make test" in commands["test"]
+    assert "pip install --editable" in commands["newest"]
+    assert "constraint" not in commands["newest"]
+    assert "pip_audit --requirement constraints.txt" in commands["audit"]
+    assert all(yaml.safe_load(path.read_text())["permissions"] == {"contents": "read"} for path in WORKFLOWS)
+    assert "pull_request_target" not in text
+
+
+@pytest.mark.threat(15, 16)
+def test_servers_and_their_passwords_are_documented() -> None:
+    told = (REPOSITORY / "SECURITY.md").read_text()
+    for word in ("--host 127.0.0.1", "basic-auth", "--allowed-hosts", "PREFECT_SERVER_API_AUTH_STRING", "TLS"):
+        assert word in told
+
+
+@pytest.mark.threat(14)
+def test_a_base_of_the_project_has_no_revision_and_one_of_the_hub_needs_forty_digits(
+    params_values: dict[str, Any],
+) -> None:
+    params_values["base"]["revision"] = "main"
+    with pytest.raises(ParamsError, match=r"base\.revision"):
+        parse_params(params_values)
+    params_values["base"]["revision"] = "a" * 40
+    assert parse_params(params_values).base.revision == "a" * 40
+
+
+@pytest.mark.threat(18)
+def test_a_table_for_spreadsheets_holds_no_formula(tmp_path: Path) -> None:
+    """A cell that begins with = + - or @ is run by spreadsheets; prompts stand in scores.csv and prompts.csv."""
+    lines = [f'recontextualisation,"{start}HYPERLINK(1) {{}}"' for start in "=+-@"]
+    (tmp_path / "live.csv").write_text("\n".join(["kind,prompt", *lines]) + "\n")
+    with pytest.raises(EvaluationError, match="begins with"):
+        load_templates(tmp_path / "live.csv")
