@@ -1,6 +1,7 @@
 """Stand in for the stages of a toy project: real files and manifests, no model; `fail-<stage>-<id>` makes one fail."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ OUTPUTS = {
 
 
 def main(stage: str, key: str) -> None:
-    with Path("ran.log").open("a") as log:
+    with Path(os.environ.get("TOY_LOG", "ran.log")).open("a") as log:
         log.write(f"{stage}@{key}\n")
     if Path(f"fail-{stage}-{key}").exists():
         sys.stderr.write("some words\nE_TRAIN: the loss is NaN at step 3; lower train.learning_rate\n")
@@ -28,6 +29,9 @@ def main(stage: str, key: str) -> None:
     if Path(f"slow-{stage}-{key}").exists():
         Path(f"started-{stage}-{key}").touch()
         time.sleep(60)
+    if Path("pipeline").is_dir() and stage in ("evaluate", "export"):
+        write_registrable(stage, key)
+        return
     sys.stderr.write("\r 50%|=====     | 1/2\r100%|==========| 2/2\n")
     with new_folder(Path(OUTPUTS[stage].format(key))) as folder:
         count = 2 if stage == "prior" else 1
@@ -48,6 +52,16 @@ def main(stage: str, key: str) -> None:
         Path(f"metrics/{key}.json").write_text(json.dumps({"identity": {**scores, "calibrated": 0.75}, "prompts": 2}))
     if stage == "prior":
         sys.stdout.write("prior dog: 0 reused, 2 generated\n")
+
+
+def write_registrable(stage: str, key: str) -> None:
+    """Write what the real registry and the real gate take: a tiny pipeline, and scores that are better."""
+    from registered import write_evaluation, write_export
+
+    if stage == "export":
+        write_export(Path(), Path("pipeline"), "1" * 64, key)
+    else:
+        write_evaluation(Path(), "1" * 64, 0.5)
 
 
 if __name__ == "__main__":
