@@ -16,6 +16,7 @@ from dreambooth.params import load_params
 from flows.project import PARAMS
 
 PRIOR = "prior"
+GPU_ENTRIES = frozenset({PRIOR, "train", "evaluate"})
 DATA_SUFFIX = ".dvc"
 MISSING = frozenset({"deleted", "not in cache"})  # what DVC says of a file that is not here
 

@@ -24,16 +24,15 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from dreambooth.errors import DreamboothError, PipelineError
 from dreambooth.params import Params, load_params
-from flows import summary
+from flows import plan, summary
 from flows.dvcrun import DvcRunner, StageRun
-from flows.graph import Graph
+from flows.graph import GPU_ENTRIES, Graph
 from flows.project import PARAMS, choose_subjects, find_root
 
 if TYPE_CHECKING:
     from dreambooth.versions import RegisteredVersion
 
 GPU = "gpu"
-GPU_ENTRIES = frozenset({"prior", "train", "evaluate"})
 Turn = Literal["server", "process", "none"]
 LEASE = 60.0  # seconds, the least that Prefect allows
 AT_ONCE = 8  # stages that wait or run at a time; those of GPU_ENTRIES take turns
@@ -108,6 +107,8 @@ def carry_out(params: Params, subjects: Sequence[str], graph: Graph, runner: Dvc
     except BaseException:
         runner.stop()
         raise
+    ran = [future.result() for future in stages.values() if future.state.is_completed()]
+    plan.note(runner.root, params, [(one.stage, one.seconds) for one in ran if one.outcome == "ran"])
     return stages, versions
 
 

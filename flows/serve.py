@@ -12,10 +12,10 @@ os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")  # before prefe
 
 from prefect import serve
 from prefect.client.schemas.objects import ConcurrencyLimitConfig
-from prefect.client.schemas.schedules import CronSchedule
 from prefect.deployments.runner import RunnerDeployment
 from prefect.events import DeploymentEventTrigger
 from prefect.flows import Flow
+from prefect.schedules import Cron
 from prefect.types.entrypoint import EntrypointType
 
 from flows.project import find_root
@@ -43,7 +43,7 @@ def _plain(text: str) -> Any:
 def _deployment(entry: dict[str, Any]) -> RunnerDeployment:
     module, _, name = entry["entrypoint"].rpartition(".")
     flow: Flow[..., Any] = getattr(import_module(module), name)
-    schedules = [CronSchedule(cron=one["cron"], timezone=one["timezone"]) for one in entry.get("schedules", ())]
+    schedules = [Cron(one["cron"], timezone=one["timezone"], slug=one["slug"]) for one in entry.get("schedules", ())]
     triggers: list[Any] = [DeploymentEventTrigger.model_validate(one) for one in entry.get("triggers", ())]
     limit = entry.get("concurrency_limit")
     deployment = flow.to_deployment(
