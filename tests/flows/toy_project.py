@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,8 +101,15 @@ def post(api: str, path: str, body: dict[str, Any]) -> Any:
     request = urllib.request.Request(
         f"{api}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
     )
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.loads(answer.read() or b"null")
+    for _ in range(9):
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return json.loads(answer.read() or b"null")
+        except urllib.error.HTTPError as error:
+            if error.code != 503:  # its database is locked for a moment; Prefect's own client tries again as well
+                raise
+            time.sleep(2)
+    pytest.fail(f"the server answers {path} with 503")
 
 
 def prefect(environment: dict[str, str], *arguments: str, folder: Path = REPOSITORY) -> str:
