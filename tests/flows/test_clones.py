@@ -71,7 +71,7 @@ def deploy(environment: dict[str, str], folder: Path) -> None:
     )
     (folder / "prefect.yaml").write_text(text)
     prefect(environment, "work-pool", "create", "clones", "--type", "process", "--overwrite")
-    prefect(environment, "deploy", "--name", "personalize/clone", "--prefect-file", "prefect.yaml", folder=folder)
+    prefect(environment, "deploy", "--name", "clone", "--prefect-file", "prefect.yaml", folder=folder)
 
 
 def retrain(environment: dict[str, str], **parameters: Any) -> str:
@@ -91,14 +91,15 @@ def test_two_workers_share_six_subjects_and_no_stage_runs_twice(
 ) -> None:
     log, home = tmp_path / "ran.log", Path(machines["one"]["DREAMBOOTH_HOME"])
     with (
-        worker(machines["one"], tmp_path / "one.log", "one", "clones"),
-        worker(machines["two"], tmp_path / "two.log", "two", "clones"),
+        worker(machines["one"], tmp_path / "one.log", "one", "clones", 3),
+        worker(machines["two"], tmp_path / "two.log", "two", "clones", 3),
     ):
         assert retrain(machines["one"]) == "Failed 1/6 subjects failed"
         executed = Counter(log.read_text().splitlines())
         whole = [f"{entry}@{one}" for one in SUBJECTS if one != BROKEN for entry in ENTRIES]
         wanted = {*whole, "prior@dog", "prior@cup", f"validate@{BROKEN}", f"train@{BROKEN}"}
         assert executed == Counter(wanted)
+        assert all("submitting flow run" in (tmp_path / f"{name}.log").read_text() for name in machines)
         table = next(one for one in post(prefect_server, "artifacts/filter", {}) if one["key"] == "retrain")
         rows = json.loads(table["data"])
         assert rows[0]["subject"] == BROKEN
@@ -129,10 +130,10 @@ def test_a_killed_worker_s_subject_continues_from_its_checkpoint_elsewhere(
     apply_with(machines["one"])
     log = tmp_path / "ran.log"
     prefect(machines["one"], "deployment", "run", "personalize/clone", "--param", f'subject="{SLOW}"')
-    with worker(machines["one"], tmp_path / "one.log", "one", "clones") as first:
+    with worker(machines["one"], tmp_path / "one.log", "one", "clones", 3) as first:
         await_true(lambda: log.exists() and "step 5 " in log.read_text(), 200)
         kill_tree(first.pid)
-    with worker(machines["two"], tmp_path / "two.log", "two", "clones"):
+    with worker(machines["two"], tmp_path / "two.log", "two", "clones", 3):
         deployment = {"deployments": {"name": {"any_": ["clone"]}}, "sort": "START_TIME_DESC", "limit": 1}
         await_true(
             lambda: post(prefect_server, "flow_runs/filter", deployment)[0]["state_type"] in ("COMPLETED", "FAILED"),

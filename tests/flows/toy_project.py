@@ -122,11 +122,11 @@ def prefect(environment: dict[str, str], *arguments: str, folder: Path = REPOSIT
 
 @contextmanager
 def worker(
-    environment: dict[str, str], log: Path, name: str, pool: str = "dreambooth"
+    environment: dict[str, str], log: Path, name: str, pool: str = "dreambooth", limit: int = 4
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a worker in a process group of its own."""
     command = [sys.executable, "-m", "prefect", "--no-prompt", "worker", "start", "--pool", pool, "--name", name]
-    command += ["--type", "process", "--install-policy", "never"]
+    command += ["--type", "process", "--install-policy", "never", "--limit", str(limit)]
     with (
         log.open("a") as out,
         subprocess.Popen(
