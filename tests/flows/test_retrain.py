@@ -96,7 +96,7 @@ def test_the_same_work_has_the_same_key_and_other_photos_or_parameters_another(p
     photo.write_bytes(before)
     assert key() == first
     values = yaml.safe_load((project / "params.yaml").read_text())
-    values["subjects"]["tom"] = values["subjects"]["biscuit"]  # another subject is none of its business
+    values["subjects"]["tom"] = dict(values["subjects"]["biscuit"])  # another subject is none of its business
     (project / "params.yaml").write_text(yaml.safe_dump(values))
     assert key() == first
     values["train"]["learning_rate"] *= 2
