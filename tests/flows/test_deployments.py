@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from toy_project import REPOSITORY, await_true, make_toy_project, post, prefect, quiet, worker
 
 from dreambooth import versions
+from flows import prefectstore
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 DEPLOYMENTS = {"local", "clone", "nightly", "on-photos", "approve", "batch"}
@@ -133,3 +136,25 @@ def test_of_many_missed_runs_of_the_schedule_one_is_made_up_for(site: tuple[Path
         missed.append(post(api, f"deployments/{deployment}/create_flow_run", body)["id"])
     how = [ended(api, run) for run in missed]
     assert len([one for one in how if one not in ("CaughtUp", "Cancelled")]) == 1, how
+
+
+def test_forgetting_erases_what_events_approvals_and_retrainings_say_of_a_subject(
+    site: tuple[Path, dict[str, str], str], prefect_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with (
+        closing(sqlite3.connect(prefect_home / "prefect.db", timeout=60)) as source,
+        closing(sqlite3.connect(tmp_path / "prefect.db")) as copy,  # the server goes on with its own
+    ):
+        source.backup(copy)
+        places = {"artifact": ("key", "data"), "flow_run": ("name", "parameters"), "events": ("resource", "payload")}
+
+        def told() -> list[str]:
+            where = [(table, column) for table, columns in places.items() for column in columns]
+            query = "SELECT count(*) FROM {} WHERE instr({}, 'biscuit')"
+            return [table for table, column in where if copy.execute(query.format(table, column)).fetchone()[0]]
+
+        assert set(told()) == set(places)
+        assert prefectstore.erase("biscuit") == []
+        assert told() == []
