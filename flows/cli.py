@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -146,8 +146,7 @@ def generate(
     folder: Annotated[Path | None, typer.Option("--out", help="Else build/ID/generated.")] = None,
 ) -> None:
     """Draw pictures of a subject with its champion: files, a contact sheet; each PNG says how it was made."""
-    from dreambooth import versions
-    from flows.generate import draw, full_prompts, read_prompts
+    from flows.generate import draw_registered, full_prompts, read_prompts
 
     root = find_root(context.obj)
     wanted = [*(prompts or []), *(read_prompts(prompts_file) if prompts_file else [])]
@@ -156,18 +155,15 @@ def generate(
     complete, nameless = full_prompts(_params(root), subject_id, wanted)
     for prompt in nameless:
         err.print(f"warning: {prompt!r} does not name {subject_id}; write {{}} where it should stand", markup=False)
-    found = versions.choose(root, subject_id, version)
-    model = versions.load_found(root, found)
-    options: dict[str, Any] = {
+    options = {
         "seed": seed,
         "batch_size": batch_size,
         "num_inference_steps": steps,
         "guidance_scale": guidance,
+        "negative_prompt": negative,
+        "resolution": size,
     }
-    options |= {"negative_prompt": negative, "resolution": size}
-    given = {name: value for name, value in options.items() if value is not None}
-    about = {"model": f"models:/{found.name}/{found.version}"}
-    drawn = draw(model, complete, count, given, folder or root / "build" / subject_id / "generated", about)
+    drawn = draw_registered(root, subject_id, complete, count, options, version, folder)
     for path in [*drawn.pictures, drawn.sheet]:
         _say(_shown(path))
 

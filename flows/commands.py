@@ -1,4 +1,4 @@
-"""The commands of the registry: promote, rollback, versions, doctor, forget. Nothing heavy is imported here."""
+"""The commands beside the run: promote, rollback, versions, doctor, plan, automations, forget; nothing heavy here."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +16,7 @@ Force = Annotated[str | None, typer.Option("--force", metavar="REASON", help="Ov
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands to the dreambooth command."""
-    for command in (promote, rollback, versions, doctor, forget):
+    for command in (promote, rollback, versions, doctor, forget, plan, automations):
         app.command()(command)
 
 
@@ -80,6 +80,39 @@ def doctor(context: typer.Context) -> None:
     out.print(findings_table(findings))
     if any(one.is_broken for one in findings):
         raise typer.Exit(1)
+
+
+def plan(
+    context: typer.Context,
+    subject_ids: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Subjects; all if none.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Of an hour of this machine, in your currency.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Stages on a GPU that run at a time.")] = 1,
+) -> None:
+    """Say what a run would do before it starts: stages, time, space and cost, by what earlier runs took here."""
+    from dreambooth.params import load_params
+    from flows.graph import Graph
+    from flows.plan import make_plan, plan_table
+    from flows.project import choose_subjects
+
+    root = find_root(context.obj)
+    params = load_params(root / PARAMS)
+    made = make_plan(root, params, Graph.load(root).select(choose_subjects(params, subject_ids or [])), gpus)
+    out.print(plan_table(made))
+    for line in made.in_words(price):
+        _say(line)
+
+
+def automations(
+    webhook: Annotated[
+        str | None,
+        typer.Option(envvar="DREAMBOOTH_WEBHOOK", help="Where failures and waiting approvals are posted; kept secret."),
+    ] = None,
+) -> None:
+    """Apply the automations to the Prefect server: end dead runs, start them again, tell people."""
+    from flows.automations import apply
+
+    for name in apply(webhook):
+        _say(name)
 
 
 def forget(

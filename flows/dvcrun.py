@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -53,10 +53,19 @@ class DvcRunner:
         root: the folder with dvc.yaml.
         patience: seconds to wait for another process that works on the same files.
         sleep: how to wait; a test passes its own.
+        wanted: in a fresh clone, the entries whose outputs must lie here at the end. What the DVC remote has is
+            fetched instead of made; of the other entries only what a stage that runs needs. None fetches nothing.
     """
 
-    def __init__(self, root: Path, patience: float = 3600.0, sleep: Callable[[float], object] = time.sleep) -> None:
+    def __init__(
+        self,
+        root: Path,
+        patience: float = 3600.0,
+        sleep: Callable[[float], object] = time.sleep,
+        wanted: Collection[str] | None = None,
+    ) -> None:
         self.root = root
+        self.wanted = wanted
         self.patience = patience
         self._sleep = sleep
         self._children: set[int] = set()
@@ -95,7 +104,7 @@ class DvcRunner:
         lines: deque[str] = deque(maxlen=_KEPT_LINES)
         # The same session and process group on purpose: whoever stops the group stops the stage with it.
         with subprocess.Popen(
-            [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage],
+            [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *self._fetching(stage), "--single-item", stage],
             cwd=self.root,
             env=child_environment(),
             stdin=subprocess.DEVNULL,
@@ -116,6 +125,11 @@ class DvcRunner:
             finally:
                 self._children.discard(child.pid)
         return child.returncode, list(lines)
+
+    def _fetching(self, stage: str) -> list[str]:
+        if self.wanted is None:
+            return []
+        return ["--pull"] if stage.partition("@")[0] in self.wanted else ["--pull", "--allow-missing"]
 
 
 def child_environment() -> dict[str, str]:

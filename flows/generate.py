@@ -47,6 +47,38 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
+def draw_registered(
+    root: Path,
+    subject_id: str,
+    prompts: Sequence[str],
+    count: int,
+    options: Mapping[str, Any],
+    version: int | None = None,
+    out: Path | None = None,
+) -> Drawn:
+    """Draw with a registered version: this one, else the champion, the challenger, the newest.
+
+    Args:
+        root: of the project.
+        subject_id: of the subject.
+        prompts: complete sentences.
+        count: pictures a prompt.
+        options: parameters of the model; those that are None are the model's own.
+        version: of the registered model.
+        out: else build/<id>/generated.
+
+    Raises:
+        RegistryError: there is no such version, or its files are not whole.
+    """
+    from dreambooth import versions
+
+    found = versions.choose(root, subject_id, version)
+    model = versions.load_found(root, found)
+    given = {name: value for name, value in options.items() if value is not None}
+    about = {"model": f"models:/{found.name}/{found.version}"}
+    return draw(model, prompts, count, given, out or root / "build" / subject_id / "generated", about)
+
+
 def draw(
     model: Any,
     prompts: Sequence[str],

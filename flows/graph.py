@@ -16,7 +16,9 @@ from dreambooth.params import load_params
 from flows.project import PARAMS
 
 PRIOR = "prior"
+GPU_ENTRIES = frozenset({PRIOR, "train", "evaluate"})
 DATA_SUFFIX = ".dvc"
+MISSING = frozenset({"deleted", "not in cache"})  # what DVC says of a file that is not here
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Stage:
     """What changed since it last ran; empty if nothing did."""
     stale: bool = False
     """Whether it, or a stage above it, changed."""
+    size: int = 0
+    """Bytes of its outputs when it last ran; 0 if it never did."""
 
     @property
     def entry(self) -> str:
@@ -60,8 +64,12 @@ class Graph:
     stages: tuple[Stage, ...]
 
     @classmethod
-    def load(cls, root: Path) -> "Graph":
+    def load(cls, root: Path, allow_missing: bool = False) -> "Graph":
         """Read dvc.yaml and compare every stage with the disk; takes DVC's lock for that moment.
+
+        Args:
+            root: the folder with dvc.yaml.
+            allow_missing: files that are not here count as what dvc.lock says they are: others have them.
 
         Raises:
             ParamsError: params.yaml is at fault.
@@ -73,17 +81,24 @@ class Graph:
             with Repo(str(root), _wait_for_lock=True) as repo, lock_repo(repo):
                 graph = repo.index.graph
                 upstream = {_address(node): [_address(above) for above in graph.successors(node)] for node in graph}
-                reasons = {_address(node): _reasons(node, root) for node in graph}
-        return cls.of(upstream, reasons)
+                reasons = {_address(node): _reasons(node, root, allow_missing) for node in graph}
+                sizes = {_address(node): sum(out.meta.size or 0 for out in node.outs) for node in graph}
+        return cls.of(upstream, reasons, sizes)
 
     @classmethod
-    def of(cls, upstream: Mapping[str, Iterable[str]], reasons: Mapping[str, Iterable[str]]) -> "Graph":
+    def of(
+        cls,
+        upstream: Mapping[str, Iterable[str]],
+        reasons: Mapping[str, Iterable[str]],
+        sizes: Mapping[str, int] | None = None,
+    ) -> "Graph":
         """Order the stages, and call stale what changed and everything below it."""
         stages: dict[str, Stage] = {}
         for name in _in_order(upstream):
             above = tuple(sorted(upstream[name]))
             why = tuple(reasons.get(name, ()))
-            stages[name] = Stage(name, above, why, bool(why) or any(stages[one].stale for one in above))
+            stale = bool(why) or any(stages[one].stale for one in above)
+            stages[name] = Stage(name, above, why, stale, (sizes or {}).get(name, 0))
         return cls(tuple(stages.values()))
 
     def __getitem__(self, name: str) -> Stage:
@@ -158,7 +173,7 @@ def _address(node: Any) -> str:
     return str(node.name) if where == "dvc.yaml" else f"{where}:{node.name}"
 
 
-def _reasons(node: Any, root: Path) -> list[str]:
+def _reasons(node: Any, root: Path, allow_missing: bool) -> list[str]:
     """Say in words what DVC finds changed; a stage that another process is running counts as changed."""
     from dvc.lock import LockError
 
@@ -168,10 +183,11 @@ def _reasons(node: Any, root: Path) -> list[str]:
         return ["running in another process"]
     if status and node.deps and not any(dep.hash_info for dep in node.deps):
         return ["never ran"]
-    return [word for entries in status.values() for entry in entries for word in _words(entry, root)]
+    ignored = MISSING if allow_missing else frozenset()
+    return [word for entries in status.values() for entry in entries for word in _words(entry, root, ignored)]
 
 
-def _words(entry: Any, root: Path) -> Iterator[str]:
+def _words(entry: Any, root: Path, ignored: frozenset[str]) -> Iterator[str]:
     """Yield "train.learning_rate modified" from {"changed deps": {"params.yaml": {"train.learning_rate": ...}}}."""
     if not isinstance(entry, dict):
         yield str(entry)
@@ -180,7 +196,7 @@ def _words(entry: Any, root: Path) -> Iterator[str]:
         for path, change in changes.items():
             if isinstance(change, dict):
                 yield from (f"{key} {how}" for key, how in change.items())
-            else:
+            elif change not in ignored:
                 yield f"{_from_root(path, root)} {change}"
 
 

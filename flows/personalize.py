@@ -24,18 +24,19 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from dreambooth.errors import DreamboothError, PipelineError
 from dreambooth.params import Params, load_params
-from flows import summary
+from flows import plan, summary
 from flows.dvcrun import DvcRunner, StageRun
-from flows.graph import Graph
+from flows.graph import GPU_ENTRIES, Graph
 from flows.project import PARAMS, choose_subjects, find_root
 
 if TYPE_CHECKING:
     from dreambooth.versions import RegisteredVersion
 
 GPU = "gpu"
-GPU_ENTRIES = frozenset({"prior", "train", "evaluate"})
 Turn = Literal["server", "process", "none"]
+LEASE = 60.0  # seconds, the least that Prefect allows
 AT_ONCE = 8  # stages that wait or run at a time; those of GPU_ENTRIES take turns
+Futures = dict[str, PrefectFuture[Any]]
 _local_gpu = threading.Lock()
 _registering = threading.Lock()  # the first one migrates MLflow's database, and two at once would crash
 
@@ -54,7 +55,7 @@ class Outcome:
 def bring_up_to_date(stage: str, runner: DvcRunner, turn: Turn) -> "StageRun | State[Any]":
     """Run one stage through DVC and log its lines; a failed stage is a failed task without a traceback."""
     try:
-        with _gpu(turn):
+        with gpu(turn):
             return runner.run(stage, get_run_logger().info)
     except DreamboothError as error:
         return Failed(message=str(error))
@@ -90,20 +91,25 @@ def personalize(subject: str | list[str] | None = None, root: str | None = None)
         graph = Graph.load(project).select(subjects)
     except DreamboothError as error:
         return Failed(message=f"{error.code}: {error}")
-    _announce(project, graph)
-    runner = DvcRunner(project)
+    stages, versions = carry_out(params, subjects, graph, DvcRunner(project))
+    summary.write_index(project, {one: ", ".join(_versions(project, one)) for one in params.subjects})
+    publish(project, params, stages, versions)
+    return [future.state for future in (*stages.values(), *versions.values())]
+
+
+def carry_out(params: Params, subjects: Sequence[str], graph: Graph, runner: DvcRunner) -> tuple[Futures, Futures]:
+    """Run the stale stages of a graph and register the subjects; return what became of both, by stage and subject."""
+    _announce(runner.root, graph)
     try:
         stages, limit = _submit_stages(graph, runner), params.registry.max_logged_bytes
-        versions = {
-            subject_id: _submit_registration(subject_id, project, graph, stages, limit) for subject_id in subjects
-        }
-        futures: list[PrefectFuture[Any]] = [*stages.values(), *versions.values()]
-        wait(futures)
+        versions = {one: _submit_registration(one, runner.root, graph, stages, limit) for one in subjects}
+        wait([*stages.values(), *versions.values()])
     except BaseException:
         runner.stop()
         raise
-    _publish(project, params, stages, versions)
-    return [future.state for future in futures]
+    ran = [future.result() for future in stages.values() if future.state.is_completed()]
+    plan.note(runner.root, params, [(one.stage, one.seconds) for one in ran if one.outcome == "ran"])
+    return stages, versions
 
 
 def run(subjects: Sequence[str], root: Path) -> Outcome:
@@ -146,9 +152,9 @@ def _announce(root: Path, graph: Graph) -> None:
         logger.info("all %d stages are up to date", len(graph.stages))
 
 
-def _submit_stages(graph: Graph, runner: DvcRunner) -> dict[str, PrefectFuture[Any]]:
-    gpu_turn: Turn = "server" if graph.stale and _has_limit(GPU) else "process"
-    futures: dict[str, PrefectFuture[Any]] = {}
+def _submit_stages(graph: Graph, runner: DvcRunner) -> Futures:
+    gpu_turn = turn_of_gpu() if graph.stale else "none"
+    futures: Futures = {}
     for stage in graph.stale:
         turn: Turn = gpu_turn if stage.entry in GPU_ENTRIES else "none"
         above = [futures[name] for name in stage.upstream if name in futures]
@@ -156,17 +162,20 @@ def _submit_stages(graph: Graph, runner: DvcRunner) -> dict[str, PrefectFuture[A
     return futures
 
 
-def _submit_registration(
-    subject_id: str, root: Path, graph: Graph, stages: dict[str, PrefectFuture[Any]], limit: int
-) -> PrefectFuture[Any]:
+def _submit_registration(subject_id: str, root: Path, graph: Graph, stages: Futures, limit: int) -> PrefectFuture[Any]:
     before = [stages[stage.name] for stage in graph.select([subject_id]).stale]
     return register.submit(subject_id, root, limit, wait_for=before, return_state=False)
 
 
-def _gpu(turn: Turn) -> AbstractContextManager[Any]:
-    """Return what waits for the GPU: the server's limit if it has one, else one stage at a time in this process."""
+def turn_of_gpu() -> Turn:
+    """Say who gives out the GPU: the server's limit if it has one, else this process."""
+    return "server" if _has_limit(GPU) else "process"
+
+
+def gpu(turn: Turn) -> AbstractContextManager[Any]:
+    """Return what waits for the GPU; the slot of a process that was killed is free again after LEASE seconds."""
     if turn == "server":
-        return concurrency(GPU, occupy=1)
+        return concurrency(GPU, occupy=1, lease_duration=LEASE)
     return _local_gpu if turn == "process" else nullcontext()
 
 
@@ -179,11 +188,8 @@ def _has_limit(name: str) -> bool:
     return True
 
 
-def _publish(
-    root: Path, params: Params, stages: dict[str, PrefectFuture[Any]], versions: dict[str, PrefectFuture[Any]]
-) -> None:
-    """Leave a table of all subjects, pictures and scores of each as artifacts of the flow run; renew the index."""
-    summary.write_index(root, {subject_id: ", ".join(_versions(root, subject_id)) for subject_id in params.subjects})
+def publish(root: Path, params: Params, stages: Futures, versions: Futures) -> None:
+    """Leave a table of all subjects, pictures and scores of each as artifacts of the flow run."""
     table = []
     for subject_id, version in versions.items():
         one = summary.read_summary(root, params, subject_id)

@@ -35,7 +35,7 @@ def erase(subject_id: str) -> list[str]:
         if connection is None:
             return []
         runs = _runs(connection, subject_id)
-        keys = [f"subject-{subject_id}", f"prompts-{subject_id}"]
+        keys = _keys(subject_id)
         marks = [*runs, *_task_runs(connection, runs), *(f'"{key}"' for key in keys)]  # events quote the artifact's key
         for table in TABLES:
             for column in _text_columns(connection, table):
@@ -44,6 +44,7 @@ def erase(subject_id: str) -> list[str]:
         for table in ("artifact", "artifact_collection"):
             for key in keys:
                 connection.execute(f"DELETE FROM {table} WHERE key = ?", [key])
+        _erase_events(connection, subject_id)
         left = _deployments(connection, subject_id)
         connection.commit()
         connection.isolation_level = None
@@ -78,19 +79,37 @@ def _database_file() -> Path | None:
 
 
 def _runs(connection: sqlite3.Connection, subject_id: str) -> list[str]:
-    """Return the ids of the flow runs whose parameters, task runs or artifacts name a subject."""
+    """Return the ids of the flow runs whose parameters, task runs or artifacts name a subject; an id has no quotes."""
     if "flow_run" not in _tables(connection):
         return []
     found = {row[0] for row in connection.execute("SELECT id, parameters FROM flow_run") if _says(row[1], subject_id)}
     names = f"SELECT flow_run_id FROM task_run WHERE name LIKE '%@{subject_id}' OR name LIKE '% {subject_id}'"
-    keys = f"SELECT flow_run_id FROM artifact WHERE key IN ('subject-{subject_id}', 'prompts-{subject_id}')"
-    for query in (names, keys):  # an id has no quotes: check_id
+    keys = f"SELECT flow_run_id FROM artifact WHERE key IN ({', '.join(map(repr, _keys(subject_id)))})"
+    # A table of a retraining is JSON inside JSON, so its quotes have backslashes.
+    quoted = f'\\"{subject_id}\\"'
+    rows = f"SELECT flow_run_id FROM artifact WHERE key = 'retrain' AND instr(data, '{quoted}')"
+    for query in (names, keys, rows):
         found |= {row[0] for row in connection.execute(query) if row[0]}
     return sorted(found)
 
 
+def _keys(subject_id: str) -> list[str]:
+    """Return the keys of the artifacts of a subject."""
+    return [f"{kind}-{subject_id}" for kind in ("subject", "prompts", "approve", "pictures")]
+
+
+def _erase_events(connection: sqlite3.Connection, subject_id: str) -> None:
+    """Erase the events that a subject itself was the resource of: its photos changed."""
+    for table in ("event_resources", "events"):
+        if table in _tables(connection):
+            connection.execute(f"DELETE FROM {table} WHERE resource_id = ?", [f"subject.{subject_id}"])
+    if "events" in _tables(connection):  # that they started something
+        connection.execute("DELETE FROM events WHERE instr(payload, ?)", [f'"subject.{subject_id}"'])
+
+
 def _says(parameters: str, subject_id: str) -> bool:
-    return f'"{subject_id}"' in json.dumps(json.loads(parameters or "{}"))
+    told = json.dumps(json.loads(parameters or "{}"))
+    return f'"{subject_id}"' in told or f'"subject.{subject_id}"' in told
 
 
 def _task_runs(connection: sqlite3.Connection, runs: list[str]) -> list[str]:
@@ -122,7 +141,7 @@ def _runs_of_server(subject_id: str) -> list[str]:
     with get_client(sync_client=True) as client:
         found, offset = [], 0
         while page := client.read_flow_runs(offset=offset, limit=200):
-            found += [str(run.id) for run in page if f'"{subject_id}"' in json.dumps(run.parameters, default=str)]
+            found += [str(run.id) for run in page if _says(json.dumps(run.parameters, default=str), subject_id)]
             offset += len(page)
     return found
 

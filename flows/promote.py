@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_table_artifact
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
-from prefect.states import Failed
+from prefect.flow_runs import suspend_flow_run
+from prefect.input import RunInput
+from prefect.states import Completed, Failed
+from pydantic import Field
 
 from dreambooth.errors import ConsentError, DreamboothError, GateError, PipelineError
 from dreambooth.params import Params, load_params
+from flows import summary
 from flows.project import PARAMS, choose_subjects, find_root
 
 if TYPE_CHECKING:
@@ -40,13 +44,15 @@ def _may_pass(task: Any, run: Any, state: "State[Any]") -> bool:
     retry_delay_seconds=PAUSE,
     retry_condition_fn=_may_pass,
 )
-def promote_one(subject_id: str, root: Path, params: Params, force: str | None) -> "Promotion | State[Any]":
+def promote_one(
+    subject_id: str, root: Path, params: Params, force: str | None, version: int | None = None
+) -> "Promotion | State[Any]":
     """Promote the challenger of one subject; what was begun by an earlier try is finished, not repeated."""
     from dreambooth import promotion
     from stages.evaluate import beside_champion
 
     try:
-        done = promotion.promote(root, params, subject_id, force=force, rescore=beside_champion)
+        done = promotion.promote(root, params, subject_id, version, force=force, rescore=beside_champion)
     except (GateError, ConsentError) as error:
         return Failed(message=f"{error.code}: {error}")
     except DreamboothError as error:
@@ -76,6 +82,56 @@ def promote(subject: str | list[str] | None = None, root: str | None = None, for
     table = [{"subject": one, "verdict": _verdict(state)} for one, state in states.items()]
     create_table_artifact(table, key="promote", description="Verdicts of this run")
     return list(states.values())
+
+
+class Approval(RunInput):
+    """What a person is asked for in the Prefect UI."""
+
+    approve: bool = Field(False, description="Shall this version become the champion, if the gate finds it better?")
+    overrule: str | None = Field(None, description="Why it shall, even if the gate keeps it out; this is recorded.")
+
+
+@flow(name="promote", persist_result=False)
+def approve(subject: str, root: str | None = None, patience_days: float = 14.0) -> Any:
+    """Ask a person whether the challenger shall become the champion; nothing runs while the question waits.
+
+    The answer counts for the version that was shown: if another one has become the challenger, that is asked anew.
+
+    Args:
+        subject: an id.
+        root: folder of the project; None looks in DREAMBOOTH_HOME, here, and above.
+        patience_days: after which the run fails and everything stays as it is.
+    """
+    from dreambooth import versions
+
+    try:
+        project = find_root(root)
+        params = load_params(project / PARAMS)
+        params.subject(subject)
+        challenger = versions.find(project, subject, alias=versions.CHALLENGER)
+        champion = versions.find(project, subject, alias=versions.CHAMPION)
+        if challenger is None or (champion and champion.version == challenger.version):
+            return Completed(message=f"{subject} has no challenger that is not the champion")
+    except DreamboothError as error:
+        return Failed(message=f"{error.code}: {error}")
+    number = challenger.version
+    _show(project, params, subject, number, champion.version if champion else None)
+    question = Approval.with_initial_data(
+        description=f"Shall version {number} of {subject} become the champion? Pictures and scores: "
+        f"the artifact approve-{subject} of this run.",
+        approve=False,
+    )
+    answer = suspend_flow_run(wait_for_input=question, timeout=int(patience_days * 86400), key=f"approve-{number}")
+    if not answer.approve:
+        return Completed(name="Declined", message=f"version {number} of {subject} was declined")
+    return promote_one(subject, project, params, answer.overrule, number, return_state=True)
+
+
+def _show(root: Path, params: Params, subject_id: str, version: int, champion: int | None) -> None:
+    """Leave the report of what is asked about in the run: verdict, scores and pictures, where they lie here."""
+    more = [("version", str(version)), ("champion", str(champion or "none yet"))]
+    page = summary.markdown(summary.read_summary(root, params, subject_id), more)
+    create_markdown_artifact(page, key=f"approve-{subject_id}", description=f"Version {version} of {subject_id}")
 
 
 def run(subjects: Sequence[str], root: Path) -> list[str]:

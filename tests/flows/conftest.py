@@ -1,6 +1,5 @@
 """A toy project that DVC and Prefect run for real, in a temporary folder."""
 
-import shutil
 import socket
 import subprocess
 import sys
@@ -8,10 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
-from toy_project import REPOSITORY, await_health, make_photos, quiet
-
-HERE = Path(__file__).parent
+from toy_project import await_health, make_toy_project, quiet
 
 
 @pytest.fixture(autouse=True)
@@ -27,20 +23,7 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """Return a project of two dogs, biscuit and rex, none of whose stages ever ran."""
-    from dvc.repo import Repo
-
-    root = tmp_path / "a project"
-    root.mkdir()
-    params = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
-    params["subjects"] = {name: {"class_id": "dog", "identifier": "sks", "kind": "live"} for name in ("biscuit", "rex")}
-    params["classes"] = {"dog": {"class_noun": "dog"}}
-    (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    shutil.copy(HERE / "toy.py", root / "toy.py")
-    shutil.copy(HERE / "toy.dvc.yaml", root / "dvc.yaml")
-    for number, name in enumerate(params["subjects"]):
-        make_photos(root / "data" / "subjects" / name, 3, seed=number)
-    Repo.init(str(root), no_scm=True).close()
-    return root
+    return make_toy_project(tmp_path / "a project", {"biscuit": "dog", "rex": "dog"})
 
 
 @pytest.fixture(scope="session")

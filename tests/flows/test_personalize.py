@@ -4,13 +4,12 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from toy_project import await_true, dvc, quiet, ran
+from toy_project import await_true, dvc, post, quiet, ran
 
 from flows.graph import Graph
 
@@ -34,14 +33,6 @@ def personalize(root: Path, environment: dict[str, str], *subjects: str) -> tupl
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
-
-
-def post(api: str, path: str, body: dict[str, Any]) -> Any:
-    request = urllib.request.Request(
-        f"{api}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
-    )
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        return json.load(answer)
 
 
 def test_flow_runs_what_is_stale_in_order_and_registers_then_does_nothing(

@@ -1,17 +1,45 @@
 """What the tests of the flows do with a toy project: draw photos, call dvc, read which stages ran."""
 
+import contextlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
+import yaml
 from PIL import Image, ImageDraw
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
+
+
+def make_toy_project(root: Path, subjects: dict[str, str]) -> Path:
+    """Make a project of these subjects and their classes, none of whose stages ever ran."""
+    from dvc.repo import Repo
+
+    root.mkdir()
+    params = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    params["subjects"] = {
+        name: {"class_id": class_id, "identifier": "sks", "kind": "live"} for name, class_id in subjects.items()
+    }
+    params["classes"] = {class_id: {"class_noun": class_id} for class_id in subjects.values()}
+    (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    shutil.copy(HERE / "toy.py", root / "toy.py")
+    shutil.copy(HERE / "toy.dvc.yaml", root / "dvc.yaml")
+    for number, name in enumerate(subjects):
+        make_photos(root / "data" / "subjects" / name, 3, seed=number)
+    Repo.init(str(root), no_scm=True).close()
+    return root
 
 
 def make_photos(folder: Path, count: int, seed: int = 0) -> list[Path]:
@@ -61,11 +89,67 @@ def quiet(prefect_home: Path) -> dict[str, str]:
     }
 
 
-def await_true(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+def await_true(condition: Callable[[], Any], patience: float = 60, pause: float = 0.1) -> None:
+    deadline = time.monotonic() + patience
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen within 60 s"
-        time.sleep(0.1)
+        assert time.monotonic() < deadline, f"it did not happen within {patience} s"
+        time.sleep(pause)
+
+
+def post(api: str, path: str, body: dict[str, Any]) -> Any:
+    """Ask the server of Prefect."""
+    request = urllib.request.Request(
+        f"{api}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
+    )
+    for _ in range(9):
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return json.loads(answer.read() or b"null")
+        except urllib.error.HTTPError as error:
+            if error.code != 503:  # its database is locked for a moment; Prefect's own client tries again as well
+                raise
+            time.sleep(2)
+    pytest.fail(f"the server answers {path} with 503")
+
+
+def prefect(environment: dict[str, str], *arguments: str, folder: Path = REPOSITORY) -> str:
+    """Run the prefect command as a person would."""
+    command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@contextmanager
+def worker(
+    environment: dict[str, str], log: Path, name: str, pool: str = "dreambooth", limit: int = 4
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a worker in a process group of its own."""
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "worker", "start", "--pool", pool, "--name", name]
+    command += ["--type", "process", "--install-policy", "never", "--limit", str(limit)]
+    with (
+        log.open("a") as out,
+        subprocess.Popen(
+            command, cwd=log.parent, env=environment, stdout=out, stderr=out, start_new_session=True
+        ) as process,
+    ):
+        try:
+            yield process
+        finally:
+            kill_tree(process.pid)
+
+
+def kill_tree(pid: int) -> None:
+    """End a process and all below it at once, as a power failure would."""
+    try:
+        parent = psutil.Process(pid)
+        below = [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for process in below:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(below, 30)
 
 
 def await_health(address: str, log: Path) -> None:

@@ -1,0 +1,52 @@
+"""Draw many pictures of a subject with its registered version as a Prefect flow, on a worker with a GPU."""
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger
+from prefect.artifacts import create_markdown_artifact
+from prefect.states import Completed, Failed
+
+from dreambooth.errors import DreamboothError
+from dreambooth.params import load_params
+from flows.generate import draw_registered, full_prompts
+from flows.personalize import gpu, turn_of_gpu
+from flows.project import PARAMS, find_root
+from flows.summary import picture_uri
+
+
+@flow(name="generate", persist_result=False)
+def generate(
+    subject: str,
+    prompts: list[str],
+    count: int = 4,
+    seed: int = 0,
+    version: int | None = None,
+    folder: str | None = None,
+    root: str | None = None,
+) -> Any:
+    """Draw each prompt with `count` seeds; the contact sheet is an artifact of the run.
+
+    Args:
+        subject: an id.
+        prompts: sentences; {} stands for the subject.
+        count: pictures a prompt; picture i has the seed `seed` + i.
+        seed: of the first picture.
+        version: of the registered model; None for the champion, else the challenger, else the newest.
+        folder: where the files go; None for build/<id>/generated.
+        root: folder of the project; None looks in DREAMBOOTH_HOME, here, and above.
+    """
+    try:
+        project = find_root(root)
+        complete, nameless = full_prompts(load_params(project / PARAMS), subject, prompts)
+        for prompt in nameless:
+            get_run_logger().warning("%r does not name %s; write {} where it should stand", prompt, subject)
+        with gpu(turn_of_gpu()):
+            drawn = draw_registered(
+                project, subject, complete, count, {"seed": seed}, version, Path(folder) if folder else None
+            )
+    except DreamboothError as error:
+        return Failed(message=f"{error.code}: {error}")
+    sheet = f"{drawn.sheet.parent}\n\n![sheet]({picture_uri(drawn.sheet)})"
+    create_markdown_artifact(sheet, key=f"pictures-{subject}", description=f"{len(drawn.pictures)} pictures")
+    return Completed(message=f"{len(drawn.pictures)} pictures in {drawn.sheet.parent}")

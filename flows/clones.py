@@ -1,0 +1,157 @@
+"""Work in clones: make one, change parameters in it, hand back what was made (DVC remote, branch runs/<id>), take it.
+
+A clone lives for one run. Cache, scratch and MLflow database are those of the home: the checkout of the worker.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dreambooth.errors import ParamsError, PipelineError
+from dreambooth.folders import scratch_folder, write_file
+from dreambooth.params import load_params, parse_params
+from dreambooth.tracking import tracking_uri
+from dreambooth.yaml12 import dump_yaml, load_yaml
+from flows.dvcrun import child_environment
+from flows.project import PARAMS
+
+LOCK = "dvc.lock"
+BRANCH = "runs/{}"
+ROBOT = ("-c", "user.name=dreambooth", "-c", "user.email=dreambooth@localhost")
+
+
+def repository_of(home: Path) -> str:
+    """Return where clones come from: DREAMBOOTH_REPOSITORY, else what the home was cloned from, else the home."""
+    named = os.environ.get("DREAMBOOTH_REPOSITORY")
+    if named:
+        return named
+    found = _call(["git", "remote", "get-url", "origin"], home, check=False)
+    return found.stdout.strip() or str(home)
+
+
+def head_of(home: Path) -> str:
+    """Return the commit that is checked out."""
+    return git(home, "rev-parse", "HEAD")
+
+
+@contextmanager
+def cloned(home: Path, repository: str, revision: str | None) -> Iterator[Path]:
+    """Clone the repository for the time of the block; processes that start in it use cache and scratch of the home.
+
+    Raises:
+        PipelineError: git cannot clone, or there is no such revision.
+    """
+    os.environ.setdefault("DREAMBOOTH_SCRATCH", str(scratch_folder(home)))
+    os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri(home))
+    with tempfile.TemporaryDirectory(prefix="clone-", dir=scratch_folder(home), ignore_cleanup_errors=True) as folder:
+        clone = Path(folder) / "project"
+        git(home, "clone", "--quiet", "--", repository, str(clone))
+        git(clone, "checkout", "--quiet", "--detach", revision or "HEAD", "--")
+        dvc(clone, "config", "--local", "cache.dir", dvc(home, "cache", "dir").splitlines()[-1])
+        yield clone
+
+
+def override(project: Path, values: Mapping[str, Any]) -> None:
+    """Write parameters into params.yaml, where DVC hashes them: {"train.learning_rate": 2e-6}.
+
+    Raises:
+        ParamsError: no such parameter, or a value that it does not take; the file is as it was.
+    """
+    if not values:
+        return
+    content = load_params(project / PARAMS).model_dump(mode="json")
+    for path, value in values.items():
+        *sections, name = path.split(".")
+        part: Any = content
+        for section in sections:
+            part = part.get(section) if isinstance(part, dict) else None
+        if not isinstance(part, dict) or name not in part:
+            raise ParamsError(
+                [f"{path}: there is no such parameter in {PARAMS}; write section.name, such as train.seed"]
+            )
+        part[name] = value
+    parse_params(content)
+    write_file(project / PARAMS, dump_yaml(content).encode())
+
+
+def publish(clone: Path, stages: Collection[str]) -> None:
+    """Send the outputs of stages, and the run-cache that knows what they were made from, to the DVC remote.
+
+    Raises:
+        PipelineError: there is no remote, or it refuses.
+    """
+    if stages:
+        dvc(clone, "push", "--quiet", "--run-cache", *sorted(stages))
+
+
+def commit_back(clone: Path, run_id: str) -> str | None:
+    """Push dvc.lock, and the parameters it was made with, as the branch runs/<id>; None where nothing changed.
+
+    Raises:
+        PipelineError: git cannot push.
+    """
+    changed = git(clone, "status", "--porcelain", "--untracked-files=all", "--", LOCK, PARAMS)
+    if not changed:
+        return None
+    git(clone, "add", "--force", "--", LOCK, PARAMS)
+    git(clone, *ROBOT, "commit", "--quiet", "--message", f"Run {run_id}")
+    branch = BRANCH.format(run_id)
+    git(clone, "push", "--quiet", "--force", "origin", f"HEAD:refs/heads/{branch}")
+    return branch
+
+
+def take_back(home: Path, repository: str, run_id: str, keys: Collection[str]) -> bool:
+    """Take the entries of subjects and classes from dvc.lock of runs/<id> into that of the home; False without one."""
+    branch = BRANCH.format(run_id)
+    fetched = _call(["git", "fetch", "--quiet", repository, f"refs/heads/{branch}"], home, check=False)
+    if fetched.returncode:
+        return False
+    theirs = load_yaml(git(home, "show", f"FETCH_HEAD:{LOCK}"))
+    lock = home / LOCK
+    ours = load_yaml(lock.read_text(encoding="utf-8")) if lock.is_file() else {}
+    merged = merge_locks(ours, theirs, keys)
+    if merged != ours:
+        write_file(lock, dump_yaml(merged).encode())
+    return True
+
+
+def merge_locks(ours: Mapping[str, Any], theirs: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """Return a dvc.lock with their entries of these subjects and classes, and ours of all others."""
+    taken = {name: entry for name, entry in theirs.get("stages", {}).items() if name.partition("@")[2] in keys}
+    return {"schema": theirs.get("schema", "2.0"), "stages": {**ours.get("stages", {}), **taken}}
+
+
+def git(folder: Path, *arguments: str) -> str:
+    """Run git and return what it says.
+
+    Raises:
+        PipelineError: with its last words.
+    """
+    return _call(["git", *arguments], folder).stdout.strip()
+
+
+def dvc(folder: Path, *arguments: str) -> str:
+    """Run dvc and return what it says.
+
+    Raises:
+        PipelineError: with its last words.
+    """
+    return _call([sys.executable, "-m", "dvc", *arguments], folder).stdout.strip()
+
+
+def _call(command: list[str], folder: Path, check: bool = True) -> "subprocess.CompletedProcess[str]":
+    environment = {**child_environment(), "GIT_TERMINAL_PROMPT": "0"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    if check and done.returncode:
+        words = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit {done.returncode}"]
+        name = "git" if command[0] == "git" else "dvc"
+        verb = next((word for word in command[1:] if word.isalpha() and word != "dvc"), "")
+        raise PipelineError(f"{name} {verb} in {folder}: {' '.join(words[-3:])}; mend that, then run again")
+    return done

@@ -1,0 +1,234 @@
+"""Say what a run would take before it starts: time, space and cost of the stale stages, by rates that were measured.
+
+A stage takes start + units x rate seconds. What a flow runs leaves its seconds in <scratch>/rates.jsonl; a plan takes
+the median of the newest for the same work on this machine, else the defaults below.
+"""
+
+import json
+import shutil
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from dreambooth.folders import scratch_folder
+from dreambooth.params import Params
+from flows.graph import GPU_ENTRIES, Graph, Stage
+
+RATES = "rates.jsonl"
+NEWEST = 9  # measurements whose median counts
+START = 12.0  # seconds: two cores, the imports of torch and diffusers, and DVC
+# Seconds a unit at 64 pixels, measured on two CPU cores with the bundled model; at other sizes times the pixels. They
+# are wrong by an order of magnitude for another model on another machine, which the plan says.
+DEFAULT_SECONDS = {"prior": 0.6, "validate": 0.02, "train": 0.05, "evaluate": 0.6, "report": 1.0, "export": 3.0}
+DEFAULT_BYTES = {"prior": 20e3, "validate": 15e3, "train": 30e6, "evaluate": 15e3, "report": 2e6, "export": 50e6}
+PER_UNIT = frozenset({"prior", "validate", "evaluate"})  # whose outputs grow with their units
+DEFAULT_SIDE = 64
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How long one stage took, and for what work."""
+
+    entry: str
+    work: str
+    """What the seconds of a unit depend on: base model, size, precision."""
+    units: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """All stale stages of one entry."""
+
+    entry: str
+    stages: int
+    units: int
+    seconds: float
+    size: float
+    measured: bool
+    """Whether the time is from this machine, not from a default."""
+    on_gpu: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do."""
+
+    lines: tuple[Line, ...]
+    stages: int
+    gpus: int
+    free: int
+    """Bytes where the project lies."""
+
+    @property
+    def seconds(self) -> float:
+        """From start to end: stages on a GPU take turns on as many as there are, the others run beside them."""
+        on_gpu = sum(line.seconds for line in self.lines if line.on_gpu) / self.gpus
+        return max(on_gpu, sum(line.seconds for line in self.lines if not line.on_gpu))
+
+    @property
+    def size(self) -> float:
+        """Bytes that are written: each output lies in the project and in DVC's cache, where those are no links."""
+        return 2 * sum(line.size for line in self.lines)
+
+    def in_words(self, price: float | None) -> list[str]:
+        """Return the sums, and what they rest on."""
+        if not self.lines:
+            return [f"Nothing would run: all {self.stages} stages are up to date."]
+        room = f"{self.size / 1e9:.2f} GB of {self.free / 1e9:.1f} free"
+        said = [f"{duration(self.seconds)} with {self.gpus} at a time, {room}"]
+        if price is not None:
+            said.append(f"cost: {self.seconds / 3600 * self.gpus * price:.2f} at {price:g} an hour each")
+        if guessed := [line.entry for line in self.lines if not line.measured]:
+            said.append(f"not measured here yet, so by defaults that may be wrong tenfold: {', '.join(guessed)}")
+        if self.size > self.free:
+            said.append("there is not enough room: make some, or move the project")
+        return said
+
+
+def note(root: Path, params: Params, runs: Iterable[tuple[str, float]]) -> None:
+    """Keep how long stages took, for the next plan.
+
+    Args:
+        root: the project.
+        params: they ran with.
+        runs: stage and seconds of each that really ran.
+    """
+    found = [
+        Measurement(entry, work_of(entry, params), units_of(entry, key, params, root), seconds)
+        for stage, seconds in runs
+        for entry, _, key in [stage.partition("@")]
+        if entry in DEFAULT_SECONDS
+    ]
+    with (scratch_folder(root) / RATES).open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(one)) + "\n" for one in found)
+
+
+def read_measurements(root: Path) -> list[Measurement]:
+    """Return what earlier runs took here, the oldest first; lines that a killed process left half are passed over."""
+    path, found = scratch_folder(root) / RATES, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            found.append(Measurement(**json.loads(line)))
+        except (json.JSONDecodeError, TypeError):
+            continue
+    return found
+
+
+def make_plan(root: Path, params: Params, graph: Graph, gpus: int = 1) -> Plan:
+    """Return what the stale stages of a graph would take.
+
+    Args:
+        root: the project.
+        params: its parameters.
+        graph: its stages.
+        gpus: how many stages on a GPU may run at a time.
+    """
+    known: dict[tuple[str, str], list[Measurement]] = defaultdict(list)
+    for one in read_measurements(root):
+        known[one.entry, one.work].append(one)
+    by_entry: dict[str, list[Stage]] = defaultdict(list)
+    for stage in graph.stale:
+        if stage.entry in DEFAULT_SECONDS:
+            by_entry[stage.entry].append(stage)
+    sizes = _sizes(graph)
+    lines = [
+        _line(entry, stages, params, root, known[entry, work_of(entry, params)], sizes)
+        for entry, stages in by_entry.items()
+    ]
+    return Plan(tuple(lines), len(graph.stages), gpus, shutil.disk_usage(root).free)
+
+
+def seconds_of(units: int, measurements: Sequence[Measurement], default: float) -> float:
+    """Return how long so many units take: start + units x rate, the rate the median of the newest measurements."""
+    rates = [max(one.seconds - START, 0.1 * one.seconds) / max(one.units, 1) for one in measurements[-NEWEST:]]
+    start = min([START, *(one.seconds for one in measurements[-NEWEST:])])
+    return start + units * (statistics.median(rates) if rates else default)
+
+
+def units_of(entry: str, key: str, params: Params, root: Path) -> int:
+    """Return how many pieces of work a stage has: pictures, photos, rows of training; 1 where it is one piece."""
+    if entry == "prior":
+        return params.prior.num_class_images
+    if entry == "validate":
+        return _photos(root, key)
+    if entry == "train":
+        train = params.train
+        rows = train.train_batch_size * (2 if train.prior_loss_weight else 1) * train.gradient_accumulation_steps
+        steps = train.max_train_steps or min(max(100 * _photos(root, key), 400), 1200)  # as dreambooth/training.py
+        return steps * rows
+    if entry == "evaluate":
+        prompts = params.evaluate.max_prompts or 25
+        return 2 * (prompts * len(params.evaluate.seeds) + params.evaluate.num_class_images)
+    return 1
+
+
+def work_of(entry: str, params: Params) -> str:
+    """Return what the seconds of a unit depend on."""
+    base = params.base
+    about = [base.pretrained_model_name_or_path, str(base.resolution)]
+    if entry == "train":
+        train = params.train
+        about += [train.mixed_precision, str(train.train_text_encoder), str(train.gradient_checkpointing)]
+    elif entry == "prior":
+        about += [base.inference_dtype, str(params.prior.num_inference_steps)]
+    elif entry == "evaluate":
+        about += [base.inference_dtype, str(params.evaluate.num_inference_steps), params.evaluate.encoders]
+    return " ".join(about)
+
+
+def plan_table(plan: Plan) -> Table:
+    """Draw a line for each entry that would run."""
+    table = Table("stage", "runs", "units", "time", "space", "by", box=None, pad_edge=False)
+    for line in plan.lines:
+        how = "measured here" if line.measured else "default"
+        size = f"{line.size / 1e6:.1f} MB"
+        table.add_row(line.entry, str(line.stages), str(line.units), duration(line.seconds), size, how)
+    return table
+
+
+def duration(seconds: float) -> str:
+    """Say a length of time: 45 s, 12 min, 3.5 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _line(
+    entry: str,
+    stages: Sequence[Stage],
+    params: Params,
+    root: Path,
+    measurements: Sequence[Measurement],
+    sizes: Mapping[str, float],
+) -> Line:
+    pixels = (params.base.resolution / DEFAULT_SIDE) ** 2
+    units = [units_of(entry, stage.key, params, root) for stage in stages]
+    default = DEFAULT_SECONDS[entry] * (pixels if entry in GPU_ENTRIES else 1)
+    seconds = sum(seconds_of(count, measurements, default) for count in units)
+    size = [
+        stage.size or sizes.get(entry) or _default_size(entry, count, pixels)
+        for stage, count in zip(stages, units, strict=True)
+    ]
+    return Line(entry, len(stages), sum(units), seconds, sum(size), bool(measurements), entry in GPU_ENTRIES)
+
+
+def _photos(root: Path, subject_id: str) -> int:
+    return sum(1 for path in (root / "data" / "subjects" / subject_id).glob("*") if path.is_file())
+
+
+def _sizes(graph: Graph) -> dict[str, float]:
+    """Return how large the outputs of each entry are where they were made."""
+    known: dict[str, list[int]] = defaultdict(list)
+    for stage in graph.stages:
+        if stage.size:
+            known[stage.entry].append(stage.size)
+    return {entry: statistics.median(sizes) for entry, sizes in known.items()}
+
+
+def _default_size(entry: str, units: int, pixels: float) -> float:
+    return DEFAULT_BYTES[entry] * (units * pixels if entry in PER_UNIT else 1)

@@ -1,0 +1,70 @@
+"""Serve every deployment of prefect.yaml from one process, without a pool and a worker: python -m flows.serve.
+
+The schedules, triggers and limits are those of prefect.yaml; nothing is said twice.
+"""
+
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")  # before prefect reads its settings
+
+from prefect import serve
+from prefect.client.schemas.objects import ConcurrencyLimitConfig
+from prefect.deployments.runner import RunnerDeployment
+from prefect.events import DeploymentEventTrigger
+from prefect.flows import Flow
+from prefect.schedules import Cron
+from prefect.types.entrypoint import EntrypointType
+
+from flows.project import find_root
+
+AT_ONCE = 4  # flow runs: a retraining waits for those of its subjects
+
+
+def deployments(root: Path) -> list[RunnerDeployment]:
+    """Return what prefect.yaml of a project deploys, to be served by this process.
+
+    Args:
+        root: the project.
+    """
+    content = _plain((root / "prefect.yaml").read_text(encoding="utf-8"))
+    return [_deployment(entry) for entry in content["deployments"]]
+
+
+def _plain(text: str) -> Any:
+    """Read prefect.yaml as Prefect does: our own reader refuses the anchors that it is written with."""
+    from ruamel.yaml import YAML
+
+    return YAML(typ="safe", pure=True).load(text)
+
+
+def _deployment(entry: dict[str, Any]) -> RunnerDeployment:
+    module, _, name = entry["entrypoint"].rpartition(".")
+    flow: Flow[..., Any] = getattr(import_module(module), name)
+    schedules = [Cron(one["cron"], timezone=one["timezone"], slug=one["slug"]) for one in entry.get("schedules", ())]
+    triggers: list[Any] = [DeploymentEventTrigger.model_validate(one) for one in entry.get("triggers", ())]
+    limit = entry.get("concurrency_limit")
+    deployment = flow.to_deployment(
+        entry["name"],
+        description=entry["description"],
+        parameters=entry.get("parameters"),
+        schedules=schedules or None,
+        triggers=triggers or None,
+        concurrency_limit=ConcurrencyLimitConfig.model_validate(limit) if limit else None,
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+    assert isinstance(deployment, RunnerDeployment)
+    return deployment
+
+
+def main() -> None:
+    """Serve until it is stopped."""
+    root = find_root()
+    os.environ["DREAMBOOTH_HOME"] = str(root)
+    serve(*deployments(root), limit=AT_ONCE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Two workers in two clones that share a git repository, a DVC remote and the server, and nothing else."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy_project import REPOSITORY, await_true, dvc, kill_tree, make_toy_project, post, prefect, quiet, worker
+
+from dreambooth.errors import ParamsError
+from dreambooth.params import load_params
+from flows import clones
+from flows.graph import Graph
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+SUBJECTS = {"biscuit": "dog", "rex": "dog", "bad": "dog", "mug": "cup", "pot": "cup", "jar": "cup"}
+ENTRIES = ("validate", "train", "evaluate", "report", "export")
+BROKEN, SLOW = "bad", "jar"
+
+
+def git(folder: Path, *arguments: str) -> str:
+    return clones.git(folder, *clones.ROBOT, *arguments)
+
+
+@pytest.fixture
+def origin(tmp_path: Path) -> Path:
+    """A bare repository of six subjects of two classes, one of them broken, with a folder as the DVC remote."""
+    root = make_toy_project(tmp_path / "source", SUBJECTS)
+    (root / f"fail-train-{BROKEN}").touch()
+    (root / ".gitignore").write_text("/build\n/models\n/metrics\n/reports\n/export\n/.scratch\n*.db\n")
+    (root / ".dvc/config").write_text("")
+    git(root, "init", "--quiet", "--initial-branch", "main")
+    dvc(root, "remote", "add", "--default", "store", str(tmp_path / "remote"))
+    git(root, "add", "--all")
+    git(root, "commit", "--quiet", "--message", "toy")
+    git(tmp_path, "clone", "--quiet", "--bare", str(root), str(tmp_path / "origin.git"))
+    return tmp_path / "origin.git"
+
+
+@pytest.fixture
+def machines(origin: Path, tmp_path: Path, prefect_home: Path, prefect_server: str) -> dict[str, dict[str, str]]:
+    """The environments of two workers, each with a checkout, a cache and a scratch folder of its own."""
+    found = {}
+    for name in ("one", "two"):
+        home = tmp_path / name
+        git(tmp_path, "clone", "--quiet", str(origin), str(home))
+        found[name] = {
+            **quiet(prefect_home),
+            "PREFECT_API_URL": prefect_server,
+            "DREAMBOOTH_HOME": str(home),
+            "DREAMBOOTH_SCRATCH": str(tmp_path / f"scratch-{name}"),
+            "DREAMBOOTH_TRACKING": "off",
+            "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests", REPOSITORY / "tests/flows"))),
+            "TOY_LOG": str(tmp_path / "ran.log"),
+            "TOY_MACHINE": name,
+            "TOY_REGISTRY": str(tmp_path / "registry.json"),
+        }
+    deploy(found["one"], tmp_path)
+    return found
+
+
+def deploy(environment: dict[str, str], folder: Path) -> None:
+    """Deploy prefect.yaml with a pool of our own, and with the registry that counts."""
+    text = (REPOSITORY / "prefect.yaml").read_text()
+    text = text.replace("name: dreambooth", "name: clones").replace(
+        "flows.clone.personalize", "counting_flows.personalize"
+    )
+    (folder / "prefect.yaml").write_text(text)
+    prefect(environment, "work-pool", "create", "clones", "--type", "process", "--overwrite")
+    prefect(environment, "deploy", "--name", "clone", "--prefect-file", "prefect.yaml", folder=folder)
+
+
+def retrain(environment: dict[str, str], **parameters: Any) -> str:
+    """Run the flow where `environment` has its checkout; return how it ended."""
+    given = {"deployment": "personalize/clone", "promotion": "none", **parameters}
+    program = "import json, sys; from counting_flows import retrain; "
+    program += "state = retrain(**json.loads(sys.argv[1]), return_state=True); print(state.name, state.message)"
+    command = [sys.executable, "-c", program, json.dumps(given)]
+    home = environment["DREAMBOOTH_HOME"]
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def test_two_workers_share_six_subjects_and_no_stage_runs_twice(
+    machines: dict[str, dict[str, str]], tmp_path: Path, prefect_server: str
+) -> None:
+    log, home = tmp_path / "ran.log", Path(machines["one"]["DREAMBOOTH_HOME"])
+    with (
+        worker(machines["one"], tmp_path / "one.log", "one", "clones", 3),
+        worker(machines["two"], tmp_path / "two.log", "two", "clones", 3),
+    ):
+        assert retrain(machines["one"]) == "Failed 1/6 subjects failed"
+        executed = Counter(log.read_text().splitlines())
+        whole = [f"{entry}@{one}" for one in SUBJECTS if one != BROKEN for entry in ENTRIES]
+        wanted = {*whole, "prior@dog", "prior@cup", f"validate@{BROKEN}", f"train@{BROKEN}"}
+        assert executed == Counter(wanted)
+        assert all("submitting flow run" in (tmp_path / f"{name}.log").read_text() for name in machines)
+        table = next(one for one in post(prefect_server, "artifacts/filter", {}) if one["key"] == "retrain")
+        rows = json.loads(table["data"])
+        assert rows[0]["subject"] == BROKEN
+        assert "E_TRAIN: the loss is NaN" in rows[0]["outcome"]
+        assert {row["outcome"] for row in rows[1:]} == {"done"}
+
+        # What the workers made is known here, by dvc.lock, and restored from the remote without computing.
+        stale = {stage.key for stage in Graph.load(home, allow_missing=True).stale}
+        assert stale == {BROKEN}
+        log.unlink()
+        dvc(home, "pull", "--quiet", "export@mug")
+        assert (home / "export/mug/manifest.json").is_file()
+        # Only what failed is tried again.
+        assert retrain(machines["one"]) == "Failed 1/1 subjects failed"
+        assert set(log.read_text().splitlines()) == {f"train@{BROKEN}"}
+
+
+def test_a_killed_worker_s_subject_continues_from_its_checkpoint_elsewhere(
+    machines: dict[str, dict[str, str]], tmp_path: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for environment in machines.values():
+        environment["DREAMBOOTH_SCRATCH"] = str(tmp_path / "scratch")  # on a disk that both reach
+    source = tmp_path / "source"
+    (source / f"steps-train-{SLOW}").write_text("40")
+    git(source, "add", "--all")
+    git(source, "commit", "--quiet", "--message", "slow")
+    git(source, "push", "--quiet", str(tmp_path / "origin.git"), "main")
+    apply_with(machines["one"])
+    log = tmp_path / "ran.log"
+    prefect(machines["one"], "deployment", "run", "personalize/clone", "--param", f'subject="{SLOW}"')
+    with worker(machines["one"], tmp_path / "one.log", "one", "clones", 3) as first:
+        await_true(lambda: log.exists() and "step 5 " in log.read_text(), 200)
+        kill_tree(first.pid)
+    with worker(machines["two"], tmp_path / "two.log", "two", "clones", 3):
+        deployment = {"deployments": {"name": {"any_": ["clone"]}}, "sort": "START_TIME_DESC", "limit": 1}
+        await_true(
+            lambda: post(prefect_server, "flow_runs/filter", deployment)[0]["state_type"] in ("COMPLETED", "FAILED"),
+            300,
+            1,
+        )
+        run = post(prefect_server, "flow_runs/filter", deployment)[0]
+        assert run["state_type"] == "COMPLETED", run["state"]
+        assert run["run_count"] == 2
+    steps = [line.split() for line in log.read_text().splitlines() if line.startswith("step")]
+    numbers = [int(step[1]) for step in steps]
+    assert sorted(set(numbers)) == list(range(40))
+    assert len(numbers) <= 41  # the step that was not kept is taken again
+    assert {step[-1] for step in steps if int(step[1]) < 5} == {"one"}
+    assert steps[-1][-1] == "two"
+
+
+def apply_with(environment: dict[str, str]) -> None:
+    program = "from flows.automations import apply; apply()"
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True)
+
+
+def test_a_clone_has_its_parameters_overridden_where_dvc_hashes_them(tmp_path: Path) -> None:
+    root = make_toy_project(tmp_path / "project", {"biscuit": "dog"})
+    clones.override(root, {"train.learning_rate": 2e-6, "subjects.biscuit.identifier": "zwx"})
+    params = load_params(root / "params.yaml")
+    assert params.train.learning_rate == 2e-6
+    assert params.subject("biscuit").identifier == "zwx"
+    before = (root / "params.yaml").read_bytes()
+    for values, message in (
+        ({"train.rate": 1}, "no such parameter"),
+        ({"train.learning_rate": "fast"}, "learning_rate"),
+    ):
+        with pytest.raises(ParamsError, match=message):
+            clones.override(root, values)
+    assert (root / "params.yaml").read_bytes() == before
+
+
+def test_a_lock_takes_the_entries_of_some_keys_and_keeps_ours_of_the_others() -> None:
+    ours = {"schema": "2.0", "stages": {"train@rex": {"cmd": "a"}, "train@biscuit": {"cmd": "b"}}}
+    theirs = {"schema": "2.0", "stages": {"train@rex": {"cmd": "x"}, "train@biscuit": {"cmd": "y"}, "prior@dog": {}}}
+    merged = clones.merge_locks(ours, theirs, ["rex"])
+    assert merged["stages"] == {"train@rex": {"cmd": "x"}, "train@biscuit": {"cmd": "b"}}

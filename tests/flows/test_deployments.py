@@ -1,0 +1,160 @@
+"""Every deployment of prefect.yaml with a real server, a process pool and a worker."""
+
+import json
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy_project import REPOSITORY, await_true, make_toy_project, post, prefect, quiet, worker
+
+from dreambooth import versions
+from flows import prefectstore
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+DEPLOYMENTS = {"local", "clone", "nightly", "on-photos", "approve", "batch"}
+
+
+@pytest.fixture(scope="module")
+def site(
+    prefect_home: Path, prefect_server: str, tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path
+) -> Iterator[tuple[Path, dict[str, str], str]]:
+    """A project whose exports can be registered, all deployments, and a worker; yield project, environment, API."""
+    folder = tmp_path_factory.mktemp("site")
+    root = make_toy_project(folder / "project", {"biscuit": "dog"})
+    shutil.copytree(tiny_model_folder, root / "pipeline")
+    environment = {
+        **quiet(prefect_home),
+        "PREFECT_API_URL": prefect_server,
+        "DREAMBOOTH_HOME": str(root),
+        "DREAMBOOTH_TRACKING": "off",
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]),
+    }
+    for name in ("DVC_SITE_CACHE_DIR", "DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR", "DREAMBOOTH_CACHE"):
+        environment[name] = str(folder / name)
+    prefect(environment, "work-pool", "create", "dreambooth", "--type", "process", "--overwrite")
+    prefect(environment, "deploy", "--all")
+    with worker(environment, folder / "worker.log", "one"):
+        yield root, environment, prefect_server
+
+
+def start(environment: dict[str, str], deployment: str, **parameters: Any) -> str:
+    """Start a flow run as a person would; return its id."""
+    given = [word for name, value in parameters.items() for word in ("--param", f"{name}={json.dumps(value)}")]
+    said = prefect(environment, "deployment", "run", deployment, *given)
+    return next(line.split("UUID:")[1].strip() for line in said.splitlines() if "UUID:" in line)
+
+
+def state(api: str, run: str) -> tuple[str, str, str]:
+    found = post(api, "flow_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})[0]
+    return str(found["state_name"]), str(found["state"]["message"]), str(found["state"]["type"])
+
+
+def ended(api: str, run: str) -> str:
+    """Wait until a run has ended or waits for a person; return how."""
+    await_true(lambda: state(api, run)[2] not in ("SCHEDULED", "PENDING", "RUNNING", "CANCELLING"), 300, 1)
+    return state(api, run)[0]
+
+
+def runs_of(api: str, deployment: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = post(api, "flow_runs/filter", {"deployments": {"name": {"any_": [deployment]}}})
+    return found
+
+
+def test_a_deployment_runs_and_registers_and_the_other_ways_find_nothing_to_do(
+    site: tuple[Path, dict[str, str], str],
+) -> None:
+    root, environment, api = site
+    assert {one["name"] for one in post(api, "deployments/filter", {})} >= DEPLOYMENTS
+    run = start(environment, "personalize/local", subject="biscuit")
+    assert ended(api, run) == "Completed", state(api, run)
+    found = versions.find(root, "biscuit")
+    assert found is not None
+    assert found.version == 1
+    # Nothing is stale any more, for a retraining either.
+    assert ended(api, run := start(environment, "retrain/nightly")) == "Skipped", state(api, run)
+    assert state(api, run)[1] == "skipped: unchanged"
+
+
+def test_the_schedule_has_runs_in_the_future(site: tuple[Path, dict[str, str], str]) -> None:
+    _, _, api = site
+    await_true(lambda: any(run["state_name"] == "Scheduled" for run in runs_of(api, "nightly")))
+    assert all(run["expected_start_time"] for run in runs_of(api, "nightly"))
+
+
+def test_an_approval_waits_is_given_and_moves_the_alias(site: tuple[Path, dict[str, str], str]) -> None:
+    root, environment, api = site
+    run = start(environment, "promote/approve", subject="biscuit")
+    assert ended(api, run) == "Suspended", state(api, run)
+    assert versions.find(root, "biscuit", alias="champion") is None
+    shown = {one["key"]: one["data"] for one in post(api, "artifacts/filter", {})}
+    assert "promote: identity" in shown["approve-biscuit"]
+    post(api, f"flow_runs/{run}/resume", {"run_input": {"approve": True}})
+    assert ended(api, run) == "Completed", state(api, run)
+    champion = versions.find(root, "biscuit", alias="champion")
+    assert champion is not None
+    assert champion.version == 1
+    # The same question again needs no person: the challenger is the champion.
+    assert ended(api, start(environment, "promote/approve", subject="biscuit")) == "Completed"
+
+
+def test_an_event_brings_the_subject_up_to_date_whose_photos_changed(site: tuple[Path, dict[str, str], str]) -> None:
+    root, environment, api = site
+    (root / "ran.log").unlink(missing_ok=True)
+    photo = next((root / "data/subjects/biscuit").iterdir())
+    photo.write_bytes(photo.read_bytes() + b"\0")
+    emit = ["event", "emit", "subject.images.updated", "--resource-id", "subject.biscuit"]
+    prefect(environment, *emit)
+    await_true(lambda: runs_of(api, "on-photos"), 120, 1)
+    run = runs_of(api, "on-photos")[0]
+    assert run["parameters"]["subject"] == "subject.biscuit"
+    assert ended(api, run["id"]) == "Completed", state(api, run["id"])
+    assert "train@biscuit" in (root / "ran.log").read_text()
+
+
+def test_a_batch_draws_with_the_champion(site: tuple[Path, dict[str, str], str]) -> None:
+    root, environment, api = site
+    run = start(environment, "generate/batch", subject="biscuit", prompts=["a photo of {} in space"], count=2)
+    assert ended(api, run) == "Completed", state(api, run)
+    assert len(list((root / "build/biscuit/generated").glob("a-photo*.png"))) == 2
+
+
+def test_of_many_missed_runs_of_the_schedule_one_is_made_up_for(site: tuple[Path, dict[str, str], str]) -> None:
+    _, _, api = site
+    deployment = next(one["id"] for one in post(api, "deployments/filter", {}) if one["name"] == "nightly")
+    missed = []
+    for hours in range(6, 0, -1):
+        due = (datetime.now(UTC) - timedelta(hours=hours)).isoformat()
+        wanted = {"type": "SCHEDULED", "state_details": {"scheduled_time": due}}
+        parameters = {"subject": "biscuit"}
+        body = {"state": wanted, "parameters": parameters}
+        missed.append(post(api, f"deployments/{deployment}/create_flow_run", body)["id"])
+    how = [ended(api, run) for run in missed]
+    assert len([one for one in how if one not in ("CaughtUp", "Cancelled")]) == 1, how
+
+
+def test_forgetting_erases_what_events_approvals_and_retrainings_say_of_a_subject(
+    site: tuple[Path, dict[str, str], str], prefect_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with (
+        closing(sqlite3.connect(prefect_home / "prefect.db", timeout=60)) as source,
+        closing(sqlite3.connect(tmp_path / "prefect.db")) as copy,  # the server goes on with its own
+    ):
+        source.backup(copy)
+        places = {"artifact": ("key", "data"), "flow_run": ("name", "parameters"), "events": ("resource", "payload")}
+
+        def told() -> list[str]:
+            where = [(table, column) for table, columns in places.items() for column in columns]
+            query = "SELECT count(*) FROM {} WHERE instr({}, 'biscuit')"
+            return [table for table, column in where if copy.execute(query.format(table, column)).fetchone()[0]]
+
+        assert set(told()) == set(places)
+        assert prefectstore.erase("biscuit") == []
+        assert told() == []

@@ -1,0 +1,104 @@
+"""Which subjects are stale and why; what is skipped; what is one piece of work."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from registered import write_export
+from toy_project import REPOSITORY, dvc, quiet
+
+from dreambooth.params import load_params
+from dreambooth.registry import register
+from flows.graph import Graph
+from flows.retrain import find_stale, inputs_hash
+
+SUBJECTS = ["biscuit", "rex"]
+
+
+def stale(project: Path, **options: object) -> dict[str, tuple[str, ...]]:
+    graph = Graph.load(project, allow_missing=not options.get("files", True)).select(SUBJECTS)
+    return find_stale(project, graph, SUBJECTS, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def registered(project: Path, tiny_model_folder: Path) -> Path:
+    """A project in which nothing is stale, and both exports are registered."""
+    dvc(project, "repro")
+    for subject in SUBJECTS:
+        write_export(project, tiny_model_folder, "1" * 64, subject)
+    dvc(project, "commit", "--force", "--quiet")
+    for subject in SUBJECTS:
+        register(project, subject)
+    return project
+
+
+def test_a_subject_is_stale_for_what_changed_or_for_what_is_not_registered(project: Path) -> None:
+    assert stale(project) == dict.fromkeys(SUBJECTS, ("never ran",))
+    dvc(project, "repro")
+    assert stale(project) == dict.fromkeys(SUBJECTS, ("not registered",))
+    photo = next((project / "data/subjects/rex").iterdir())
+    photo.write_bytes(photo.read_bytes() + b"0")
+    assert stale(project)["rex"] == ("data/subjects/rex modified",)
+    values = yaml.safe_load((project / "params.yaml").read_text())
+    values["prior"]["seed"] += 1
+    (project / "params.yaml").write_text(yaml.safe_dump(values))
+    assert stale(project)["biscuit"] == ("prior modified",) or "prior.seed modified" in stale(project)["biscuit"]
+
+
+@pytest.mark.slow
+def test_a_registered_subject_is_stale_when_its_champion_is_old_and_files_elsewhere_are_no_fault(
+    registered: Path,
+) -> None:
+    from dreambooth import aliases, tracking
+
+    assert stale(registered) == {}
+    client = tracking.connect(registered)[0]
+    aliases.move(client, "rex", "promote", "champion", None, 1, "promote", "a test")
+    assert stale(registered, oldest_days=1.0) == {}
+    assert stale(registered, oldest_days=0.0) == {"rex": ("the champion is 0 days old",)}
+
+    for folder in ("build", "models", "export", "reports", "metrics"):
+        shutil.rmtree(registered / folder)
+    assert stale(registered, files=False) == {}
+    assert set(stale(registered)) == set(SUBJECTS)
+
+
+@pytest.mark.slow
+def test_an_unchanged_project_is_skipped_without_torch(
+    registered: Path, prefect_home: Path, prefect_server: str
+) -> None:
+    program = (
+        "import json, sys; from flows.retrain import retrain; state = retrain(return_state=True); "
+        "print(json.dumps([state.name, state.message, state.type.value, 'torch' in sys.modules]))"
+    )
+    environment = {**quiet(prefect_home), "PREFECT_API_URL": prefect_server, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=registered, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == ["Skipped", "skipped: unchanged", "COMPLETED", False]
+
+
+def test_the_same_work_has_the_same_key_and_other_photos_or_parameters_another(project: Path) -> None:
+    def key(subject: str = "rex") -> str:
+        return inputs_hash(project, load_params(project / "params.yaml"), subject, ["never ran"])
+
+    first = key()
+    assert key() == first
+    assert key("biscuit") != first
+    photo = next((project / "data/subjects/rex").iterdir())
+    before = photo.read_bytes()
+    photo.write_bytes(before + b"0")
+    assert key() != first
+    photo.write_bytes(before)
+    assert key() == first
+    values = yaml.safe_load((project / "params.yaml").read_text())
+    values["subjects"]["tom"] = dict(values["subjects"]["biscuit"])  # another subject is none of its business
+    (project / "params.yaml").write_text(yaml.safe_dump(values))
+    assert key() == first
+    values["train"]["learning_rate"] *= 2
+    (project / "params.yaml").write_text(yaml.safe_dump(values))
+    assert key() != first

@@ -1,0 +1,41 @@
+"""The one process that serves every deployment of prefect.yaml: no pool, no worker."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from toy_project import REPOSITORY, await_true, post, prefect, quiet, ran
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def test_one_process_runs_what_is_asked_for_and_keeps_the_schedule(
+    project: Path, prefect_home: Path, prefect_server: str
+) -> None:
+    shutil.copy(REPOSITORY / "prefect.yaml", project / "prefect.yaml")
+    (project / "fail-export-rex").touch()  # so that nothing has to be registered
+    environment = {**quiet(prefect_home), "PREFECT_API_URL": prefect_server}
+    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    log = project / "serve.log"
+    command = [sys.executable, "-m", "flows.serve"]
+    with (
+        log.open("w") as out,
+        subprocess.Popen(command, cwd=project, env=environment, stdout=out, stderr=out) as served,
+    ):
+        try:
+            await_true(lambda: "generate/batch" in log.read_text() or served.poll() is not None, 120)
+            assert served.poll() is None, log.read_text()
+            prefect(environment, "deployment", "run", "personalize/local", "--param", 'subject="rex"')
+            wanted = {"deployments": {"name": {"any_": ["local"]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": 1}
+            await_true(lambda: post(prefect_server, "flow_runs/filter", wanted)[0]["state_type"] == "FAILED", 200, 1)
+            assert {"train@rex", "export@rex"} <= set(ran(project))
+            nightly = {
+                "deployments": {"name": {"any_": ["nightly"]}},
+                "flow_runs": {"state": {"name": {"any_": ["Scheduled"]}}},
+            }
+            await_true(lambda: post(prefect_server, "flow_runs/filter", nightly))
+        finally:
+            served.terminate()
