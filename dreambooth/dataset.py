@@ -40,6 +40,8 @@ class Sample:
     role: Role
     sizes: Sizes | None = None
     """What SDXL is told of the picture."""
+    taught: bool = False
+    """Whether its target is what the untouched base predicts (teacher.py)."""
     variants: tuple[tuple[Posterior, Sizes | None], ...] = field(default=(), repr=False)
     """The same picture mirrored or cut out elsewhere, each encoded once; a row takes one of them all by chance."""
 
@@ -63,6 +65,7 @@ class Batch:
     weights: Tensor
     is_instance: Tensor
     prompts: tuple[str, ...]
+    taught: Tensor
     sizes: Tensor | None = None
     """(B, 6) of `families.Sizes`, where the samples have them."""
 
@@ -139,6 +142,7 @@ def collate(rows: Sequence[Row], step: int, num_train_timesteps: int, seed: int,
         weights=torch.tensor([row.weight for row in rows]),
         is_instance=torch.tensor([row.sample.role == "instance" for row in rows]),
         prompts=tuple(row.sample.prompt for row in rows),
+        taught=torch.tensor([row.sample.taught for row in rows]),
         sizes=stack_sizes([sizes for _, sizes in views]),
     )
 

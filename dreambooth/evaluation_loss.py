@@ -55,6 +55,7 @@ def fixed_batches(
             weights=torch.ones(len(part)),
             is_instance=torch.full((len(part),), role == "instance"),
             prompts=tuple(sample.prompt for sample, _ in part),
+            taught=torch.tensor([sample.taught for sample, _ in part]),
             sizes=stack_sizes([sample.sizes for sample, _ in part]),
         )
 

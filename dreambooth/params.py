@@ -108,8 +108,13 @@ class Photos(Section):
 
 
 class Prior(Section):
-    """How the class images are drawn from the base model."""
+    """What keeps the class as it is, and how class images are drawn from the base model."""
 
+    kind: Literal["images", "teacher", "folder", "none"]
+    """images: drawn by the untouched base (Ruiz et al. 2022, section 3.3). teacher: no images; what the base predicts
+    for the photos under the class prompt is the target. folder: photos of your own. none: nothing."""
+    folder: Annotated[str, Field(pattern=r"^data/classes(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")]
+    """Where kind folder finds photos of a class, in <folder>/<class id>; checked as those of a subject are."""
     num_class_images: Annotated[int, Field(ge=0, le=100_000)]
     """How many; 200 is the choice of the paper's authors for photo-scale models, 0 goes with prior_loss_weight 0."""
     scheduler: Scheduler
@@ -148,6 +153,9 @@ class Train(Section):
     """Forward passes in an optimizer step."""
     train_text_encoder: bool
     """Train the text encoders with the UNet (Ruiz et al. 2022 train both); textual_inversion leaves them alone."""
+    optimizer: Literal["adamw", "adamw_8bit", "prodigy"]
+    """adamw_8bit keeps the moments in 8 bits (Dettmers et al. 2022; a GPU, pip install "dreambooth[adam8bit]").
+    prodigy finds its own rate (Mishchenko & Defazio 2024; pip install "dreambooth[prodigy]")."""
     learning_rate: Annotated[float, Field(gt=0, le=1)]
     """Peak rate of the optimizer: about 2e-6 for full, 1e-4 for lora, 5e-3 for textual_inversion; Prodigy wants 1."""
     text_encoder_learning_rate: Annotated[float, Field(gt=0, le=1)] | None
@@ -193,8 +201,23 @@ class Train(Section):
     """What they show: sentences with {} for the subject. Each is drawn from a seed of its own, always the same."""
     preview_guidance_scale: Annotated[float, Field(ge=0, le=50)]
     """Weight of classifier-free guidance in previews."""
-    gradient_checkpointing: bool
-    """Trade a third more compute for the memory of the UNet's activations."""
+    gradient_checkpointing: bool | Literal["auto"]
+    """Trade a third more compute for the memory of the UNet's activations; auto: once a step does not fit without."""
+    huber_c: Annotated[float, Field(gt=0, le=10)] | None
+    """Where the loss turns from squares to magnitudes (pseudo-Huber, Khrapov et al. 2024; 0.1 there); null: squares."""
+    noise_offset: Annotated[float, Field(ge=0, le=1)]
+    """Standard deviation of what is added to a whole channel of the noise, for very dark and very bright pictures
+    (Guttenberg 2023; 0.05 to 0.1); 0 adds nothing."""
+    random_flip: bool
+    """Train on mirror images of the photos too; not for a subject whose sides differ."""
+    random_crops: Annotated[int, Field(ge=0, le=64)]
+    """Squares of each photo besides the middle one, at random places along its longer side; each is encoded once."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None
+    """Decay of a moving average of the weights, which is shipped in their place; null: the last weights."""
+    allow_tf32: bool
+    """Multiply float32 matrices with 10 bits of mantissa on GPUs that can (Ampere and later): several times as fast."""
+    num_processes: Annotated[int, Field(ge=1, le=1024)]
+    """Processes, one a GPU, that share the rows of a step: it has train_batch_size rows of each."""
     save_dtype: Dtype
     """Precision of the saved weights: these are evaluated, exported and served."""
 
@@ -384,7 +407,7 @@ def _contradictions(params: Params) -> Iterator[str]:
                 f"export.formats: {name} holds what train.method {' or '.join(methods)} makes (train.method is "
                 f"{params.train.method}); take it out, or change the method"
             )
-    if params.train.prior_loss_weight > 0 and params.prior.num_class_images == 0:
+    if params.train.prior_loss_weight > 0 and params.prior.kind == "images" and params.prior.num_class_images == 0:
         yield "prior.num_class_images: 0 leaves train.prior_loss_weight without images; draw some, or write weight 0"
     if params.train.max_train_steps is not None and params.train.lr_warmup_steps >= params.train.max_train_steps:
         yield (
@@ -392,6 +415,12 @@ def _contradictions(params: Params) -> Iterator[str]:
             "steps at the full rate"
         )
     yield from _needs_evaluation(params.train)
+    if params.train.ema_decay is not None and params.train.load_best_model_at_end:
+        yield "train.ema_decay: replaces the last weights, and load_best_model_at_end does too; choose one"
+    if params.train.optimizer == "prodigy" and (
+        params.train.text_encoder_learning_rate or params.train.embedding_learning_rate
+    ):
+        yield "train.optimizer: prodigy has one rate for all weights; write null for the other rates"
     if params.train.preview_steps is not None and not params.train.preview_prompts:
         yield f"train.preview_prompts: empty, but preview_steps is {params.train.preview_steps}; name one"
     if len(set(params.evaluate.seeds)) != len(params.evaluate.seeds):

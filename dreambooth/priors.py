@@ -4,12 +4,16 @@ The key of a store is everything that an image depends on, so nothing stale is e
 twice. Image i depends on (seed, i) alone: more images later, or the same after a stop, continue by index.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import safetensors.torch
+import torch
 
 from dreambooth import rng
 from dreambooth.dataset import Posterior, as_posterior
 from dreambooth.drawings import DrawingReport, Picture, drawing_key, ensure_drawings, read_latents, read_pngs
+from dreambooth.families import Sizes
 from dreambooth.models import Model
 from dreambooth.params import Prior
 from dreambooth.sampling import settings_of
@@ -29,7 +33,7 @@ def prior_key(base_hash: str, prompt: str, settings: Prior, resolution: int, dty
         device: from `models.device_name`.
     """
     about = {"base": base_hash, "prompt": prompt, "resolution": resolution, "dtype": dtype, "device": device}
-    return drawing_key(about | {"settings": settings.model_dump(exclude={"num_class_images"})})
+    return drawing_key(about | {"settings": settings.model_dump(exclude={"num_class_images", "kind", "folder"})})
 
 
 def ensure_class_images(
@@ -57,6 +61,23 @@ def ensure_class_images(
     ]
     sampler = settings_of(settings, resolution)
     return ensure_drawings(store, pictures, load, sampler, "class images", count=count, reject_flat=True)
+
+
+def save_class_latents(path: Path, posteriors: Sequence[Posterior], sizes: Sequence[Sizes]) -> None:
+    """Write latents (N, C, h, w), their spread, and the sizes of the pictures (N, 6), in their order."""
+    tensors = {
+        "latents": torch.stack([posterior.mean for posterior in posteriors]),
+        "std": torch.stack([posterior.std for posterior in posteriors]),
+        "sizes": torch.tensor(list(sizes)),
+    }
+    safetensors.torch.save_file(tensors, path)
+
+
+def read_class_latents(path: Path) -> list[tuple[Posterior, Sizes]]:
+    """Return what `save_class_latents` wrote."""
+    tensors = safetensors.torch.load_file(path)
+    rows = zip(tensors["latents"], tensors["std"], tensors["sizes"].tolist(), strict=True)
+    return [(Posterior(mean, std), tuple(sizes)) for mean, std, sizes in rows]
 
 
 def read_class_images(store: Path, count: int) -> tuple[list[bytes], list[Posterior]]:

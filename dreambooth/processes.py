@@ -1,6 +1,21 @@
-"""Which of several processes this is, when a launcher started more than one: torchrun, or accelerate launch."""
+"""Which of several processes this is; and start several, as torchrun and accelerate launch do.
+
+Their own launchers answer every failure with exit code 1 and end the others after a delay. Here the code of the first
+one that fails is the answer, because 75 means "stopped in good order, call again".
+"""
 
 import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+PATIENCE = 30.0  # seconds that the others get to stop in good order when one has failed
+_LOOK_EVERY = 0.1  # seconds between two looks at the processes
 
 
 def rank() -> int:
@@ -16,3 +31,64 @@ def count() -> int:
 def local_rank() -> int:
     """Return the number of this process on its machine: which of the GPUs is its own."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def start_all(command: Sequence[str], number: int, folder: Path) -> int:
+    """Run a command as `number` processes that find each other; return the exit code of the first that fails, or 0.
+
+    A signal to stop that reaches this process is passed on; when one process fails, the others are told to stop.
+
+    Args:
+        command: program and arguments.
+        number: of processes, on this machine.
+        folder: where they run.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    world = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    # Without it each process would take every core, and they would wait for one another.
+    world["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // number)
+    children = []
+    for rank_ in range(number):
+        own = {**world, "RANK": rank_, "LOCAL_RANK": rank_}
+        environment = os.environ | {name: str(value) for name, value in own.items()}
+        children.append(subprocess.Popen(command, cwd=folder, env=environment))
+    with _signals_for(children):
+        return _wait(children)
+
+
+@contextmanager
+def _signals_for(children: Sequence["subprocess.Popen[bytes]"]) -> Iterator[None]:
+    """Pass what should stop this process on to its children, once."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        _tell(children, signal.SIGTERM)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(children: Sequence["subprocess.Popen[bytes]"]) -> int:
+    """Wait for all; once one has failed, give the others a while to stop, then end them."""
+    failed, deadline = 0, float("inf")
+    while any(child.poll() is None for child in children):
+        codes = [child.returncode for child in children if child.returncode]
+        if codes and not failed:
+            failed, deadline = codes[0], time.monotonic() + PATIENCE
+            _tell(children, signal.SIGTERM)
+        if time.monotonic() > deadline:
+            _tell(children, signal.SIGKILL)
+        time.sleep(_LOOK_EVERY)
+    code = failed or next((child.returncode for child in children if child.returncode), 0)
+    return code if code >= 0 else 128 - code
+
+
+def _tell(children: Sequence["subprocess.Popen[bytes]"], number: signal.Signals) -> None:
+    for child in children:
+        if child.poll() is None:
+            child.send_signal(number)

@@ -16,15 +16,20 @@ from accelerate.utils import DistributedDataParallelKwargs, extract_model_from_p
 from torch import Tensor
 
 from dreambooth import dataset, loss, methods
+from dreambooth.averaging import Average
 from dreambooth.checkpoint import State, named_weights, restore_weights
 from dreambooth.dataset import Batch, Row, Sample
 from dreambooth.errors import OutOfMemoryError, TrainingError
-from dreambooth.families import SDXL, Text, condition, encode_text
+from dreambooth.families import SDXL, condition
 from dreambooth.models import Model
+from dreambooth.optimizers import make_optimizer
 from dreambooth.params import Train
-from dreambooth.sampling import make_scheduler, tokenize
+from dreambooth.sampling import make_scheduler
+from dreambooth.teacher import Teacher
+from dreambooth.texts import TextSource
 
 _ADVICE = "lower train_batch_size and raise gradient_accumulation_steps, or set gradient_checkpointing (train: ...)"
+_AVERAGE = "average"
 _CPU_ALLOCATOR = "can't allocate memory"  # of c10/core/impl/alloc_cpu.cpp, a plain RuntimeError
 
 
@@ -39,12 +44,18 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     trained: dict[str, torch.nn.Module]
     trainable: list[torch.nn.Parameter]
-    text: "TextSource"
+    text: TextSource
+    teacher: Teacher | None
+    """Of the rows that the base teaches."""
+    average: Average | None
+    """Of the trained weights, which it replaces in the end."""
     alphas_cumprod: Tensor
     prediction_type: loss.PredictionType
     settings: Train
     parts: int
     """Forward passes in a step: as set, or twice as many after memory ran out."""
+    checkpointing: bool
+    """Whether activations are computed again in the backward pass: as set, or after memory ran out."""
 
     @property
     def processes(self) -> int:
@@ -55,28 +66,6 @@ class Trainer:
     def rows_per_step(self) -> int:
         """Instance rows of a step, over all of its forward passes and processes."""
         return self.settings.train_batch_size * self.settings.gradient_accumulation_steps * self.processes
-
-
-class TextSource:
-    """The text side of a batch: the few prompts are tokenised once, and encoded once if their encoder is frozen."""
-
-    def __init__(self, model: Model, prompts: Sequence[str], trained: bool) -> None:
-        self.family = model.family
-        self.prompts = list(dict.fromkeys(prompts))
-        self.input_ids = tokenize(model, self.prompts)
-        self.text: Text | None = None
-        if not trained:
-            with torch.no_grad():
-                self.text = encode_text(self.family, list(model.encoders.values()), self.input_ids)
-
-    def encode(self, prompts: Sequence[str], encoders: Sequence[torch.nn.Module]) -> Text:
-        """Return the text of B rows: each prompt of the batch goes through the encoders once, not once a row."""
-        rows = [self.prompts.index(prompt) for prompt in prompts]
-        if self.text is not None:
-            return self.text.rows(rows)
-        used = sorted(set(rows))
-        text = encode_text(self.family, encoders, [input_ids[used] for input_ids in self.input_ids])
-        return text.rows([used.index(row) for row in rows])
 
 
 def learning_rate_at(step: int, settings: Train, steps: int) -> float:
@@ -102,34 +91,36 @@ def prepare(model: Model, samples: Sequence[Sample], settings: Train) -> Trainer
     trained = methods.make_trainable(model, settings)
     reads_text = [name for name in model.encoders if name in trained]
     text = TextSource(model, [sample.prompt for sample in samples], trained=bool(reads_text))
-    if settings.gradient_checkpointing:
+    taught = [sample.prompt for sample in samples if sample.taught]
+    teacher = Teacher(model, taught, copied=settings.method == "full") if taught else None
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.allow_tf32
+    if settings.gradient_checkpointing is True:
         model.unet.enable_gradient_checkpointing()
     trainable = [parameter for _, parameter in named_weights(trained)]
     require_float32(trainable)
-    optimizer = torch.optim.AdamW(
-        methods.parameter_groups(trained, settings),
-        lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        weight_decay=settings.adam_weight_decay,
-        eps=settings.adam_epsilon,
-        fused=True,
-    )
+    optimizer = make_optimizer(methods.parameter_groups(trained, settings), settings)
     scheduler = make_scheduler("ddim", model.scheduler_config)
     return Trainer(
         accelerator=accelerator,
         model=model,
         modules={
-            name: accelerator.prepare(module) if name == "unet" or name in reads_text else module
+            # evaluation_mode: precision only; what is frozen has no gradients that processes could share
+            name: accelerator.prepare_model(module, evaluation_mode=name not in trained)
+            if name == "unet" or name in reads_text
+            else module
             for name, module in {"unet": model.unet, **model.encoders}.items()
         },
         optimizer=accelerator.prepare(optimizer),
         trained=trained,
         trainable=trainable,
         text=text,
+        teacher=teacher,
+        average=Average(dict(named_weights(trained)), settings.ema_decay) if settings.ema_decay else None,
         alphas_cumprod=scheduler.alphas_cumprod.float(),
         prediction_type=_prediction_type(scheduler.config.prediction_type),
         settings=settings,
         parts=settings.gradient_accumulation_steps,
+        checkpointing=settings.gradient_checkpointing is True,
     )
 
 
@@ -144,32 +135,25 @@ def release(model: Model) -> None:
 
 
 def take_step(trainer: Trainer, rows: Sequence[Row], step: int, learning_rate: float) -> dict[str, Tensor]:
-    """Take one optimizer step; where memory runs out, once more in twice as many parts if that is allowed.
+    """Take one optimizer step; where memory runs out, again with less need of it, as far as that is allowed.
 
     The rows and their noise are the same however they are dealt, so the step is the same within rounding.
 
     Raises:
-        OutOfMemoryError: it does not fit, and may not or can not be halved.
+        OutOfMemoryError: it does not fit, and nothing is left that could be saved.
     """
-    try:
-        return train_step(trainer, rows, step, learning_rate)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = str(error).splitlines()[0]
-    # Not in the except block: the traceback would keep alive what has to be freed. What the failed parts left too.
-    trainer.optimizer.zero_grad(set_to_none=True)
-    _require_halving(trainer, reason, step)
-    trainer.parts *= 2
-    if trainer.accelerator.device.type == "cuda":
-        torch.cuda.empty_cache()
-    try:
-        return train_step(trainer, rows, step, learning_rate)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = str(error).splitlines()[0]
-    raise OutOfMemoryError(f"{reason} at step {step}, at half the batch too; {_ADVICE}")
+    while True:
+        try:
+            return train_step(trainer, rows, step, learning_rate)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        # Not in the except block: the traceback would keep alive what has to be freed. What the failed parts left too.
+        trainer.optimizer.zero_grad(set_to_none=True)
+        _save_memory(trainer, reason, step)
+        if trainer.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def train_step(trainer: Trainer, rows: Sequence[Row], step: int, learning_rate: float) -> dict[str, Tensor]:
@@ -185,7 +169,7 @@ def train_step(trainer: Trainer, rows: Sequence[Row], step: int, learning_rate: 
     own = parts[trainer.accelerator.process_index :: trainer.processes]
     results = []
     for number, part in enumerate(own):
-        batch = dataset.collate(part, step, len(trainer.alphas_cumprod), trainer.settings.seed)
+        batch = _collate(trainer, part, step)
         with ExitStack() as stack:
             if number < len(own) - 1:  # gradients meet those of other processes once a step
                 for module in trainer.modules.values():
@@ -196,6 +180,8 @@ def train_step(trainer: Trainer, rows: Sequence[Row], step: int, learning_rate: 
     grad_norm = trainer.accelerator.clip_grad_norm_(trainer.trainable, trainer.settings.max_grad_norm)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad(set_to_none=True)
+    if trainer.average is not None:
+        trainer.average.update(dict(named_weights(trainer.trained)), step)
     means = {name: torch.stack([result[name] for result in results]).mean() for name in results[0]}
     return means | {"grad_norm": grad_norm}
 
@@ -219,7 +205,15 @@ def row_losses(trainer: Trainer, batch: Batch, modules: Mapping[str, torch.nn.Mo
     text = trainer.text.encode(batch.prompts, [modules[name] for name in trainer.model.encoders])
     model_pred = modules["unet"](noisy_latents, batch.timesteps.to(device), **condition(text, batch.sizes)).sample
     target = loss.prediction_target(trainer.prediction_type, latents, noise, alpha_bar)
-    return loss.row_losses(model_pred, target)
+    if trainer.teacher is not None:
+        with trainer.accelerator.autocast():
+            target = trainer.teacher.replace(target, noisy_latents, batch)
+    return loss.row_losses(model_pred, target, trainer.settings.huber_c)
+
+
+def _collate(trainer: Trainer, rows: Sequence[Row], step: int) -> Batch:
+    settings = trainer.settings
+    return dataset.collate(rows, step, len(trainer.alphas_cumprod), settings.seed, settings.noise_offset)
 
 
 def capture(trainer: Trainer, step: int, records: Mapping[str, Any]) -> State:
@@ -232,6 +226,8 @@ def capture(trainer: Trainer, step: int, records: Mapping[str, Any]) -> State:
                 moments[f"{name}/{key}"] = _snapshot(value)
             else:
                 plain[f"{name}/{key}"] = value
+    if trainer.average is not None:
+        moments |= {f"{name}/{_AVERAGE}": _snapshot(value) for name, value in trainer.average.values.items()}
     scaler = trainer.accelerator.scaler
     return State(
         step=step,
@@ -239,8 +235,10 @@ def capture(trainer: Trainer, step: int, records: Mapping[str, Any]) -> State:
         moments=moments,
         plain={
             "optimizer": plain,
+            "groups": [_numbers(group) for group in trainer.optimizer.param_groups],
             "scaler": scaler.state_dict() if scaler is not None else {},
             "parts": trainer.parts,
+            "checkpointing": trainer.checkpointing,
             "position": {"step": step, "part": 0},
         },
         records=dict(records),
@@ -262,12 +260,21 @@ def restore(trainer: Trainer, state: State) -> None:
                 entry[key.removeprefix(prefix)] = value
         for key in [key for key in state.moments if key.startswith(prefix)]:
             saved = state.moments[key]
+            if key == prefix + _AVERAGE:
+                if trainer.average is not None:
+                    trainer.average.values[name].copy_(saved)
+                continue
             # In the weight's own memory format: the fused kernel reads both in the order of memory.
             place = torch.empty_like(parameter) if saved.shape == parameter.shape else torch.empty_like(saved)
             entry[key.removeprefix(prefix)] = place.detach().to(parameter.device, saved.dtype).copy_(saved)
     if trainer.accelerator.scaler is not None:
         trainer.accelerator.scaler.load_state_dict(state.plain["scaler"])
+    for group, numbers in zip(trainer.optimizer.param_groups, state.plain["groups"], strict=True):
+        group.update(numbers)
     trainer.parts = state.plain["parts"]
+    if state.plain["checkpointing"] and not trainer.checkpointing:
+        trainer.model.unet.enable_gradient_checkpointing()
+        trainer.checkpointing = True
 
 
 def require_float32(parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -282,6 +289,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or _CPU_ALLOCATOR in str(error)
 
 
+def _save_memory(trainer: Trainer, reason: str, step: int) -> None:
+    """Find a way that needs less memory: compute activations again, then deal the step into twice as many parts.
+
+    Raises:
+        OutOfMemoryError: neither is allowed, or both were done before.
+    """
+    if trainer.settings.gradient_checkpointing == "auto" and not trainer.checkpointing and trainer.processes == 1:
+        trainer.model.unet.enable_gradient_checkpointing()
+        trainer.checkpointing = True
+        return
+    _require_halving(trainer, reason, step)
+    trainer.parts *= 2
+
+
 def _require_halving(trainer: Trainer, reason: str, step: int) -> None:
     """Refuse to deal a step into twice as many parts where that is not allowed, not possible, or was done before."""
     settings, share = trainer.settings, trainer.settings.train_batch_size
@@ -289,8 +310,13 @@ def _require_halving(trainer: Trainer, reason: str, step: int) -> None:
         allowed = "" if trainer.processes > 1 else ", or allow train.halve_batch_on_out_of_memory: true"
         raise OutOfMemoryError(f"{reason} at step {step}; {_ADVICE}{allowed}")
     if trainer.parts > settings.gradient_accumulation_steps or share % 2:
-        again = "at half the batch" if share % 2 == 0 else f"and a batch of {share} has no half"
+        again = "at half the batch too" if share % 2 == 0 else f"and a batch of {share} has no half"
         raise OutOfMemoryError(f"{reason} at step {step}, {again}; {_ADVICE}")
+
+
+def _numbers(group: Mapping[str, Any]) -> dict[str, float]:
+    """Return what an optimizer counts in a group besides tensors: Prodigy keeps its rate there."""
+    return {key: value for key, value in group.items() if type(value) in (int, float) and key != "lr"}
 
 
 def _snapshot(tensor: Tensor) -> Tensor:

@@ -104,6 +104,8 @@ def train(
             checkpoints.finish()
             if settings.load_best_model_at_end and not is_best(history.evaluations):
                 _restore_best(trainer, checkpoints)
+        if trainer.average is not None:
+            restore_weights(trainer.trained, trainer.average.values)
     except BaseException:
         if checkpoints:
             with suppress(Exception):  # what is being written may still end well; the first error is the one to tell

@@ -1,26 +1,49 @@
-"""Turn a class noun into class images of the untouched model, from the store that all subjects of the class share."""
+"""Turn a class noun into what keeps the class as it is: drawn class images, which all subjects share, or own photos."""
 
 from pathlib import Path
+from typing import Any
 
-import safetensors.torch
-import torch
-
+from dreambooth.dataset import Posterior
 from dreambooth.errors import SubjectError
-from dreambooth.folders import cache_folder, new_folder
+from dreambooth.families import Sizes, drawn_sizes
+from dreambooth.folders import cache_folder, new_folder, scratch_folder, sha256_of_file
+from dreambooth.images import check_photos, open_image, png_bytes, require_usable, to_square
+from dreambooth.latents import encode_images
 from dreambooth.models import DTYPES, default_device, device_name, load_model, model_hash, resolve_model
 from dreambooth.params import Params
-from dreambooth.priors import ensure_class_images, prior_key, read_class_images
+from dreambooth.priors import ensure_class_images, prior_key, read_class_images, save_class_latents
 from dreambooth.prompts import class_prompt
+from dreambooth.views import sizes_of
 from stages.entry import main, say
 
-INPUTS = ("data/base",)
+INPUTS = ("data/base", "data/classes")
 OUTPUTS = ("build/classes/{id}",)
+
+Pictures = tuple[list[bytes], list[Posterior], list[Sizes]]
 
 
 def run(params: Params, class_id: str, root: Path) -> None:
-    """Write build/classes/<id>/: 00000.png ..., latents.safetensors (N, C, h, w), manifest with the store's key."""
+    """Write build/classes/<id>/: 00000.png ..., latents.safetensors, manifest; the manifest alone without pictures."""
     if class_id not in params.classes:
         raise SubjectError(f"there is no class {class_id!r} in params.yaml; known: {', '.join(params.classes)}")
+    about: dict[str, Any] = {"kind": params.prior.kind}
+    images: Pictures = ([], [], [])
+    if params.prior.kind == "images":
+        images = _drawn(params, class_id, root, about)
+    elif params.prior.kind == "folder":
+        images = _own(params, class_id, root, about)
+    else:
+        say(f"prior {class_id}: kind {params.prior.kind}: no class images")
+    pngs, posteriors, sizes = images
+    with new_folder(root / OUTPUTS[0].format(id=class_id), about) as target:
+        for number, image in enumerate(pngs):
+            (target / f"{number:05d}.png").write_bytes(image)
+        if posteriors:
+            save_class_latents(target / "latents.safetensors", posteriors, sizes)
+
+
+def _drawn(params: Params, class_id: str, root: Path, about: dict[str, Any]) -> Pictures:
+    """Take class images from the store, drawing those that it lacks."""
     base = resolve_model(params.base.pretrained_model_name_or_path, params.base.revision, root)
     base_hash, prompt = model_hash(base), class_prompt(params.classes[class_id].class_noun)
     resolution, dtype, device = params.base.resolution, params.base.inference_dtype, default_device()
@@ -30,14 +53,27 @@ def run(params: Params, class_id: str, root: Path) -> None:
         store, prompt, lambda: load_model(base, DTYPES[dtype], device), params.prior, resolution
     )
     images, posteriors = read_class_images(store, params.prior.num_class_images)
-    about = {"key": key, "base": base_hash, "prompt": prompt, "settings": params.prior.model_dump()}
-    with new_folder(root / OUTPUTS[0].format(id=class_id), about) as target:
-        for number, image in enumerate(images):
-            (target / f"{number:05d}.png").write_bytes(image)
-        if posteriors:
-            latents = torch.stack([posterior.mean for posterior in posteriors])
-            safetensors.torch.save_file({"latents": latents}, target / "latents.safetensors")
+    settings = params.prior.model_dump(exclude={"kind", "folder"})
+    about.update({"key": key, "base": base_hash, "prompt": prompt, "settings": settings})
     say(f"prior {class_id}: {report}")
+    return images, posteriors, [drawn_sizes(resolution)] * len(images)
+
+
+def _own(params: Params, class_id: str, root: Path, about: dict[str, Any]) -> Pictures:
+    """Check the user's photos of the class as those of a subject, and encode them."""
+    folder, resolution = root / params.prior.folder / class_id, params.base.resolution
+    reports = check_photos(folder, params.photos)
+    usable = require_usable(reports, folder.relative_to(root), params.photos)
+    pictures = [open_image(folder / report.file, params.photos) for report in usable]
+    base = resolve_model(params.base.pretrained_model_name_or_path, params.base.revision, root)
+    squares = [to_square(picture, resolution) for picture in pictures]
+    cache = scratch_folder(root) / "latents" / f"class-{class_id}"
+    posteriors, reused = encode_images(load_model(base), squares, model_hash(base, ["vae"]), cache)
+    about["photos"] = [{"file": report.file, "sha256": sha256_of_file(folder / report.file)} for report in usable]
+    dropped = len(reports) - len(usable)
+    say(f"prior {class_id}: {len(usable)} photos of your own, {dropped} dropped; latents: {reused} reused")
+    sizes = [sizes_of(picture, resolution, (max(picture.size) - min(picture.size)) / 2) for picture in pictures]
+    return [png_bytes(square) for square in squares], posteriors, sizes
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
 """Turn the pictures of a subject and the class images into the trained parts of its model, and their loss curve."""
 
 import shutil
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import safetensors.torch
 from PIL import Image
 
 from dreambooth import methods, processes, prompts
 from dreambooth.checkpoint import BYTES_PER_WEIGHT, KEEP, MAY_CHANGE, Checkpoints
-from dreambooth.dataset import Sample, as_posterior
-from dreambooth.errors import DivergedError
+from dreambooth.dataset import Sample
+from dreambooth.errors import DivergedError, TrainingError
 from dreambooth.evaluation_loss import EvaluationRecord
 from dreambooth.folders import (
     code_hash,
@@ -26,7 +26,7 @@ from dreambooth.folders import (
     sha256_of,
     write_file,
 )
-from dreambooth.images import png_bytes, read_captions, read_prepared, to_square
+from dreambooth.images import png_bytes, read_captions, read_prepared
 from dreambooth.latents import encode_images
 from dreambooth.locks import only_one
 from dreambooth.models import (
@@ -39,9 +39,11 @@ from dreambooth.models import (
 )
 from dreambooth.params import Params
 from dreambooth.previews import Previews
+from dreambooth.priors import read_class_latents
 from dreambooth.trackers import Trackers, open_trackers, require_trackers
 from dreambooth.tracking import open_run
 from dreambooth.training import History, Listeners, StepRecord, max_train_steps, train
+from dreambooth.views import views_of
 from stages.entry import main, say
 
 INPUTS = ("build/{id}/instance", "build/classes/{class_id}", "data/base")
@@ -68,11 +70,14 @@ def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = 
         resume_from: a checkpoint to continue with instead of the newest of this training.
     """
     require_trackers(params.tracking.report_to)
+    if params.train.num_processes > processes.count():
+        _start_processes(params.train.num_processes, subject_id, root, resume_from)
+        return
     base = resolve_model(params.base.pretrained_model_name_or_path, params.base.revision, root)
     model = load_model(base)
     about = _inputs(params, subject_id, root, model_hash(base), device_name(model.device))
     instance = _instance_samples(params, subject_id, root, model, model_hash(base, ["vae"]))
-    prior = _prior_samples(params, subject_id, root) if _has_prior(params) else []
+    prior = _prior_samples(params, subject_id, root, instance) if _has_prior(params) else []
     methods.add_token(model, params.train, about["inputs"]["identifier"], about["inputs"]["class_noun"])
     checkpoints = _checkpoints(subject_id, root, about["inputs"], resume_from)
     if processes.rank() > 0:  # its share of the rows of each step, and no file
@@ -109,6 +114,18 @@ def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = 
             if checkpoints.changes:
                 about["changes"] = checkpoints.changes
         checkpoints.remove()
+
+
+def _start_processes(number: int, subject_id: str, root: Path, resume_from: Path | None) -> None:
+    """Run this stage as so many processes, in the project's folder; end with the code of the first that fails."""
+    if processes.count() > 1:
+        raise TrainingError(
+            f"train.num_processes: is {number}, but a launcher started {processes.count()}; start as many, or write 1"
+        )
+    resume = ["--resume-from", str(resume_from)] if resume_from else []
+    command = [sys.executable, "-m", "stages.train", subject_id, *resume]
+    if code := processes.start_all(command, number, root):
+        raise SystemExit(code)
 
 
 def _save_records(history: History, folder: Path) -> None:
@@ -165,7 +182,7 @@ def _inputs(params: Params, subject_id: str, root: Path, base_hash: str, device:
     """Say what the training depends on; its hash is the fingerprint that later stages find the run by."""
     subject = params.subject(subject_id)
     folders = {"instance": root / INPUTS[0].format(id=subject_id)}
-    if _has_prior(params):
+    if _has_prior(params) and params.prior.kind != "teacher":
         folders["prior"] = root / INPUTS[1].format(class_id=subject.class_id)
     inputs = {
         "base": base_hash,
@@ -174,6 +191,7 @@ def _inputs(params: Params, subject_id: str, root: Path, base_hash: str, device:
         "class_noun": params.class_of(subject_id).class_noun,
         "resolution": params.base.resolution,
         "train": params.train.model_dump(exclude=WITHOUT_EFFECT),
+        "prior_kind": params.prior.kind if _has_prior(params) else "none",
         "processes": processes.count(),
         "code": code_hash(),
         "device": device,
@@ -186,33 +204,51 @@ def _inputs(params: Params, subject_id: str, root: Path, base_hash: str, device:
 
 def _has_prior(params: Params) -> bool:
     """Whether class rows are trained on: they need a weight, and a method that can learn from them."""
-    return params.train.prior_loss_weight > 0 and methods.reads_class_rows(params.train)
+    wanted = params.prior.kind != "none" and params.train.prior_loss_weight > 0
+    return wanted and methods.reads_class_rows(params.train)
 
 
 def _instance_samples(params: Params, subject_id: str, root: Path, model: Model, vae_hash: str) -> list[Sample]:
-    resolution = params.base.resolution
-    names, images, small = [], [], 0
-    for name, picture in read_prepared(root / INPUTS[0].format(id=subject_id)):
-        names.append(name)
-        images.append(to_square(picture, resolution))
-        small += min(picture.size) < resolution
-    if small:
+    settings, resolution = params.train, params.base.resolution
+    folder = root / INPUTS[0].format(id=subject_id)
+    pictures = list(read_prepared(folder))
+    if small := sum(min(picture.size) < resolution for _, picture in pictures):
         say(f"train {subject_id}: warning: {small} photos are smaller than {resolution} pixels and were enlarged")
+    views = [
+        views_of(picture, resolution, settings.random_crops, settings.random_flip, settings.seed, number)
+        for number, (_, picture) in enumerate(pictures)
+    ]
+    images = [image for views_of_photo in views for image, _ in views_of_photo]
     posteriors, reused = encode_images(model, images, vae_hash, scratch_folder(root) / "latents" / subject_id)
     say(f"train {subject_id}: latents: {reused} reused, {len(images) - reused} encoded")
     identifier, class_noun = params.subject(subject_id).identifier, params.class_of(subject_id).class_noun
-    captions = read_captions(root / INPUTS[0].format(id=subject_id))
-    return [
-        Sample(name, posterior, prompts.instance_prompt(identifier, class_noun, captions[name]), "instance")
-        for name, posterior in zip(names, posteriors, strict=True)
-    ]
+    captions, encoded = read_captions(folder), iter(posteriors)
+    samples = []
+    for (name, _), views_of_photo in zip(pictures, views, strict=True):
+        (posterior, sizes), *others = [(next(encoded), sizes) for _, sizes in views_of_photo]
+        prompt = prompts.instance_prompt(identifier, class_noun, captions[name])
+        samples.append(Sample(name, posterior, prompt, "instance", sizes, variants=tuple(others)))
+    return samples
 
 
-def _prior_samples(params: Params, subject_id: str, root: Path) -> list[Sample]:
+def _prior_samples(params: Params, subject_id: str, root: Path, instance: Sequence[Sample]) -> list[Sample]:
+    """Return the class rows: class images, or the photos under the class prompt, which the base then teaches."""
+    class_noun = params.class_of(subject_id).class_noun
+    if params.prior.kind == "teacher":
+        captions, noun = read_captions(root / INPUTS[0].format(id=subject_id)), prompts.with_article(class_noun)
+        texts = {name: prompts.fill(caption or prompts.INSTANCE_TEMPLATE, noun) for name, caption in captions.items()}
+        return [replace(sample, prompt=texts[sample.id], role="prior", taught=True) for sample in instance]
     folder = root / INPUTS[1].format(class_id=params.subject(subject_id).class_id)
-    latents = safetensors.torch.load_file(folder / "latents.safetensors")["latents"]
-    prompt = prompts.class_prompt(params.class_of(subject_id).class_noun)
-    return [Sample(f"{i:05d}.png", as_posterior(latent), prompt, "prior") for i, latent in enumerate(latents)]
+    if (made := read_manifest(folder)["kind"]) != params.prior.kind:
+        raise TrainingError(
+            f"{folder} is of prior.kind {made}, params.yaml says {params.prior.kind}; run the stage before: dvc repro "
+            f"prior@{params.subject(subject_id).class_id}"
+        )
+    prompt = prompts.class_prompt(class_noun)
+    return [
+        Sample(f"{i:05d}.png", posterior, prompt, "prior", sizes)
+        for i, (posterior, sizes) in enumerate(read_class_latents(folder / "latents.safetensors"))
+    ]
 
 
 def _track(trackers: Sequence[Any], records: list[StepRecord]) -> None:

@@ -19,11 +19,13 @@ import torch
 from processes import FORKED, kill_this_process_at_write, kill_this_process_in
 from test_checkpoint import names, state
 from test_training import settings
+from tiny_families import write_sdxl
 from tiny_project import REPOSITORY, make_project, tiny_values
 
-from dreambooth import rng, trainer, training
+from dreambooth import methods, processes, rng, trainer, training
 from dreambooth.checkpoint import Checkpoints
 from dreambooth.dataset import Posterior, Sample
+from dreambooth.families import drawn_sizes
 from dreambooth.folders import DiskFullError, read_manifest
 from dreambooth.interruption import RESUME, Interrupted
 from dreambooth.models import load_model
@@ -38,7 +40,10 @@ def samples(role: Any, count: int) -> list[Sample]:
     """Return samples with latents of their own, without an autoencoder."""
     mean = rng.normal((4, 16, 16), 1, role, 0, range(count))
     prompt = "a photo of sks dog" if role == "instance" else "a photo of a dog"
-    return [Sample(f"{role}-{i}", Posterior(mean[i], 0.1 * mean[i].abs()), prompt, role) for i in range(count)]
+    return [
+        Sample(f"{role}-{i}", Posterior(mean[i], 0.1 * mean[i].abs()), prompt, role, drawn_sizes(32))
+        for i in range(count)
+    ]
 
 
 def run_in_process(base: Path, folder: Path, answer: Path, changes: dict[str, Any], kill: tuple[Any, ...] = ()) -> None:
@@ -51,6 +56,7 @@ def run_in_process(base: Path, folder: Path, answer: Path, changes: dict[str, An
     checkpoints = Checkpoints(folder, {"processes": int(os.environ.get("WORLD_SIZE", "1"))})
     values = settings(**FULL | {"checkpointing_steps": 3} | changes)
     model = load_model(base, device="cpu")
+    methods.add_token(model, values, "sks", "dog")
     try:
         history = training.train(model, samples("instance", 3), samples("prior", 4), values, None, checkpoints)
     except Interrupted:
@@ -98,6 +104,37 @@ def test_interrupted_in_any_forward_pass_a_training_ends_with_the_same_bytes(
         assert not (tmp_path / "answer").exists()
         assert finish(*where) == 0
     assert (tmp_path / "answer").read_text() == straight
+
+
+OTHERS = {
+    "lora": {"method": "lora", "rank": 2, "train_text_encoder": True, "ema_decay": 0.9},
+    "textual_inversion": {"method": "textual_inversion"},
+    "pivotal": {"method": "pivotal", "use_dora": True, "embedding_learning_rate": 1e-2},
+}
+
+
+@pytest.fixture(scope="module")
+def straight_of(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    answers = {}
+    for name, changes in OTHERS.items():
+        folder = tmp_path_factory.mktemp(name)
+        where = tiny_model_folder, folder / "checkpoints", folder / "answer", changes | {"checkpointing_steps": None}
+        assert finish(*where) == 0
+        answers[name] = (folder / "answer").read_text()
+    assert len(set(answers.values())) == len(OTHERS)
+    return answers
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("call", [0, 8, 13])
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_added_to_a_frozen_model_resumes_as_exactly(
+    tiny_model_folder: Path, tmp_path: Path, straight_of: dict[str, str], name: str, call: int, number: signal.Signals
+) -> None:
+    where = tiny_model_folder, tmp_path / "checkpoints", tmp_path / "answer", OTHERS[name]
+    assert finish(*where, (call, number)) == (RESUME if number == signal.SIGTERM else -signal.SIGKILL)
+    assert finish(*where) == 0
+    assert (tmp_path / "answer").read_text() == straight_of[name]
 
 
 def save_and_die(folder: Path, write: int, half: bool) -> None:
@@ -238,6 +275,36 @@ def test_two_processes_end_alike_and_share_no_noise(two_straight: Path) -> None:
     assert not first & second
 
 
+@pytest.mark.parametrize(
+    ("family", "method"), [("sd", "full"), ("sd", "lora"), ("sd", "textual_inversion"), ("sdxl", "full")]
+)
+def test_two_processes_take_the_steps_of_one_with_the_whole_batch(
+    tiny_model_folder: Path, tmp_path: Path, family: str, method: str
+) -> None:
+    """Adam's epsilon is large, so that it does not blow rounding differences of tiny gradients up to whole steps."""
+    changes = {"method": method, "adam_epsilon": 1e-2, "max_train_steps": 4, "gradient_accumulation_steps": 1}
+    base = write_sdxl(tmp_path / "sdxl", tiny_model_folder) if family == "sdxl" else tiny_model_folder
+    ends = []
+    for name, batch in (("two", 1), ("one", 2)):
+        folder = tmp_path / name
+        folder.mkdir()
+        where = base, folder / "checkpoints", folder / "answer"
+        values = changes | {"train_batch_size": batch, "checkpointing_steps": 3}
+        if name == "two":
+            assert finish_two(folder, *where, values) == [0, 0]
+        else:
+            assert finish(*where, values) == 0
+        ends.append(Checkpoints(folder / "checkpoints", {"processes": 1 + (name == "two")}).newest())
+    two, one = ends
+    assert two is not None
+    assert one is not None
+    assert two.step == one.step == 3
+    for weight in one.weights:
+        assert torch.allclose(two.weights[weight], one.weights[weight], atol=1e-6), weight
+    for mine, theirs in zip(two.records["steps"], one.records["steps"], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize(("number", "codes"), [(signal.SIGKILL, [-9, -9]), (signal.SIGTERM, [RESUME, RESUME])])
 def test_two_processes_of_which_one_is_told_to_stop_resume_exactly(
     tiny_model_folder: Path, tmp_path: Path, two_straight: Path, number: signal.Signals, codes: list[int]
@@ -326,3 +393,49 @@ def test_a_stage_that_is_told_to_stop_exits_with_75_and_one_that_resumes_elsewhe
     )
     assert finished.returncode == 6
     assert f"{newest} is of another training: train.adam_beta1 was 0.9, is 0.8; take" in finished.stderr
+
+
+def trained_by_two(root: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "stages.train", "biscuit"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_the_stage_starts_the_processes_itself_and_is_stopped_and_resumed_as_one(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    from dreambooth.params import load_params
+    from stages import prior, validate
+
+    values = tiny_values()
+    values["train"] |= {"max_train_steps": 150, "checkpointing_steps": 5, "train_batch_size": 1, "num_processes": 2}
+    values["train"] |= {"method": "lora", "rank": 2}
+    root = make_project(tmp_path / "project", tiny_model_folder, values)
+    params = load_params(root / "params.yaml")
+    validate.run(params, "biscuit", root)
+    prior.run(params, "dog", root)
+    with trained_by_two(root) as process:
+        await_true(lambda: list(root.glob(".scratch/checkpoints/*/step-*")), "no checkpoint was written")
+        process.terminate()
+        assert process.stdout is not None
+        said = process.stdout.read()
+    assert process.returncode == RESUME, said
+    assert not (root / "models/biscuit").exists()
+    with trained_by_two(root) as process:
+        assert process.stdout is not None
+        said = process.stdout.read()
+    assert process.returncode == 0, said
+    assert said.count("continues after step") >= 1
+    assert said.count("150 steps on cpu") == 1  # one of them writes and tells
+    assert read_manifest(root / "models/biscuit")["inputs"]["processes"] == 2
+    assert (root / "models/biscuit/loss.csv").read_text().count("\n") == 151
+
+
+def test_the_code_of_the_process_that_fails_first_is_the_answer_and_none_is_left(tmp_path: Path) -> None:
+    program = "import os, sys, time; sys.exit(75) if os.environ['RANK'] == '1' else time.sleep(600)"
+    assert processes.start_all([sys.executable, "-c", program], 3, tmp_path) == 75
+    program = "import os; assert os.environ['WORLD_SIZE'] == '2'; open(os.environ['RANK'], 'w')"
+    assert processes.start_all([sys.executable, "-c", program], 2, tmp_path) == 0
+    assert names(tmp_path) == ["0", "1"]

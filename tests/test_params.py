@@ -161,6 +161,10 @@ def test_every_parameter_says_what_it_is() -> None:
             "train.load_best_model_at_end: needs checkpoints",
         ),
         ({"preview_steps": 5, "preview_prompts": []}, "train.preview_prompts: empty"),
+        ({"ema_decay": 0.9, "load_best_model_at_end": True, "evaluation_steps": 5}, "train.ema_decay: replaces"),
+        ({"optimizer": "prodigy", "embedding_learning_rate": 0.5}, "train.optimizer: prodigy has one rate"),
+        ({"gradient_checkpointing": "sometimes"}, "train.gradient_checkpointing"),
+        ({"method": "hypernetwork"}, "train.method: should be 'full', 'lora', 'textual_inversion' or 'pivotal'"),
         ({"preview_prompts": ["a dog"]}, "train.preview_prompts.0: should hold {}"),
     ],
 )

@@ -73,6 +73,12 @@ def test_a_new_learning_rate_keeps_the_class_images(reproduced: Path, values: di
     assert stale(reproduced) == {f"{stage}@biscuit" for stage in ("train", "evaluate", "report", "export")}
 
 
+def test_another_method_is_stale_in_the_training_and_below_it_alone(reproduced: Path, values: dict[str, Any]) -> None:
+    values["train"]["method"] = "lora"
+    write_params(reproduced, values)
+    assert stale(reproduced) == {f"{stage}@biscuit" for stage in ("train", "evaluate", "report", "export")}
+
+
 def test_a_new_class_noun_draws_the_class_images_again(reproduced: Path, values: dict[str, Any]) -> None:
     values["classes"]["dog"]["class_noun"] = "puppy"
     write_params(reproduced, values)
@@ -83,11 +89,13 @@ def test_a_new_class_noun_draws_the_class_images_again(reproduced: Path, values:
 @pytest.mark.parametrize(
     ("section", "key", "value", "expected"),
     [
-        ("photos", "min_side", 9, {"validate@biscuit"}),
+        ("photos", "min_side", 9, {"validate@biscuit", "prior@dog"}),  # own photos of a class are checked alike
         ("prior", "guidance_scale", 1.5, {"prior@dog"}),
         ("base", "inference_dtype", "bfloat16", {"prior@dog", "evaluate@biscuit", "export@biscuit"}),
         ("evaluate", "seeds", [5], {"evaluate@biscuit"}),
         ("train", "prior_loss_weight", 0.5, {"train@biscuit", "export@biscuit"}),
+        ("train", "method", "lora", {"train@biscuit", "export@biscuit"}),
+        ("prior", "kind", "teacher", {"prior@dog", "train@biscuit"}),
     ],
 )
 def test_a_parameter_touches_only_the_stages_that_read_it(
@@ -128,3 +136,14 @@ def test_a_parameter_that_is_changed_back_is_restored_without_computing(
     assert "Running stage" not in said
     assert "is cached - skipping run" in said
     assert (reproduced / "export/biscuit/manifest.json").read_bytes() == before
+
+
+def test_another_method_trains_again_and_keeps_pictures_and_class_images(
+    reproduced: Path, values: dict[str, Any]
+) -> None:
+    values["train"]["method"] = "lora"
+    write_params(reproduced, values)
+    said = dvc(reproduced, "repro", "train@biscuit")
+    ran = [line for line in said.splitlines() if line.startswith("Running stage")]
+    assert ran == ["Running stage 'train@biscuit':"]
+    assert (reproduced / "models/biscuit/pytorch_lora_weights.safetensors").is_file()

@@ -60,6 +60,7 @@ def tiny_values() -> dict[str, Any]:
 def make_project(root: Path, base: Path, values: dict[str, Any]) -> Path:
     """Make a project around a base model."""
     shutil.copytree(base, root / "data/base/tiny")
+    (root / "data/classes").mkdir()
     folder = root / values["evaluate"]["prompts"]
     folder.mkdir(parents=True)
     for kind in ("live", "object"):

@@ -19,7 +19,7 @@ def real_project(tmp_path: Path) -> Path:
     from dvc.repo import Repo
 
     root = tmp_path / "project"
-    for folder in ("dreambooth", "stages", "data/prompts", "data/base/emoji64"):
+    for folder in ("dreambooth", "stages", "data/classes", "data/prompts", "data/base/emoji64"):
         shutil.copytree(REPOSITORY / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "dvc.yaml", root)
     values = yaml.safe_load((REPOSITORY / "params.yaml").read_text()) | {"subjects": {}, "classes": {}}

@@ -1,0 +1,52 @@
+"""What the untouched base predicts, as the target of class rows: the prior without a single class image.
+
+A subject's noisy latents under the class prompt must be seen as the base sees them: the learned subject stays with its
+identifier. B rows, C latent channels, H height and W width of the latents.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dreambooth import adapters
+from dreambooth.dataset import Batch
+from dreambooth.families import condition
+from dreambooth.models import Model
+from dreambooth.texts import TextSource
+
+
+class Teacher:
+    """The base of a training: its own UNet without the LoRA, or a frozen copy where all weights move.
+
+    Args:
+        model: before its first step.
+        prompts: of the rows that will be taught; they are encoded now, by the encoders of the base.
+        copied: whether the weights of the UNet themselves will move.
+    """
+
+    def __init__(self, model: Model, prompts: Sequence[str], copied: bool) -> None:
+        self._model, self._text = model, TextSource(model, prompts, trained=False)
+        self._copy = copy.deepcopy(model.unet).requires_grad_(False).eval() if copied else None
+
+    @torch.no_grad()
+    def replace(self, target: Tensor, noisy_latents: Tensor, batch: Batch) -> Tensor:
+        """Return the target with the base's prediction in the rows that are taught, (B, C, H, W)."""
+        rows = batch.taught.nonzero().flatten().tolist()
+        if not rows:
+            return target
+        text = self._text.encode([batch.prompts[row] for row in rows], ())
+        how = condition(text, None if batch.sizes is None else batch.sizes[rows])
+        timesteps = batch.timesteps[rows].to(target.device)
+        target = target.clone()
+        target[rows] = self._predict(noisy_latents[rows], timesteps, how).float()
+        return target
+
+    def _predict(self, latents: Tensor, timesteps: Tensor, how: dict[str, object]) -> Tensor:
+        if self._copy is not None:
+            prediction: Tensor = self._copy(latents, timesteps, **how).sample
+        else:
+            with adapters.without_lora(self._model.unet):
+                prediction = self._model.unet(latents, timesteps, **how).sample
+        return prediction

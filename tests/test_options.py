@@ -1,0 +1,178 @@
+"""Options of the loss, of the noise, of the photos, of the optimizer, and of the end: each does what it says."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from test_training import largest_difference, make_samples, settings, weights
+from tiny_project import make_photo
+
+from dreambooth import rng, trainer
+from dreambooth.averaging import Average
+from dreambooth.checkpoint import Checkpoints
+from dreambooth.dataset import Posterior, Sample, collate, rows_of_step
+from dreambooth.errors import OutOfMemoryError, TrainingError
+from dreambooth.images import to_square
+from dreambooth.loss import row_losses
+from dreambooth.models import Model, load_model
+from dreambooth.optimizers import EXTRAS
+from dreambooth.training import History, train
+from dreambooth.views import views_of
+
+
+@pytest.fixture
+def model(tiny_model_folder: Path) -> Model:
+    return load_model(tiny_model_folder, device="cpu")
+
+
+def run(model: Model, checkpoints: Checkpoints | None = None, **changes: Any) -> History:
+    instance = make_samples(model, 3, "instance", "a photo of sks dog")
+    prior = make_samples(model, 3, "prior", "a photo of a dog")
+    return train(model, instance, prior, settings(**changes), None, checkpoints)
+
+
+@pytest.mark.parametrize("B", [1, 2, 3])
+def test_huber_is_the_square_near_zero_and_the_magnitude_far_away(B: int) -> None:
+    differences = torch.tensor([1e-3, 100.0, 2.0])[:B]
+    losses = row_losses(differences[:, None, None, None].expand(B, 4, 3, 2), torch.zeros(B, 4, 3, 2), 0.1)
+    near, far, by_hand = 1e-6, 0.2 * (100.0 - 0.1), 0.2 * ((4 + 0.01) ** 0.5 - 0.1)
+    assert losses.tolist() == pytest.approx([near, far, by_hand][:B], rel=1e-3)
+
+
+def test_the_offset_shifts_whole_channels_of_the_noise_by_the_row() -> None:
+    sample = Sample("a", Posterior(torch.zeros(4, 8, 8), torch.zeros(4, 8, 8)), "a", "instance")
+    rows = rows_of_step(5, 3, [sample], [], 1.0, 0)
+    plain, shifted = (collate(rows, 5, 1000, 0, offset).noise for offset in (0.0, 0.1))
+    shift = (shifted - plain) / 0.1
+    assert torch.allclose(shift, shift[:, :, :1, :1].expand_as(shift), atol=1e-5)
+    expected = rng.normal((4, 1, 1), 0, "noise-offset", 5, [0, 1, 2])
+    assert torch.allclose(shift[:, :, :1, :1], expected, atol=1e-5)
+
+
+def test_options_of_loss_and_noise_change_the_training(tiny_model_folder: Path) -> None:
+    ends = []
+    for changes in ({}, {"huber_c": 0.1}, {"noise_offset": 0.1}):
+        model = load_model(tiny_model_folder, device="cpu")
+        run(model, **changes)
+        ends.append(weights(model))
+    assert largest_difference(ends[0], ends[1]) > 0
+    assert largest_difference(ends[0], ends[2]) > 0
+
+
+def test_views_are_squares_along_the_longer_side_and_their_mirror_images() -> None:
+    picture = make_photo(3, 96).crop((0, 0, 64, 96))
+    views = views_of(picture, 32, 2, True, 0, 0)
+    assert len(views) == 6
+    (middle, sizes), (second, places), *_ = views
+    assert middle.tobytes() == to_square(picture, 32).tobytes()
+    assert sizes == (96, 64, 8, 0, 32, 32)
+    assert places[:2] == (96, 64)
+    assert 0 <= places[2] <= 16
+    assert second.tobytes() != middle.tobytes()
+    assert views[3][0].transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes() == middle.tobytes()
+    assert [sizes for _, sizes in views[3:]] == [sizes for _, sizes in views[:3]]
+
+
+def test_a_square_photo_has_one_place_and_no_option_one_view() -> None:
+    picture = Image.linear_gradient("L").convert("RGB")
+    assert len(views_of(picture, 32, 5, False, 0, 0)) == 1
+    assert len(views_of(picture.resize((300, 200)), 32, 0, False, 0, 0)) == 1
+
+
+def test_a_row_takes_each_view_at_times_the_same_one_in_every_split() -> None:
+    views = [(Posterior(torch.full((1, 2, 2), float(i)), torch.zeros(1, 2, 2)), (i,) * 6) for i in range(3)]
+    sample = Sample("a", views[0][0], "a", "instance", views[0][1], variants=tuple(views[1:]))
+    seen = []
+    for step in range(20):
+        rows = rows_of_step(step, 2, [sample], [], 1.0, 0)
+        whole = collate(rows, step, 1000, 0)
+        assert whole.sizes is not None
+        assert whole.latents[:, 0, 0, 0].tolist() == whole.sizes[:, 0].tolist()
+        assert torch.equal(torch.cat([collate([row], step, 1000, 0).latents for row in rows]), whole.latents)
+        seen += whole.latents[:, 0, 0, 0].tolist()
+    assert set(seen) == {0.0, 1.0, 2.0}
+
+
+def test_the_average_by_hand() -> None:
+    weight = torch.zeros(2)
+    average = Average({"w": weight}, 0.5)
+    for step, expected in ((0, 0.9), (1, 0.9 + (2 - 0.9) * (1 - 2 / 11))):
+        weight.fill_(step + 1.0)
+        average.update({"w": weight}, step)
+        assert torch.allclose(average.values["w"], torch.full((2,), expected))
+    weight.fill_(0.0)
+    average.update({"w": weight}, 1000)  # by now the decay itself
+    assert torch.allclose(average.values["w"], torch.full((2,), 0.5 * expected))
+
+
+def test_the_average_is_shipped_and_lies_between_the_first_and_the_last_weights(tiny_model_folder: Path) -> None:
+    first, plain, averaged = (load_model(tiny_model_folder, device="cpu") for _ in range(3))
+    losses = [record.loss for record in run(plain, max_train_steps=8).steps]
+    assert [record.loss for record in run(averaged, max_train_steps=8, ema_decay=0.999).steps] == losses
+    way, part = (largest_difference(weights(first), weights(model)) for model in (plain, averaged))
+    assert 0 < part < way
+
+
+def test_memory_that_runs_out_is_first_saved_by_computing_again_then_by_halves(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    expected = run(load_model(tiny_model_folder, device="cpu")).steps
+    model = load_model(tiny_model_folder, device="cpu")
+    fits = [False, True, False, False, True]
+    original = trainer.forward
+
+    def forward(own: Any, batch: Any) -> Any:
+        if batch.timesteps.shape[0] == 4 and fits and not fits.pop(0):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return original(own, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "forward", forward)
+        history = run(model, Checkpoints(tmp_path), gradient_checkpointing="auto", checkpointing_steps=1)
+    for mine, theirs in zip(history.steps, expected, strict=True):
+        assert mine.loss == pytest.approx(theirs.loss, rel=1e-4)
+    state = Checkpoints(tmp_path).newest()
+    assert state is not None
+    assert (state.plain["checkpointing"], state.plain["parts"]) == (True, 2)
+    again = load_model(tiny_model_folder, device="cpu")
+    run(again, Checkpoints(tmp_path), gradient_checkpointing="auto", checkpointing_steps=1)
+    assert again.unet.is_gradient_checkpointing
+
+
+def test_a_step_that_never_fits_says_what_was_tried(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    monkeypatch.setattr(trainer, "forward", forward)
+    with pytest.raises(OutOfMemoryError, match="at step 0, at half the batch too"):
+        run(model, gradient_checkpointing="auto")
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_an_optimizer_that_is_not_installed_is_named_with_its_remedy(
+    model: Model, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    package, extra = EXTRAS[name]
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(TrainingError, match=rf"train\.optimizer: {name} needs the package {package}.*\[{extra}\]"):
+        run(model, optimizer=name)
+
+
+def test_prodigy_learns_and_resumes_exactly(tiny_model_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("prodigyopt")
+    how = {"optimizer": "prodigy", "learning_rate": 1.0, "method": "lora", "rank": 2, "checkpointing_steps": 2}
+    straight, stopped, resumed = (load_model(tiny_model_folder, device="cpu") for _ in range(3))
+    losses = [record.loss for record in run(straight, max_train_steps=6, **how).steps]
+    run(stopped, Checkpoints(tmp_path), max_train_steps=5, **how)
+    history = run(resumed, Checkpoints(tmp_path), max_train_steps=6, **how)
+    assert [record.loss for record in history.steps] == losses
+    assert largest_difference(weights(straight), weights(resumed)) == 0
+
+
+def test_tf32_is_as_it_is_set(model: Model) -> None:
+    for allowed in (False, True):
+        run(model, max_train_steps=1, allow_tf32=allowed)
+        assert torch.backends.cuda.matmul.allow_tf32 == allowed
