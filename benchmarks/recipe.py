@@ -107,6 +107,7 @@ class Ours:
         values["classes"] = {CLASS: {"class_noun": recipe.class_noun}}
         values["subjects"] = {SUBJECT: {"class_id": CLASS, "identifier": IDENTIFIER, "kind": "object"}}
         values["prior"] |= {
+            "kind": "images",
             "num_class_images": recipe.class_images,
             "num_inference_steps": recipe.sampler_steps,
             "guidance_scale": recipe.guidance_scale,
