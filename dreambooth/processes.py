@@ -76,15 +76,14 @@ def _signals_for(children: Sequence["subprocess.Popen[bytes]"]) -> Iterator[None
 def _wait(children: Sequence["subprocess.Popen[bytes]"]) -> int:
     """Wait for all; once one has failed, give the others a while to stop, then end them."""
     failed, deadline = 0, float("inf")
-    while any(child.poll() is None for child in children):
-        codes = [child.returncode for child in children if child.returncode]
-        if codes and not failed:
-            failed, deadline = codes[0], time.monotonic() + PATIENCE
+    while None in (codes := [child.poll() for child in children]):
+        if any(codes) and not failed:
+            failed, deadline = next(filter(None, codes)), time.monotonic() + PATIENCE
             _tell(children, signal.SIGTERM)
         if time.monotonic() > deadline:
             _tell(children, signal.SIGKILL)
         time.sleep(_LOOK_EVERY)
-    code = failed or next((child.returncode for child in children if child.returncode), 0)
+    code = failed or next(filter(None, codes), 0)
     return code if code >= 0 else 128 - code
 
 
