@@ -242,7 +242,7 @@ def test_a_mistake_is_one_line_with_a_code_and_loads_no_model(project: Path) -> 
     finished = run_program(project, "validate", "biscuit")
     assert finished.returncode == 3
     assert finished.stderr.splitlines() == [
-        "E_PHOTOS: data/subjects/biscuit/00.png: is empty (0 bytes); copy the photo again"
+        "E_PHOTOS: data/subjects/biscuit/00.png: is empty (0 bytes); copy the photo again (E_IMG_EMPTY)"
     ]
     loaded = subprocess.run(
         [sys.executable, "-c", "import sys, stages.validate; print('torch' in sys.modules)"],

@@ -75,6 +75,22 @@ def test_check_says_what_is_wrong_with_each_photo(project: Path) -> None:
     assert "torch" not in json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.fault(9)
+@pytest.mark.threat(4)
+def test_check_takes_any_folder_and_draws_thumbnails_for_their_owner(project: Path, tmp_path: Path) -> None:
+    make_photos(tmp_path / "camera", 3)
+    done = dreambooth(project, "check", str(tmp_path / "camera"))
+    assert done.returncode == 0, done.stderr
+    assert "3 of 3 photos can be used. Next: dreambooth add ID" in " ".join(done.stdout.split())
+    folder = project / ".scratch/check"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert sorted(path.name for path in folder.iterdir()) == ["00.png", "01.png", "02.png"]
+    assert ".scratch/check/02.png" in done.stdout
+    done = dreambooth(project, "check", "rex")
+    assert "build/rex/check/00.png" in done.stdout
+    assert (project / "build/rex/check/00.png").is_file()
+
+
 def test_check_refuses_what_is_no_id(project: Path) -> None:
     done = dreambooth(project, "check", "../../etc")
     assert (done.returncode, done.stderr[:11]) == (3, "E_SUBJECT: ")

@@ -77,6 +77,7 @@ def test_flow_executes_nothing_after_dvc_repro(project: Path, environment: dict[
     assert ran(project) == []
 
 
+@pytest.mark.fault(38)
 def test_a_failed_subject_does_not_stop_the_other_and_the_flow_is_failed(
     project: Path, environment: dict[str, str], prefect_server: str
 ) -> None:
