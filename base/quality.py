@@ -31,7 +31,7 @@ from base.recipe import Recipe
 from base.sprites import Sprites
 from dreambooth.scorer import BundledScorer
 
-STEPS, GUIDANCE = 25, 4.0
+STEPS, GUIDANCE = 25, 7.5
 FILE = "quality.json"
 BARS = {"noun": 0.8, "colour": 0.8, "scene": 0.7}
 """What the base model has to reach."""

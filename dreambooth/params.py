@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -502,18 +502,9 @@ def _keys_beside(location: tuple[Any, ...]) -> list[str]:
     """Name the keys that may stand where an unknown one was found."""
     if len(location) == 1:
         return list(Params.model_fields)
-    sections: dict[str, type[Section]] = {
-        "base": Base,
-        "classes": ClassParams,
-        "subjects": SubjectParams,
-        "photos": Photos,
-        "prior": Prior,
-        "train": Train,
-        "evaluate": Evaluate,
-        "gate": Gate,
-        "registry": Registry,
-    }
-    return list(sections[location[0]].model_fields)
+    section: Any = Params.model_fields[location[0]].annotation
+    entries = get_args(section)  # of a map: its keys, and what each of them holds
+    return list((entries[1] if entries else section).model_fields)
 
 
 def _is_number(text: str) -> bool:

@@ -48,8 +48,9 @@ LOCK_SECONDS = 3600.0
 SCORES = ("evaluation.json", "prompts.csv", "class_images.csv", "scores.csv")  # what the gate reads of an evaluation
 # What the shipped code of dreambooth imports to draw pictures; pinned to what the export was made with.
 SERVED_WITH = (
-    "accelerate", "diffusers", "mlflow", "numpy", "pandas", "pillow", "platformdirs", "pydantic",
-    "ruamel.yaml", "safetensors", "scipy", "torch", "tqdm", "transformers",
+    "accelerate", "diffusers", "mlflow", "numpy", "pandas", "peft", "pillow", "platformdirs", "pydantic",
+    "ruamel.yaml", "safetensors", "scipy", "tokenizers", "torch", "tqdm",
+    "transformers",
 )  # fmt: skip
 
 

@@ -67,6 +67,9 @@ def test_a_missing_package_is_named_before_anything_is_loaded(
 
 
 def test_one_that_does_not_start_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    wandb.teardown()  # it reads the environment once in a process
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("HOME", str(tmp_path))  # no account, and nobody to ask for one
     monkeypatch.delenv("WANDB_API_KEY", raising=False)

@@ -114,7 +114,7 @@ def test_an_event_brings_the_subject_up_to_date_whose_photos_changed(site: tuple
     run = runs_of(api, "on-photos")[0]
     assert run["parameters"]["subject"] == "subject.biscuit"
     assert ended(api, run["id"]) == "Completed", state(api, run["id"])
-    assert "train@biscuit" in (root / "ran.log").read_text()
+    assert "validate@biscuit" in (root / "ran.log").read_text()
 
 
 def test_a_batch_draws_with_the_champion(site: tuple[Path, dict[str, str], str]) -> None:
