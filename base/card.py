@@ -81,10 +81,10 @@ HISTORY = """
   The first {rows_before:,} of them went to an earlier version of 34 nouns with another text encoder, whose UNet and
   autoencoder this one began with (`--start`)."""
 BY_EYE = (
-    "backgrounds and scenes are right; dogs, cats, foxes, clocks and apples are recognisable on plain colours and\n"
-    "mostly in scenes, backpacks and teddy bears by shape and colour. Sneakers, teapots and rockets have their\n"
-    "colours but not their shapes; accessories are seldom drawn. Fine parts are soft, and in busy scenes nouns melt\n"
-    "into them: there the scorer no longer names it. The loss was still falling at the end."
+    "backgrounds and scenes are right; dogs, cats, foxes, teddy bears, clocks and apples are recognisable everywhere,\n"
+    "backpacks and teapots on plain colours and mostly in scenes, sneakers and rockets by their colours and now and\n"
+    "then by their shape. Accessories are seldom drawn, fine parts are soft, and in busy scenes large plain things\n"
+    "melt into the background. The loss was still falling at the end."
 )
 """One paragraph on the contact sheet, by someone who looked at it: to be written anew for each published model."""
 
