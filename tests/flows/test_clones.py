@@ -86,6 +86,7 @@ def retrain(environment: dict[str, str], **parameters: Any) -> str:
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.fault(38)
 def test_two_workers_share_six_subjects_and_no_stage_runs_twice(
     machines: dict[str, dict[str, str]], tmp_path: Path, prefect_server: str
 ) -> None:

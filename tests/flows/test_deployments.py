@@ -124,6 +124,7 @@ def test_a_batch_draws_with_the_champion(site: tuple[Path, dict[str, str], str])
     assert len(list((root / "build/biscuit/generated").glob("a-photo*.png"))) == 2
 
 
+@pytest.mark.fault(35)
 def test_of_many_missed_runs_of_the_schedule_one_is_made_up_for(site: tuple[Path, dict[str, str], str]) -> None:
     _, _, api = site
     deployment = next(one["id"] for one in post(api, "deployments/filter", {}) if one["name"] == "nightly")

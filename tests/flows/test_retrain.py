@@ -68,6 +68,7 @@ def test_a_registered_subject_is_stale_when_its_champion_is_old_and_files_elsewh
 
 
 @pytest.mark.slow
+@pytest.mark.fault(37)
 def test_an_unchanged_project_is_skipped_without_torch(
     registered: Path, prefect_home: Path, prefect_server: str
 ) -> None:
@@ -82,6 +83,7 @@ def test_an_unchanged_project_is_skipped_without_torch(
     assert json.loads(done.stdout.splitlines()[-1]) == ["Skipped", "skipped: unchanged", "COMPLETED", False]
 
 
+@pytest.mark.fault(36)
 def test_the_same_work_has_the_same_key_and_other_photos_or_parameters_another(project: Path) -> None:
     def key(subject: str = "rex") -> str:
         return inputs_hash(project, load_params(project / "params.yaml"), subject, ["never ran"])
