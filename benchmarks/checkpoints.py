@@ -21,7 +21,8 @@ from dreambooth.checkpoint import Checkpoints
 from dreambooth.dataset import Posterior, Role, Sample
 from dreambooth.models import load_model
 from dreambooth.params import Train, load_params
-from dreambooth.trainer import Trainer, capture, learning_rate_at, prepare, take_step
+from dreambooth.schedule import learning_rate_at
+from dreambooth.trainer import Trainer, capture, prepare, take_step
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIM = 0.03  # of the training time, at one checkpoint in PER_STEPS steps

@@ -4,7 +4,7 @@ P prompts, S seeds of a prompt, M class images, N real photos, D and E embedding
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from dreambooth import fidelity, prompts, rng
 from dreambooth.encoders import FeatureReader, ImageEncoder, ImageTextEncoder, lite0_pooled
 from dreambooth.errors import EvaluationError
 from dreambooth.fidelity import Interval
-from dreambooth.images import both_hashes, hash_distance
+from dreambooth.images import both_hashes, hash_distance, perceptual_hash
 
 MIN_COUNTED = 2  # an interval needs a spread
 MIN_PROMPTS = 6  # under this an interval over prompts says little, and no model is promoted on it
@@ -390,7 +390,9 @@ def nearest_photos(pictures: Sequence[Image.Image], rows: torch.Tensor, photos: 
     """
     cosines = torch.maximum(fidelity.cosine(rows, photos.embeddings), fidelity.cosine(rows, photos.mirrored))
     best = cosines.max(dim=-1)
-    distances = np.array([[hash_distance(both, one) for both in photos.hashes] for one in _first_hashes(pictures)])
+    distances = np.array(
+        [[hash_distance(both, one) for both in photos.hashes] for one in map(perceptual_hash, pictures)]
+    )
     by_hash = (distances.min(axis=1) <= fidelity.COPY_DISTANCE) & (best.values.numpy() <= photos.copy_cosine)
     return pd.DataFrame(
         {
@@ -400,10 +402,6 @@ def nearest_photos(pictures: Sequence[Image.Image], rows: torch.Tensor, photos: 
             "copy": fidelity.copies(best.values, distances.min(axis=1), photos.copy_cosine).tolist(),
         }
     )
-
-
-def _first_hashes(pictures: Sequence[Image.Image]) -> Iterator[NDArray[np.bool_]]:
-    return (both_hashes(picture)[0] for picture in pictures)
 
 
 def _interval(differences: NDArray[np.float64], confidence: float) -> dict[str, Any] | None:

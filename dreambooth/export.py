@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from dreambooth import lora_formats, prompts
-from dreambooth.adapters import EMBEDDINGS_FILE, LORA_FILE, METADATA
+from dreambooth.adapters import CLIP_KEYS, EMBEDDINGS_FILE, LORA_FILE, METADATA
 from dreambooth.card import card
 from dreambooth.consent import Consent
 from dreambooth.errors import ExportError, ModelError
+from dreambooth.families import SDXL
 from dreambooth.layouts import UNetShape, is_open_clip, single_file
 from dreambooth.models import DTYPES, write_pipeline
 from dreambooth.params import METHODS_OF_FORMAT, Params
@@ -22,7 +23,6 @@ from dreambooth.weight_files import cast_weights, kohya_header, modelspec, read_
 
 GENERATION = "generation.json"
 CARD = "README.md"
-_WEIGHTED = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 def write_export(
@@ -96,7 +96,7 @@ def a1111_embedding(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
         ModelError: neither one entry nor the two of SDXL.
     """
     rows = {name: tensor.reshape(-1, tensor.shape[-1]) for name, tensor in weights.items()}
-    if set(rows) == {"clip_l", "clip_g"}:
+    if set(rows) == set(CLIP_KEYS):
         return rows
     if len(rows) != 1:
         raise ModelError(f"{EMBEDDINGS_FILE} holds {', '.join(rows)}; it should hold one word, or clip_l and clip_g")
@@ -105,7 +105,7 @@ def a1111_embedding(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
 
 def _write_single_file(folder: Path, trained: Path, subject_id: str, params: Params, photos: int) -> None:
     """Write the pipeline of diffusers that stands in the export as one file in the original layout."""
-    parts = [part for part in _WEIGHTED if (folder / part).is_dir()]
+    parts = [part for part in SDXL.weighted if (folder / part).is_dir()]
     dtype = DTYPES[params.export.dtype]
     weights = single_file(
         {part: cast_weights(read_weights(folder / part), dtype) for part in parts},

@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -46,16 +46,22 @@ def stop_request() -> Iterator[StopRequest]:
             os._exit(128 + number)
         request.signal = request.signal or signal.Signals(number)
 
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not in the main thread: signals arrive elsewhere
+    if threading.current_thread() is not threading.main_thread():  # signals arrive elsewhere
         yield request
         return
-    try:
+    with on_stop(note):
         yield request
+
+
+@contextmanager
+def on_stop(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let a handler have SIGTERM and SIGINT for a while; in the main thread only."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def die_with_starter() -> None:

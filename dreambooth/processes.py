@@ -9,10 +9,10 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
+
+from dreambooth.interruption import on_stop
 
 PATIENCE = 30.0  # seconds that the others get to stop in good order when one has failed
 _LOOK_EVERY = 0.1  # seconds between two looks at the processes
@@ -54,23 +54,8 @@ def start_all(command: Sequence[str], number: int, folder: Path) -> int:
         own = {**world, "RANK": rank_, "LOCAL_RANK": rank_}
         environment = os.environ | {name: str(value) for name, value in own.items()}
         children.append(subprocess.Popen(command, cwd=folder, env=environment))
-    with _signals_for(children):
+    with on_stop(lambda number, frame: _tell(children, signal.SIGTERM)):
         return _wait(children)
-
-
-@contextmanager
-def _signals_for(children: Sequence["subprocess.Popen[bytes]"]) -> Iterator[None]:
-    """Pass what should stop this process on to its children, once."""
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        _tell(children, signal.SIGTERM)
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _wait(children: Sequence["subprocess.Popen[bytes]"]) -> int:

@@ -3,7 +3,6 @@
 B rows, C latent channels, H height and W width of the latents, L tokens, D text width.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -66,16 +65,6 @@ class Trainer:
     def rows_per_step(self) -> int:
         """Instance rows of a step, over all of its forward passes and processes."""
         return self.settings.train_batch_size * self.settings.gradient_accumulation_steps * self.processes
-
-
-def learning_rate_at(step: int, settings: Train, steps: int) -> float:
-    """Return the rate of optimizer step `step`, from 0: linear warm-up, then constant, or falling to 0 at the end."""
-    warmup = settings.lr_warmup_steps
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    done = (step - warmup) / max(steps - warmup, 1)
-    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
-    return settings.learning_rate * shape[settings.lr_scheduler]
 
 
 def prepare(model: Model, samples: Sequence[Sample], settings: Train) -> Trainer:

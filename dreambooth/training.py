@@ -20,7 +20,8 @@ from dreambooth.models import Model
 from dreambooth.params import Train
 from dreambooth.previews import Previews
 from dreambooth.progress import progress_bar
-from dreambooth.trainer import Trainer, capture, learning_rate_at, prepare, release, restore, take_step
+from dreambooth.schedule import learning_rate_at, max_train_steps
+from dreambooth.trainer import Trainer, capture, prepare, release, restore, take_step
 
 FLUSH_EVERY = 10  # steps between two reads of the losses: reading one waits for the device
 
@@ -58,13 +59,6 @@ class Listeners:
     records: Callable[[list[StepRecord]], object] = lambda records: None
     evaluation: Callable[[EvaluationRecord], object] = lambda record: None
     previews: Previews | None = None
-
-
-def max_train_steps(settings: Train, num_photos: int) -> int:
-    """Return the optimizer steps: as set, or 100 a photo between 400 and 1200."""
-    if settings.max_train_steps is not None:
-        return settings.max_train_steps
-    return min(max(100 * num_photos, 400), 1200)
 
 
 def train(

@@ -16,7 +16,9 @@ from rich.table import Table
 
 from dreambooth.folders import scratch_folder
 from dreambooth.params import Params
+from dreambooth.schedule import max_train_steps
 from flows.graph import GPU_ENTRIES, Graph, Stage
+from flows.summary import count_photos
 
 RATES = "rates.jsonl"
 NEWEST = 9  # measurements whose median counts
@@ -155,12 +157,11 @@ def units_of(entry: str, key: str, params: Params, root: Path) -> int:
     if entry == "prior":
         return params.prior.num_class_images
     if entry == "validate":
-        return _photos(root, key)
+        return count_photos(root, key)
     if entry == "train":
         train = params.train
         rows = train.train_batch_size * (2 if train.prior_loss_weight else 1) * train.gradient_accumulation_steps
-        steps = train.max_train_steps or min(max(100 * _photos(root, key), 400), 1200)  # as dreambooth/training.py
-        return steps * rows
+        return max_train_steps(train, count_photos(root, key)) * rows
     if entry == "evaluate":
         prompts = params.evaluate.max_prompts or 25
         return 2 * (prompts * len(params.evaluate.seeds) + params.evaluate.num_class_images)
@@ -215,10 +216,6 @@ def _line(
         for stage, count in zip(stages, units, strict=True)
     ]
     return Line(entry, len(stages), sum(units), seconds, sum(size), bool(measurements), entry in GPU_ENTRIES)
-
-
-def _photos(root: Path, subject_id: str) -> int:
-    return sum(1 for path in (root / "data" / "subjects" / subject_id).glob("*") if path.is_file())
 
 
 def _sizes(graph: Graph) -> dict[str, float]:

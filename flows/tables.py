@@ -1,18 +1,21 @@
 """Draw the tables that people read in a terminal."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from dreambooth.errors import shown
-from dreambooth.photos import PhotoReport
 from flows.summary import Summary, rows
+
+if TYPE_CHECKING:
+    from dreambooth.photos import PhotoReport
 
 
 def photos_table(
-    reports: Sequence[PhotoReport], ignored: Sequence[str], thumbnails: Mapping[str, str] | None = None
+    reports: Sequence["PhotoReport"], ignored: Sequence[str], thumbnails: Mapping[str, str] | None = None
 ) -> Table:
     """Say for every photo whether it can be used, and why not; where a thumbnail of it lies, if there are any."""
     columns = ["file", "pixels", "verdict"] + (["thumbnail"] if thumbnails else [])
@@ -60,7 +63,7 @@ def print_problems(console: Console, code: str, text: str) -> None:
         console.print(Text(f"{code}: {line}", "red"), soft_wrap=True)
 
 
-def _verdict(report: PhotoReport) -> Text:
+def _verdict(report: "PhotoReport") -> Text:
     if report.error:
         return Text(str(report.error), "red")
     if report.duplicate_of is not None:

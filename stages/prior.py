@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from dreambooth.dataset import Posterior
 from dreambooth.errors import SubjectError
 from dreambooth.families import Sizes, drawn_sizes
 from dreambooth.folders import cache_folder, new_folder, scratch_folder, sha256_of_file
-from dreambooth.images import open_image, png_bytes, to_square
+from dreambooth.images import png_bytes, to_square
 from dreambooth.latents import encode_images
 from dreambooth.models import DTYPES, default_device, device_name, load_model, model_hash, resolve_model
 from dreambooth.params import Params
@@ -63,9 +65,9 @@ def _drawn(params: Params, class_id: str, root: Path, about: dict[str, Any]) -> 
 def _own(params: Params, class_id: str, root: Path, about: dict[str, Any]) -> Pictures:
     """Check the user's photos of the class as those of a subject, and encode them."""
     folder, resolution = root / params.prior.folder / class_id, params.base.resolution
-    reports = check_photos(folder, params.photos)
+    pictures: list[Image.Image] = []
+    reports = check_photos(folder, params.photos, use=lambda report, picture: pictures.append(picture))
     usable = require_usable(reports, folder.relative_to(root), params.photos)
-    pictures = [open_image(folder / report.file, params.photos) for report in usable]
     base = resolve_model(params.base.pretrained_model_name_or_path, params.base.revision, root)
     squares = [to_square(picture, resolution) for picture in pictures]
     cache = scratch_folder(root) / "latents" / f"class-{class_id}"

@@ -41,9 +41,10 @@ from dreambooth.models import (
 from dreambooth.params import Params
 from dreambooth.previews import Previews
 from dreambooth.priors import read_class_latents
+from dreambooth.schedule import max_train_steps
 from dreambooth.trackers import Trackers, open_trackers, require_trackers
 from dreambooth.tracking import open_run
-from dreambooth.training import History, Listeners, StepRecord, max_train_steps, train
+from dreambooth.training import History, Listeners, StepRecord, train
 from dreambooth.views import views_of
 from stages.entry import main, say
 
@@ -182,7 +183,7 @@ def _listeners(params: Params, subject_id: str, folder: Path, tracked: Any, told
     texts = [prompts.fill(template, subject) for template in params.train.preview_prompts]
     return Listeners(
         records=lambda records: _track((tracked, told), records),
-        evaluation=lambda record: _track_evaluation((tracked, told), record),
+        evaluation=lambda record: _track((tracked, told), [record], "evaluation_"),
         previews=Previews(texts, params.base.resolution, keep, lambda line: say(f"train {subject_id}: {line}")),
     )
 
@@ -260,19 +261,12 @@ def _prior_samples(params: Params, subject_id: str, root: Path, instance: Sequen
     ]
 
 
-def _track(trackers: Sequence[Any], records: list[StepRecord]) -> None:
+def _track(trackers: Sequence[Any], records: Sequence[StepRecord | EvaluationRecord], prefix: str = "") -> None:
     for record in records:
         values = asdict(record)
         step = values.pop("step")
         for one in trackers:
-            one.metrics(values, step=step)
-
-
-def _track_evaluation(trackers: Sequence[Any], record: EvaluationRecord) -> None:
-    values = asdict(record)
-    step = values.pop("step")
-    for one in trackers:
-        one.metrics({f"evaluation_{name}": value for name, value in values.items()}, step=step)
+            one.metrics({f"{prefix}{name}": value for name, value in values.items()}, step=step)
 
 
 def _flat(params: Params, subject_id: str) -> dict[str, Any]:

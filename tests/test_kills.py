@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -308,29 +309,40 @@ def test_two_processes_of_which_one_is_told_to_stop_resume_exactly(
         assert (tmp_path / name).read_text() == (two_straight / name).read_text()
 
 
+def prepared_project(root: Path, base: Path, values: dict[str, Any]) -> Path:
+    """Make a project in which only the training is left to do."""
+    from dreambooth.params import load_params
+    from stages import prior, validate
+
+    make_project(root, base, values)
+    params = load_params(root / "params.yaml")
+    validate.run(params, "biscuit", root)
+    prior.run(params, "dog", root)
+    return root
+
+
+def trained_in(root: Path, launcher: Sequence[str] = (), **environment: str) -> "subprocess.Popen[str]":
+    """Start the stage, what it says on both streams in one pipe."""
+    command = [sys.executable, *launcher, "-m", "stages.train", "biscuit"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment
+    return subprocess.Popen(
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
 def launched(root: Path) -> "subprocess.Popen[str]":
     """Start the stage in two processes that meet over gloo; without a GPU --multi_gpu starts what it is told."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-    launch += ["--num_machines=1", "--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
-    command = [*launch, "-m", "stages.train", "biscuit"]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+    launcher += ["--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
+    return trained_in(root, launcher, OMP_NUM_THREADS="1")
 
 
 def test_the_stage_under_accelerate_launch_is_killed_and_ends_with_the_same_bytes(
     tmp_path: Path, tiny_model_folder: Path
 ) -> None:
-    from dreambooth.params import load_params
-    from stages import prior, validate
-
     values = tiny_values()
     values["train"] |= {"max_train_steps": 60, "checkpointing_steps": 5, "train_batch_size": 1}
-    straight = make_project(tmp_path / "straight", tiny_model_folder, values)
-    params = load_params(straight / "params.yaml")
-    validate.run(params, "biscuit", straight)
-    prior.run(params, "dog", straight)
+    straight = prepared_project(tmp_path / "straight", tiny_model_folder, values)
     shutil.copytree(straight, tmp_path / "killed")
     with launched(straight) as process:
         process.communicate()
@@ -403,15 +415,9 @@ def test_a_killed_dvc_repro_leaves_no_process_and_the_next_one_continues(
 def test_a_stage_that_is_told_to_stop_exits_with_75_and_one_that_resumes_elsewhere_says_why_not(
     tmp_path: Path, tiny_model_folder: Path
 ) -> None:
-    from dreambooth.params import load_params
-    from stages import prior, validate
-
     values = tiny_values()
     values["train"] |= {"max_train_steps": 3000, "checkpointing_steps": 5, "train_batch_size": 1}
-    root = make_project(tmp_path / "project", tiny_model_folder, values)
-    params = load_params(root / "params.yaml")
-    validate.run(params, "biscuit", root)
-    prior.run(params, "dog", root)
+    root = prepared_project(tmp_path / "project", tiny_model_folder, values)
     command = [sys.executable, "-m", "stages.train", "biscuit"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True) as process:
@@ -431,35 +437,21 @@ def test_a_stage_that_is_told_to_stop_exits_with_75_and_one_that_resumes_elsewhe
     assert f"{newest} is of another training: train.adam_beta1 was 0.9, is 0.8; take" in finished.stderr
 
 
-def trained_by_two(root: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "stages.train", "biscuit"]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(
-        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
 def test_the_stage_starts_the_processes_itself_and_is_stopped_and_resumed_as_one(
     tmp_path: Path, tiny_model_folder: Path
 ) -> None:
-    from dreambooth.params import load_params
-    from stages import prior, validate
-
     values = tiny_values()
     values["train"] |= {"max_train_steps": 150, "checkpointing_steps": 5, "train_batch_size": 1, "num_processes": 2}
     values["train"] |= {"method": "lora", "rank": 2}
-    root = make_project(tmp_path / "project", tiny_model_folder, values)
-    params = load_params(root / "params.yaml")
-    validate.run(params, "biscuit", root)
-    prior.run(params, "dog", root)
-    with trained_by_two(root) as process:
+    root = prepared_project(tmp_path / "project", tiny_model_folder, values)
+    with trained_in(root) as process:
         await_true(lambda: list(root.glob(".scratch/checkpoints/*/step-*")), "no checkpoint was written")
         process.terminate()
         assert process.stdout is not None
         said = process.stdout.read()
     assert process.returncode == RESUME, said
     assert not (root / "models/biscuit").exists()
-    with trained_by_two(root) as process:
+    with trained_in(root) as process:
         assert process.stdout is not None
         said = process.stdout.read()
     assert process.returncode == 0, said

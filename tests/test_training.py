@@ -18,8 +18,9 @@ from dreambooth.families import drawn_sizes
 from dreambooth.latents import encode_image
 from dreambooth.models import Model, load_model
 from dreambooth.params import Train, load_params
-from dreambooth.trainer import learning_rate_at, require_float32
-from dreambooth.training import Listeners, StepRecord, max_train_steps, train
+from dreambooth.schedule import learning_rate_at, max_train_steps
+from dreambooth.trainer import require_float32
+from dreambooth.training import Listeners, StepRecord, train
 
 GOLDEN = Path(__file__).parent / "golden/training.json"
 
