@@ -3,8 +3,9 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import psutil
@@ -12,6 +13,7 @@ import psutil
 from dreambooth.errors import DreamboothError
 
 RESUME = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
+_LOOK_EVERY = 0.5  # seconds
 _SHELLS = {"sh", "dash", "bash", "ash", "busybox", "ksh", "zsh", "fish"}
 
 
@@ -82,5 +84,8 @@ def _starters() -> list[psutil.Process]:
 
 
 def _follow(starter: psutil.Process) -> None:
-    starter.wait()
+    """Look until it is gone, or dead and not yet buried: psutil's own wait would wait for the burial as well."""
+    with suppress(psutil.NoSuchProcess):
+        while starter.is_running() and starter.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(_LOOK_EVERY)
     os.kill(os.getpid(), signal.SIGTERM)

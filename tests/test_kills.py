@@ -400,8 +400,8 @@ def test_a_killed_dvc_repro_leaves_no_process_and_the_next_one_continues(
         await_true(lambda: list(root.glob(".scratch/checkpoints/*/step-*")), "no checkpoint was written")
         owner = json.loads((root / ".scratch/locks/train-biscuit.json").read_text())
         assert alive(owner["pid"])
-        process.kill()
-    await_true(lambda: not alive(owner["pid"]), "the training outlived dvc repro", seconds=30)
+        process.kill()  # and nobody buries it yet
+        await_true(lambda: not alive(owner["pid"]), "the training outlived dvc repro", seconds=30)
     (saved,) = root.glob(".scratch/checkpoints/*")
     steps = int(max(names(saved)).removeprefix("step-"))
     with subprocess.Popen(repro, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
