@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from PIL import Image
 
-from dreambooth import methods, processes, prompts
+from dreambooth import launcher, methods, processes, prompts
 from dreambooth.checkpoint import BYTES_PER_WEIGHT, KEEP, MAY_CHANGE, Checkpoints
 from dreambooth.dataset import Sample
 from dreambooth.errors import DivergedError, TrainingError
@@ -127,7 +127,7 @@ def _start_processes(number: int, subject_id: str, root: Path, resume_from: Path
         )
     resume = ["--resume-from", str(resume_from)] if resume_from else []
     command = [sys.executable, "-m", "stages.train", subject_id, *resume]
-    if code := processes.start_all(command, number, root):
+    if code := launcher.start_all(command, number, root):
         raise SystemExit(code)
 
 

@@ -23,7 +23,7 @@ from test_training import settings
 from tiny_families import write_sdxl
 from tiny_project import REPOSITORY, make_project, tiny_values
 
-from dreambooth import methods, processes, rng, trainer, training
+from dreambooth import launcher, methods, rng, trainer, training
 from dreambooth.checkpoint import Checkpoints
 from dreambooth.dataset import Posterior, Sample
 from dreambooth.families import drawn_sizes
@@ -463,7 +463,7 @@ def test_the_stage_starts_the_processes_itself_and_is_stopped_and_resumed_as_one
 
 def test_the_code_of_the_process_that_fails_first_is_the_answer_and_none_is_left(tmp_path: Path) -> None:
     program = "import os, sys, time; sys.exit(75) if os.environ['RANK'] == '1' else time.sleep(600)"
-    assert processes.start_all([sys.executable, "-c", program], 3, tmp_path) == 75
+    assert launcher.start_all([sys.executable, "-c", program], 3, tmp_path) == 75
     program = "import os; assert os.environ['WORLD_SIZE'] == '2'; open(os.environ['RANK'], 'w')"
-    assert processes.start_all([sys.executable, "-c", program], 2, tmp_path) == 0
+    assert launcher.start_all([sys.executable, "-c", program], 2, tmp_path) == 0
     assert names(tmp_path) == ["0", "1"]

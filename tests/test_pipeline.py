@@ -25,6 +25,7 @@ WITHOUT_EFFECT = {
     "dreambooth/identifiers.py",  # warns of a word
     "dreambooth/interruption.py",
     "dreambooth/locks.py",
+    "dreambooth/launcher.py",
     "dreambooth/processes.py",
     "dreambooth/params.py",  # the values are declared one by one, under params
     "dreambooth/progress.py",
