@@ -32,7 +32,7 @@ bench: .venv/ready         ## benchmarks/results/<date>-<hardware>.md; more opti
 	$(BIN)/python -m benchmarks.bench $(if $(REFERENCE),--reference $(REFERENCE)) $(BENCH)
 
 faults: .venv/ready        ## docs/faults.md from the marks of the tests
-	PYTHONPATH=$(CURDIR) $(BIN)/python tests/faults.py --write
+	$(BIN)/python tests/faults.py --write
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
