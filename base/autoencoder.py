@@ -189,7 +189,7 @@ def scaling_factor(model: AutoencoderKL, values: Recipe, drawn: Sprites, count: 
 
 def work(group: Group, minutes: float | None, decoder: bool) -> None:
     """Train, measure the scale of the latents, and save the part of the pipeline."""
-    values, drawn = recipe.load(), sprites.load(recipe.SCRATCH / "sprites")
+    values, drawn = recipe.load(), sprites.load(sprites.FOLDER)
     start = AutoencoderKL.from_pretrained(FOLDER / "vae") if decoder else None
     model = train(values, drawn, DECODER_CHECKPOINT if decoder else CHECKPOINT, minutes, group, start)
     if not group.leads:

@@ -365,7 +365,7 @@ def describe(trainer: Trainer, vae: AutoencoderKL, start: Path | None) -> dict[s
 
 def work(group: Group, minutes: float | None, export_minutes: float, start: Path | None) -> None:
     """Train, and export the pipeline now and then."""
-    values, drawn = recipe.load(), sprites.load(recipe.SCRATCH / "sprites")
+    values, drawn = recipe.load(), sprites.load(sprites.FOLDER)
     given = None if text_encoder.FOLDER.exists() else start  # a taught text encoder comes with its tokenizer
     words = CLIPTokenizer.from_pretrained(tokenizer.FOLDER if given is None else given / "tokenizer")
     vae_folder = autoencoder.FOLDER / "vae" if start is None else start / "vae"

@@ -88,7 +88,8 @@ def svg(icons: dict[str, Any], icon: str) -> str | None:
 
 def main() -> None:
     """Download every package."""
-    for name, package in recipe.load().packages.items():
+    values = recipe.load()
+    for name, package in {**values.packages, **values.scorer.packages}.items():
         download(name, package, recipe.SCRATCH / "icons")
 
 

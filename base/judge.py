@@ -165,7 +165,7 @@ def load(values: Recipe, folder: Path = FOLDER) -> Net:
 
 def main() -> None:
     """Train the judge and measure it."""
-    values, drawn = recipe.load(), sprites.load(recipe.SCRATCH / "sprites")
+    values, drawn = recipe.load(), sprites.load(sprites.FOLDER)
     net = train(values, drawn, FOLDER / CHECKPOINT)
     torch.save(net.state_dict(), FOLDER / WEIGHTS)
     (FOLDER / FRESH).write_text(json.dumps(measure(values, drawn, net), indent=1) + "\n", encoding="utf-8")

@@ -278,7 +278,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=recipe.MODEL, help="the folder of the pipeline")
     folder: Path = parser.parse_args().model
-    values, drawn = recipe.load(), sprites.load(recipe.SCRATCH / "sprites")
+    values, drawn = recipe.load(), sprites.load(sprites.FOLDER)
     result = measure(values, drawn, open_model(folder), BundledScorer(recipe.SCORER), judge.load(values))
     result["judge_on_fresh_composed"] = json.loads((judge.FOLDER / judge.FRESH).read_text(encoding="utf-8"))
     text = json.dumps(result, indent=1) + "\n"

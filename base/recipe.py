@@ -43,6 +43,13 @@ class Package(Strict):
     attribution: str
 
 
+class FurtherPackage(Package):
+    """A package of which only the scorer learns; it has other names, and sometimes several drawings of one thing."""
+
+    names: dict[str, list[str]]
+    """Its names of an icon of the recipe; an icon that is not listed has the same name, with or without hyphens."""
+
+
 class Scene(Strict):
     """A background drawn from an icon, and the colour behind its transparent parts."""
 
@@ -150,6 +157,8 @@ class Scorer(Strict):
     held_out_package: str
     """The hand that measures the scorer and that it never sees."""
     held_out_rows: Positive
+    packages: dict[str, FurtherPackage]
+    """Hands that neither the base model nor its judge ever sees."""
     rows: Positive
     pictures: Pictures
     """More of what is rare in the training of the denoiser: every word needs its examples."""

@@ -91,7 +91,8 @@ def training_hands(values: Recipe, drawn: Sprites) -> tuple[Recipe, Sprites]:
     """Give the recipe and the drawings that it learns from: all hands but the held-out one, and redrawn ones."""
     section = values.scorer
     wide = hands.more_nouns(values, section.extra_weight)
-    wide, drawn = hands.of_packages(wide, drawn, set(values.packages) - {section.held_out_package})
+    packages = {*values.packages, *section.packages} - {section.held_out_package}
+    wide, drawn = hands.of_packages(wide, drawn, packages)
     return wide, hands.with_more_hands(drawn, section.more_hands, section.seed)
 
 
@@ -396,7 +397,7 @@ def card(values: Recipe, folder: Path) -> str:
     sets = "\n".join(
         f"| {icons.SCOPE}/{name} {p.version} | {p.attribution} | {p.licence} | "
         f"{'measures' if name == section.held_out_package else 'trains'} |"
-        for name, p in values.packages.items()
+        for name, p in {**values.packages, **section.packages}.items()
     )
     return CARD.format(
         features=len(scorer.weights["mean"]),
@@ -463,7 +464,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", action="store_true", help="measure the scorer that is there")
     arguments = parser.parse_args()
-    values, drawn, folder = recipe.load(), sprites.load(recipe.SCRATCH / "sprites"), recipe.SCORER
+    values, folder = recipe.load(), recipe.SCORER
+    drawn = sprites.join(sprites.load(sprites.FOLDER), sprites.load(sprites.FURTHER_FOLDER))
     made = json.loads((folder / MEASURED).read_text(encoding="utf-8")) if arguments.measure else None
     made = made or make(values, drawn, folder, CACHE)
     made |= measured_on_held_out(values, drawn, folder, CACHE)

@@ -4,6 +4,7 @@ N sprites, S pixels a side.
 """
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -14,9 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from base import icons, recipe
-from base.recipe import Recipe
+from base.recipe import FurtherPackage, Package, Recipe
 
 TABLE, PIXELS = "sprites.json", "sprites.npy"
+FOLDER, FURTHER_FOLDER = recipe.SCRATCH / "sprites", recipe.SCRATCH / "further_sprites"
 
 
 @dataclass(frozen=True)
@@ -59,27 +61,38 @@ def wanted(values: Recipe) -> list[tuple[str, str, str]]:
     return rows + [("extra", icon, icon) for icon in values.extra_icons]
 
 
-def draw(values: Recipe, folder: Path) -> Sprites:
-    """Render every wanted drawing of every package, save those held out.
+def names_of(icon: str, package: Package) -> list[str]:
+    """List what a package may call an icon."""
+    if not isinstance(package, FurtherPackage):
+        return [icon]
+    return package.names.get(icon) or list(dict.fromkeys([icon, icon.replace("-", "")]))
 
-    An icon that no package has is a mistake in the recipe.
+
+def drawn_by(values: Recipe, name: str, package: Package, folder: Path) -> Iterator[tuple[Sprite, NDArray[np.uint8]]]:
+    """Render every wanted drawing that a package has, save those held out."""
+    data = icons.read(icons.archive(folder, name, package))
+    for kind, word, icon in wanted(values):
+        for own in names_of(icon, package):
+            svg = icons.svg(data, own)
+            if svg is not None and f"{name}:{own}" not in values.held_out:
+                yield Sprite(name, icon, kind, word), render(svg, values.sprite_size)
+
+
+def draw(values: Recipe, folder: Path, packages: Mapping[str, Package]) -> Sprites:
+    """Render every wanted drawing of some packages."""
+    both = [one for name, package in packages.items() for one in drawn_by(values, name, package, folder)]
+    return Sprites([sprite for sprite, _ in both], np.stack([pixels for _, pixels in both]))
+
+
+def check(values: Recipe, drawn: Sprites) -> None:
+    """Refuse an icon that no package has: it is a mistake in the recipe.
 
     Raises:
         icons.IconError: A word of the recipe has no drawing.
     """
-    table: list[Sprite] = []
-    pixels: list[NDArray[np.uint8]] = []
-    for package, pinned in values.packages.items():
-        data = icons.read(icons.archive(folder, package, pinned))
-        for kind, word, icon in wanted(values):
-            svg = icons.svg(data, icon)
-            if svg is not None and f"{package}:{icon}" not in values.held_out:
-                table.append(Sprite(package, icon, kind, word))
-                pixels.append(render(svg, values.sprite_size))
-    missing = {(kind, icon) for kind, _, icon in wanted(values)} - {(s.kind, s.icon) for s in table}
+    missing = {(kind, icon) for kind, _, icon in wanted(values)} - {(s.kind, s.icon) for s in drawn.table}
     if missing:
         raise icons.IconError(f"no package has {sorted(missing)}; correct the name in {recipe.PARAMS.name}")
-    return Sprites(table, np.stack(pixels))
 
 
 def save(sprites: Sprites, folder: Path) -> None:
@@ -95,9 +108,18 @@ def load(folder: Path) -> Sprites:
     return Sprites(table, np.load(folder / PIXELS))
 
 
+def join(first: Sprites, second: Sprites) -> Sprites:
+    """Give the drawings of both."""
+    return Sprites(first.table + second.table, np.concatenate([first.pixels, second.pixels]))
+
+
 def main() -> None:
-    """Render the sprites of the recipe."""
-    save(draw(recipe.load(), recipe.SCRATCH / "icons"), recipe.SCRATCH / "sprites")
+    """Render the sprites of the recipe, and those that only the scorer learns from."""
+    values, folder = recipe.load(), recipe.SCRATCH / "icons"
+    drawn = draw(values, folder, values.packages)
+    check(values, drawn)
+    save(drawn, FOLDER)
+    save(draw(values, folder, values.scorer.packages), FURTHER_FOLDER)
 
 
 if __name__ == "__main__":

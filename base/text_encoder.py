@@ -83,7 +83,7 @@ def train(values: Recipe, drawn: Sprites, words: CLIPTokenizer) -> tuple[CLIPTex
 
 def main() -> None:
     """Train the text encoder of the recipe."""
-    values, drawn = recipe.load(), sprites.load(recipe.SCRATCH / "sprites")
+    values, drawn = recipe.load(), sprites.load(sprites.FOLDER)
     model, _ = train(values, drawn, CLIPTokenizer.from_pretrained(tokenizer.FOLDER))
     model.save_pretrained(FOLDER)
 

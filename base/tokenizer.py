@@ -62,7 +62,7 @@ def build(captions: list[str], rare: list[str], section: TextEncoder) -> CLIPTok
 
 def main() -> None:
     """Learn the tokenizer of the recipe's captions."""
-    values, drawn = recipe.load(), sprites.load(recipe.SCRATCH / "sprites")
+    values, drawn = recipe.load(), sprites.load(sprites.FOLDER)
     captions = [compose.plan(values, drawn, values.pictures.seed, i).caption for i in range(CAPTIONS)]
     rare = [*recipe.IDENTIFIERS, *(word for icon in values.extra_icons for word in icon.split("-"))]
     tokenizer = build(captions, rare, values.text_encoder)

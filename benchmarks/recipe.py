@@ -108,6 +108,7 @@ class Ours:
         values["subjects"] = {SUBJECT: {"class_id": CLASS, "identifier": IDENTIFIER, "kind": "object"}}
         values["prior"] |= {
             "kind": "images",
+            "prompts": ["a photo of {}"],
             "num_class_images": recipe.class_images,
             "num_inference_steps": recipe.sampler_steps,
             "guidance_scale": recipe.guidance_scale,

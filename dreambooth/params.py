@@ -137,6 +137,9 @@ class Prior(Section):
     """Where kind folder finds photos of a class, in <folder>/<class id>; checked as those of a subject are."""
     num_class_images: Annotated[int, Field(ge=0, le=100_000)]
     """How many; 200 is the choice of the paper's authors for photo-scale models, 0 goes with prior_loss_weight 0."""
+    prompts: Annotated[list[Template], Field(min_length=1, max_length=1000)]
+    """What drawn class images show: sentences with {} for the class noun, in turn. One, "a photo of {}", is the paper's
+    choice; several keep what the base draws of the class in other places too (He et al. 2023, section 3)."""
     scheduler: Scheduler
     """Solver of the sampler."""
     num_inference_steps: Annotated[int, Field(ge=1, le=999)]

@@ -21,23 +21,25 @@ from dreambooth.sampling import settings_of
 MAX_ATTEMPTS = 5
 
 
-def prior_key(base_hash: str, prompt: str, settings: Prior, resolution: int, dtype: str, device: str) -> str:
+def prior_key(base_hash: str, prompts: Sequence[str], settings: Prior, resolution: int, dtype: str, device: str) -> str:
     """Return the key of a store: equal keys, equal images, to the last bit on one machine.
 
     Args:
         base_hash: of the model's files.
-        prompt: of the class.
+        prompts: of the class.
         settings: of the sampler; the number of images is left out.
         resolution: side of the pictures in pixels.
         dtype: of the drawing.
         device: from `models.device_name`.
     """
-    about = {"base": base_hash, "prompt": prompt, "resolution": resolution, "dtype": dtype, "device": device}
-    return drawing_key(about | {"settings": settings.model_dump(exclude={"num_class_images", "kind", "folder"})})
+    about = {"base": base_hash, "prompts": list(prompts), "resolution": resolution, "dtype": dtype, "device": device}
+    return drawing_key(
+        about | {"settings": settings.model_dump(exclude={"num_class_images", "prompts", "kind", "folder"})}
+    )
 
 
 def ensure_class_images(
-    store: Path, prompt: str, load: Callable[[], Model], settings: Prior, resolution: int
+    store: Path, prompts: Sequence[str], load: Callable[[], Model], settings: Prior, resolution: int
 ) -> DrawingReport:
     """Make the store hold the first `num_class_images` images, drawing only those that are missing or changed.
 
@@ -45,7 +47,7 @@ def ensure_class_images(
 
     Args:
         store: folder of one `prior_key`.
-        prompt: of the class.
+        prompts: of the class; image i shows number i of them, and again from the first.
         load: returns the untouched base; is not called when nothing is missing.
         settings: of the prior.
         resolution: side of the pictures in pixels.
@@ -56,7 +58,10 @@ def ensure_class_images(
     count, size = settings.num_class_images, settings.batch_size
     whole = -(-count // size) * size  # the last batch is a whole one too, so that 100 images can become 200
     pictures = [
-        Picture(prompt, tuple(rng.derive_seed(settings.seed, "class-image", i, k) for k in range(MAX_ATTEMPTS)))
+        Picture(
+            prompts[i % len(prompts)],
+            tuple(rng.derive_seed(settings.seed, "class-image", i, k) for k in range(MAX_ATTEMPTS)),
+        )
         for i in range(whole)
     ]
     sampler = settings_of(settings, resolution)

@@ -60,6 +60,11 @@ def class_prompt(class_noun: str) -> str:
     return f"a photo of {with_article(class_noun)}"
 
 
+def class_prompts(class_noun: str, templates: Sequence[str]) -> list[str]:
+    """Name the class in each template: "a photo of a dog in a park"."""
+    return [fill(template, with_article(class_noun)) for template in templates]
+
+
 def with_article(noun: str) -> str:
     """Put a or an before a noun, by its first letter."""
     return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"

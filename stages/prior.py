@@ -15,7 +15,7 @@ from dreambooth.models import DTYPES, default_device, device_name, load_model, m
 from dreambooth.params import Params
 from dreambooth.photos import check_photos, require_usable
 from dreambooth.priors import ensure_class_images, prior_key, read_class_images, save_class_latents
-from dreambooth.prompts import class_prompt
+from dreambooth.prompts import class_prompt, class_prompts
 from dreambooth.views import sizes_of
 from stages.entry import main, say
 
@@ -48,16 +48,16 @@ def run(params: Params, class_id: str, root: Path) -> None:
 def _drawn(params: Params, class_id: str, root: Path, about: dict[str, Any]) -> Pictures:
     """Take class images from the store, drawing those that it lacks."""
     base = resolve_model(params.base.pretrained_model_name_or_path, params.base.revision, root)
-    base_hash, prompt = model_hash(base), class_prompt(params.classes[class_id].class_noun)
+    base_hash, texts = model_hash(base), class_prompts(params.classes[class_id].class_noun, params.prior.prompts)
     resolution, dtype, device = params.base.resolution, params.base.inference_dtype, default_device()
-    key = prior_key(base_hash, prompt, params.prior, resolution, dtype, device_name(device))
+    key = prior_key(base_hash, texts, params.prior, resolution, dtype, device_name(device))
     store = cache_folder() / "priors" / key
     report = ensure_class_images(
-        store, prompt, lambda: load_model(base, DTYPES[dtype], device), params.prior, resolution
+        store, texts, lambda: load_model(base, DTYPES[dtype], device), params.prior, resolution
     )
     images, posteriors = read_class_images(store, params.prior.num_class_images)
-    settings = params.prior.model_dump(exclude={"kind", "folder"})
-    about.update({"key": key, "base": base_hash, "prompt": prompt, "settings": settings})
+    settings = params.prior.model_dump(exclude={"kind", "folder", "prompts"})
+    about.update({"key": key, "base": base_hash, "prompts": texts, "settings": settings})
     say(f"prior {class_id}: {report}")
     return images, posteriors, [drawn_sizes(resolution)] * len(images)
 
@@ -72,6 +72,7 @@ def _own(params: Params, class_id: str, root: Path, about: dict[str, Any]) -> Pi
     squares = [to_square(picture, resolution) for picture in pictures]
     cache = scratch_folder(root) / "latents" / f"class-{class_id}"
     posteriors, reused = encode_images(load_model(base), squares, model_hash(base, ["vae"]), cache)
+    about["prompts"] = [class_prompt(params.classes[class_id].class_noun)]
     about["photos"] = [{"file": report.file, "sha256": sha256_of_file(folder / report.file)} for report in usable]
     dropped = len(reports) - len(usable)
     say(f"prior {class_id}: {len(usable)} photos of your own, {dropped} dropped; latents: {reused} reused")

@@ -249,14 +249,15 @@ def _prior_samples(params: Params, subject_id: str, root: Path, instance: Sequen
         texts = {name: prompts.fill(caption or prompts.INSTANCE_TEMPLATE, noun) for name, caption in captions.items()}
         return [replace(sample, prompt=texts[sample.id], role="prior", taught=True) for sample in instance]
     folder = root / INPUTS[1].format(class_id=params.subject(subject_id).class_id)
-    if (made := read_manifest(folder)["kind"]) != params.prior.kind:
+    about = read_manifest(folder)
+    if (made := about["kind"]) != params.prior.kind:
         raise TrainingError(
             f"{folder} is of prior.kind {made}, params.yaml says {params.prior.kind}; run the stage before: dvc repro "
             f"prior@{params.subject(subject_id).class_id}"
         )
-    prompt = prompts.class_prompt(class_noun)
+    texts = about["prompts"]
     return [
-        Sample(f"{i:05d}.png", posterior, prompt, "prior", sizes)
+        Sample(f"{i:05d}.png", posterior, texts[i % len(texts)], "prior", sizes)
         for i, (posterior, sizes) in enumerate(read_class_latents(folder / "latents.safetensors"))
     ]
 

@@ -67,9 +67,9 @@ def test_class_images_that_found_no_room_are_continued(
     ballast = fill(small_disk, 12_000)
     store = small_disk / "store"
     with pytest.raises(OSError, match="No space left"):
-        ensure_class_images(store, "a photo of a dog", lambda: model, prior, 32)
+        ensure_class_images(store, ["a photo of a dog"], lambda: model, prior, 32)
     ballast.unlink()
-    report = str(ensure_class_images(store, "a photo of a dog", lambda: model, prior, 32))
-    again = str(ensure_class_images(store, "a photo of a dog", lambda: model, prior, 32))
+    report = str(ensure_class_images(store, ["a photo of a dog"], lambda: model, prior, 32))
+    again = str(ensure_class_images(store, ["a photo of a dog"], lambda: model, prior, 32))
     assert "generated" in report
     assert again.startswith("5 reused, 0 generated")

@@ -36,7 +36,7 @@ def ensure(store: Path, model: Model | None, count: int) -> DrawingReport:
         assert model is not None, "a model was loaded though nothing was missing"
         return model
 
-    return ensure_class_images(store, PROMPT, load, settings(count), 32)
+    return ensure_class_images(store, [PROMPT], load, settings(count), 32)
 
 
 def test_the_second_subject_of_a_class_draws_nothing_and_loads_no_model(model: Model, tmp_path: Path) -> None:
@@ -156,13 +156,13 @@ def test_flat_pictures_are_told_from_drawn_ones() -> None:
 def test_everything_an_image_depends_on_is_in_the_key_and_the_count_is_not() -> None:
     def key(**changes: object) -> str:
         values = {
-            "base_hash": "a", "prompt": PROMPT, "settings": settings(4), "resolution": 64, "dtype": "float32",
+            "base_hash": "a", "prompts": [PROMPT], "settings": settings(4), "resolution": 64, "dtype": "float32",
             "device": "cpu",
         }  # fmt: skip
         return prior_key(**values | changes)  # type: ignore[arg-type]
 
     changed = [
-        {"base_hash": "b"}, {"prompt": "a photo of a cat"}, {"resolution": 32}, {"dtype": "float16"},
+        {"base_hash": "b"}, {"prompts": ["a photo of a cat"]}, {"prompts": [PROMPT, PROMPT]}, {"resolution": 32}, {"dtype": "float16"},
         {"device": "cuda"}, {"settings": settings(4, scheduler="ddim")}, {"settings": settings(4, seed=1)},
         {"settings": settings(4, num_inference_steps=3)}, {"settings": settings(4, guidance_scale=2.0)},
         {"settings": settings(4, negative_prompt="blurred")}, {"settings": settings(4, batch_size=2)},
@@ -206,3 +206,11 @@ def test_of_two_processes_one_draws_and_the_other_waits(tiny_model_folder: Path,
     for process in processes:
         process.join()
     assert sorted(answer.read_text() for answer in answers) == ["0 reused, 30 generated", "30 reused, 0 generated"]
+
+
+def test_class_images_show_the_prompts_in_turn(model: Model, tmp_path: Path) -> None:
+    texts = [PROMPT, "a photo of a dog in a park", "a photo of a red dog"]
+    ensure_class_images(tmp_path / "three", texts, lambda: model, settings(4), 32)
+    ensure_class_images(tmp_path / "one", texts[:1], lambda: model, settings(4), 32)
+    three, one = (read_class_images(tmp_path / name, 4)[0] for name in ("three", "one"))
+    assert [three[i] == one[i] for i in range(4)] == [True, False, False, True]

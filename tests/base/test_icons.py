@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from toy_recipe import pack, package
+from toy_recipe import pack, pack_further_hand, package
 
-from base import icons, recipe
-from base.recipe import Recipe
+from base import icons, recipe, sprites
+from base.recipe import FurtherPackage, Recipe
 
 ICONS = {
     "width": 32,
@@ -48,3 +48,24 @@ def test_subjects_are_held_out(values: Recipe) -> None:
         assert subject.icon in full.nouns[subject.class_noun]
         assert full.packages[subject.package].licence in {"Apache-2.0", "MIT"}
         assert len(subject.contexts) == 5
+
+
+def test_a_further_package_has_names_of_its_own(values: Recipe, tmp_path: Path) -> None:
+    further = {name: FurtherPackage(**pin) for name, pin in pack_further_hand(tmp_path).items()}
+    drawn = sprites.draw(values, tmp_path, further)
+    assert [(sprite.icon, sprite.word) for sprite in drawn.table] == [
+        ("dog-face", "dog"), ("dog-face", "dog"), ("fox", "fox"),
+    ]  # fmt: skip
+
+
+def test_names_differ_by_hyphens_or_are_listed() -> None:
+    pin = FurtherPackage(**package().model_dump(), names={"fox": ["fox-1", "fox-2"]})
+    assert sprites.names_of("fox", pin) == ["fox-1", "fox-2"]
+    assert sprites.names_of("red-apple", pin) == ["red-apple", "redapple"]
+    assert sprites.names_of("red-apple", package()) == ["red-apple"]
+
+
+def test_an_icon_that_no_package_draws_is_a_mistake(values: Recipe, tmp_path: Path) -> None:
+    further = {name: FurtherPackage(**pin) for name, pin in pack_further_hand(tmp_path).items()}
+    with pytest.raises(icons.IconError, match="red-apple"):
+        sprites.check(values, sprites.draw(values, tmp_path, further))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from toy_recipe import pack_hands, toy
+from toy_recipe import FURTHER, pack_further_hand, pack_hands, toy
 
 from base import recipe, sprites
 from base.recipe import Recipe
@@ -98,7 +98,9 @@ def toy_project(tmp_path: Path) -> Path:
     drawings = [icon for names in values["nouns"].values() for icon in names] + values["extra_icons"]
     drawings += [scene["icon"] for scene in values["scenes"].values()]
     drawings += [*values["accessories"].values(), *values["neighbours"].values()]
-    values["packages"] = pack_hands(root / recipe.SCRATCH / "icons", sorted(set(drawings)))
+    folder = root / recipe.SCRATCH / "icons"
+    values["packages"] = pack_hands(folder, sorted(set(drawings)))
+    values["scorer"]["packages"] = pack_further_hand(folder)
     (root / "base/params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     Repo.init(str(root), no_scm=True).close()
     return root
@@ -122,6 +124,9 @@ def test_from_icon_packages_to_model_scorer_and_cards_and_then_nothing_to_do(toy
     model, scorer = toy_project / recipe.MODEL, toy_project / recipe.SCORER
     drawn = sprites.load(toy_project / recipe.SCRATCH / "sprites")
     assert not drawn.rows("noun", "poodle")
+    further = sprites.load(toy_project / recipe.SCRATCH / "further_sprites")
+    assert {(sprite.package, sprite.icon) for sprite in further.table} == {(FURTHER, "dog-face"), (FURTHER, "fox")}
+    assert FURTHER in (scorer / "README.md").read_text()
     assert len(list((toy_project / recipe.SUBJECTS / "rex").glob("*.png"))) == 2
     found = json.loads((model / "quality.json").read_text())
     assert set(found["rows"]) == {"model", "random weights", "composed"}

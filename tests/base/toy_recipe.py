@@ -11,6 +11,8 @@ from base.recipe import Package
 
 HANDS = ("alpha", "beta", "gamma")
 """gamma is the held-out one."""
+FURTHER = "delta"
+"""Known to the scorer alone."""
 NOUNS = {"dog": ["dog-face", "poodle"], "fox": ["fox"], "apple": ["red-apple"]}
 SCENES = ("in space", "on a beach")
 
@@ -72,6 +74,16 @@ def pack_hands(folder: Path, names: list[str]) -> dict[str, Any]:
         path = pack(folder, hand, {"width": 32, "height": 32, "icons": bodies, "aliases": {}})
         packages[hand] = package(icons.integrity(path)).model_dump()
     return packages
+
+
+def pack_further_hand(folder: Path) -> dict[str, Any]:
+    """Draw a dog twice and a fox, under other names; give the package for the scorer's part of params.yaml."""
+    body = {"body": '<rect width="20" height="20" fill="#123456"/>'}
+    names = {"dog-face": ["hound-1", "hound-2"]}
+    path = pack(
+        folder, FURTHER, {"width": 32, "height": 32, "icons": dict.fromkeys(["hound-1", "hound-2", "fox"], body)}
+    )
+    return {FURTHER: package(icons.integrity(path)).model_dump() | {"names": names}}
 
 
 def hash_of(name: str) -> int:
