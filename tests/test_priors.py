@@ -162,7 +162,8 @@ def test_everything_an_image_depends_on_is_in_the_key_and_the_count_is_not() -> 
         return prior_key(**values | changes)  # type: ignore[arg-type]
 
     changed = [
-        {"base_hash": "b"}, {"prompts": ["a photo of a cat"]}, {"prompts": [PROMPT, PROMPT]}, {"resolution": 32}, {"dtype": "float16"},
+        {"base_hash": "b"}, {"prompts": ["a photo of a cat"]}, {"prompts": [PROMPT, PROMPT]},
+        {"resolution": 32}, {"dtype": "float16"},
         {"device": "cuda"}, {"settings": settings(4, scheduler="ddim")}, {"settings": settings(4, seed=1)},
         {"settings": settings(4, num_inference_steps=3)}, {"settings": settings(4, guidance_scale=2.0)},
         {"settings": settings(4, negative_prompt="blurred")}, {"settings": settings(4, batch_size=2)},

@@ -80,9 +80,8 @@ def pack_further_hand(folder: Path) -> dict[str, Any]:
     """Draw a dog twice and a fox, under other names; give the package for the scorer's part of params.yaml."""
     body = {"body": '<rect width="20" height="20" fill="#123456"/>'}
     names = {"dog-face": ["hound-1", "hound-2"]}
-    path = pack(
-        folder, FURTHER, {"width": 32, "height": 32, "icons": dict.fromkeys(["hound-1", "hound-2", "fox"], body)}
-    )
+    bodies = dict.fromkeys(["hound-1", "hound-2", "fox"], body)
+    path = pack(folder, FURTHER, {"width": 32, "height": 32, "icons": bodies})
     return {FURTHER: package(icons.integrity(path)).model_dump() | {"names": names}}
 
 
