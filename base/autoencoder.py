@@ -5,12 +5,14 @@ B rows, S pixels a side, values in [-1, 1].
 
 import argparse
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -61,6 +63,18 @@ def batch(values: Recipe, drawn: Sprites, size: int, first: int, count: int) -> 
 def to_tensor(pixels: compose.Pixels) -> torch.Tensor:
     """Bring (B, S, S, 3) bytes to (B, 3, S, S) in [-1, 1], channels last in memory."""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+@torch.inference_mode()
+def as_decoded(vae: AutoencoderKL, images: Sequence[Image.Image], batch_size: int = 32) -> list[Image.Image]:
+    """Encode and decode pictures: no picture of the model can be sharper."""
+    made: list[Image.Image] = []
+    for first in range(0, len(images), batch_size):
+        pixels = np.stack([np.asarray(image) for image in images[first : first + batch_size]])
+        decoded = vae.decode(vae.encode(to_tensor(pixels)).latent_dist.mean).sample
+        rows = ((decoded.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).byte().numpy()
+        made += [Image.fromarray(row) for row in rows]
+    return made
 
 
 def loss_terms(pred: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
+from scipy.ndimage import gaussian_filter, map_coordinates
 
 from base.compose import Pixels
 from base.recipe import Recipe
@@ -15,11 +16,13 @@ from base.sprites import Sprites
 
 STRETCH = 0.78
 """The shorter side of a squeezed drawing, at least."""
+WARP, WARP_SCALE = 0.06, 1 / 8
+"""How far a point moves at most, and over what distance its neighbours move with it; in sides of the drawing."""
 
 
 def another_hand(pixels: Pixels, rng: np.random.Generator) -> Pixels:
-    """Draw (S, S, 4) anew: squeezed, with other colours, sometimes flat, sometimes with a dark outline."""
-    image = Image.fromarray(pixels)
+    """Draw (S, S, 4) anew: warped, squeezed, with other colours, sometimes flat, sometimes with a dark outline."""
+    image = Image.fromarray(warped(pixels, rng.uniform(0, WARP), rng))
     size, squeezed = image.width, round(image.width * rng.uniform(STRETCH, 1))
     sides = (size, squeezed) if rng.random() < 0.5 else (squeezed, size)
     corner = ((size - sides[0]) // 2, (size - sides[1]) // 2)
@@ -39,6 +42,29 @@ def another_hand(pixels: Pixels, rng: np.random.Generator) -> Pixels:
     if rng.random() < 0.3:
         colour, alpha = outlined(colour, alpha, int(rng.choice([3, 5])), int(rng.integers(0, 90)))
     return np.dstack([np.asarray(colour), np.asarray(alpha)])
+
+
+def warped(pixels: Pixels, reach: float, rng: np.random.Generator) -> Pixels:
+    """Move every point of (S, S, 4) a little, and its neighbours with it.
+
+    Source: elastic distortions, Simard et al. 2003, section 2.
+
+    Args:
+        pixels: of a drawing.
+        reach: how far, in sides of the drawing.
+        rng: of the displacements.
+    """
+    side = len(pixels)
+    fields = [gaussian_filter(rng.normal(size=(side, side)), side * WARP_SCALE) for _ in range(2)]
+    rows, columns = (field / (np.abs(field).max() + 1e-9) * reach * side for field in fields)
+    y, x = np.mgrid[:side, :side]
+    solid = pixels.astype(float)
+    solid[..., :3] *= solid[..., 3:] / 255  # colours under transparent points must not bleed
+    moved = np.stack([map_coordinates(solid[..., c], [y + rows, x + columns], order=1) for c in range(4)], axis=-1)
+    alpha = moved[..., 3:] / 255
+    moved[..., :3] = np.where(alpha > 1e-3, moved[..., :3] / np.maximum(alpha, 1e-3), 0)
+    made: Pixels = np.clip(moved, 0, 255).astype(np.uint8)
+    return made
 
 
 def turned_hue(image: Image.Image, degrees: float) -> Image.Image:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from base import compose, judge, recipe, sprites
-from base.autoencoder import to_tensor
+from base.autoencoder import as_decoded
 from base.recipe import Recipe
 from base.sprites import Sprites
 from dreambooth.scorer import BundledScorer
@@ -164,18 +164,6 @@ def composed(values: Recipe, drawn: Sprites, asked: Sequence[Asked], seeds: Sequ
             compose.background(values, drawn, row.context, rng), (placed,), row.noun, row.context, row.prompt
         )
         made.append(Image.fromarray(compose.paint(drawn, plan, values.resolution)))
-    return made
-
-
-@torch.inference_mode()
-def as_decoded(vae: AutoencoderKL, images: Sequence[Image.Image], batch_size: int = 32) -> list[Image.Image]:
-    """Encode and decode pictures: no picture of the model can be sharper."""
-    made: list[Image.Image] = []
-    for first in range(0, len(images), batch_size):
-        pixels = np.stack([np.asarray(image) for image in images[first : first + batch_size]])
-        decoded = vae.decode(vae.encode(to_tensor(pixels)).latent_dist.mean).sample
-        rows = ((decoded.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).byte().numpy()
-        made += [Image.fromarray(row) for row in rows]
     return made
 
 

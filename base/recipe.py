@@ -166,6 +166,8 @@ class Scorer(Strict):
     """How often an extra drawing is the noun; a noun of the recipe is 1."""
     more_hands: Annotated[int, Field(ge=0)]
     """Redrawn copies of every drawing, beside the drawing itself."""
+    decoded_share: Share
+    """Pictures that go through the autoencoder of the base model instead of being softened."""
     mixed_precision: Precision
     """Of the Lite0 features that it learns from; they are measured and used in float32."""
     hidden_size: Positive

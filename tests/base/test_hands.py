@@ -24,6 +24,14 @@ def test_another_hand_changes_the_drawing_a_little_and_is_a_function_of_its_seed
         assert hands.STRETCH - 0.1 < covered < 1.3
 
 
+def test_a_warp_of_no_reach_changes_nothing_and_a_wider_one_moves_edges_but_no_colour() -> None:
+    assert np.array_equal(hands.warped(drawing(), 0.0, np.random.default_rng(0)), drawing())
+    moved = hands.warped(drawing(), 0.06, np.random.default_rng(0))
+    solid = moved[moved[..., 3] == 255][:, :3]
+    assert not np.array_equal(moved[..., 3], drawing()[..., 3])
+    assert np.abs(solid.astype(int) - (200, 80, 40)).max() <= 1
+
+
 def test_extra_drawings_of_a_noun_are_that_noun() -> None:
     values = recipe.load()
     assert hands.noun_of("service-dog", values) == "dog"

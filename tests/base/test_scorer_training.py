@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from base import hands, recipe, scorer
+from base import autoencoder, hands, recipe, scorer
 from base.recipe import Recipe
 from base.sprites import Sprites
 from dreambooth.scorer import Vocabulary, read_vocabulary, text_rows
@@ -146,7 +146,9 @@ def test_toy_run_writes_a_scorer_that_loads_and_its_card(
     by_three_hands: tuple[Recipe, Sprites], tmp_path: Path
 ) -> None:
     values, drawn = by_three_hands
-    made = scorer.make(values, drawn, tmp_path / "scorer", tmp_path / "cache")
+    model = tmp_path / "model"
+    autoencoder.build(values.autoencoder, values.resolution).save_pretrained(model / "vae")
+    made = scorer.make(values, drawn, model, tmp_path / "scorer", tmp_path / "cache")
     made |= scorer.measured_on_held_out(values, drawn, tmp_path / "scorer", tmp_path / "cache")
     (tmp_path / "scorer" / scorer.MEASURED).write_text(json.dumps(made))
     text = scorer.card(values, tmp_path / "scorer")
@@ -158,3 +160,14 @@ def test_toy_run_writes_a_scorer_that_loads_and_its_card(
     assert made["sharp"]["pictures"] == values.scorer.held_out_rows
     assert -1 <= made["soft"]["cosine_all_wrong"] <= 1
     assert made["sharp"]["noun_right"] != made["sharp"]["cosine_right"]
+
+
+def test_a_share_of_the_pictures_went_through_the_autoencoder(by_three_hands: tuple[Recipe, Sprites]) -> None:
+    values, drawn = by_three_hands
+    values = values.model_copy(update={"scorer": values.scorer.model_copy(update={"decoded_share": 0.5})})
+    vae = autoencoder.build(values.autoencoder, values.resolution).eval()
+    todo = scorer.plans(values, drawn, 80)
+    soft = list(scorer.painted(drawn, todo, values.resolution, values.scorer.seed))
+    made = list(scorer.spoiled(drawn, todo, vae, values))
+    changed = [one.tobytes() != other.tobytes() for one, other in zip(soft, made, strict=True)]
+    assert 20 <= sum(changed) <= 60
