@@ -21,6 +21,7 @@ PRIOR = "prior"
 GPU_ENTRIES = frozenset({PRIOR, "train", "evaluate"})
 DATA_SUFFIX = ".dvc"
 MISSING = frozenset({"deleted", "not in cache"})  # what DVC says of a file that is not here
+_NOTHING = object()  # a parameter
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,7 @@ class _Comparison:
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, str], dict[str, Any]] = {}
+        self._params: dict[str, Any] = {}
 
     def __call__(self, node: Any) -> list[Any]:
         deps: dict[str, Any] = {}
@@ -218,13 +220,39 @@ class _Comparison:
 
     def _of_dependency(self, dep: Any) -> dict[str, Any]:
         from dvc.dependency.base import Dependency
+        from dvc.dependency.param import ParamsDependency
 
-        if type(dep) is not Dependency:  # parameters differ from stage to stage
+        if type(dep) is ParamsDependency and dep.params and dep.hash_info.value is not None and dep.exists:
+            return self._of_parameters(dep)
+        if type(dep) is not Dependency:
             return dict(dep.status())
         key = (str(dep.fs_path), str(dep.hash_info))
         if key not in self._known:
             self._known[key] = dep.status()
         return self._known[key]
+
+    def _of_parameters(self, dep: Any) -> dict[str, Any]:
+        """Compare with a file of parameters that is read once: it grows with the subjects, and every stage asks it."""
+        from dvc.utils.serialize import load_path
+
+        place, locked = str(dep.fs_path), dep.hash_info.value
+        if place not in self._params:
+            self._params[place] = load_path(place, dep.repo.fs)
+        values = {path: _look_up(self._params[place], path) for path in dep.params}
+        if _NOTHING in values.values():
+            return dict(dep.status())  # gone, or in a list: DVC knows
+        changed = {path: "modified" for path in values if path in locked and values[path] != locked[path]}
+        changed |= {path: "new" for path in values if path not in locked}
+        return {str(dep): changed} if changed else {}
+
+
+def _look_up(content: Any, path: str) -> Any:
+    """Return what stands at train.learning_rate in nested maps; _NOTHING if nothing does."""
+    for name in path.split("."):
+        if not isinstance(content, dict) or name not in content:
+            return _NOTHING
+        content = content[name]
+    return content
 
 
 def _is_writing(repo: Any) -> bool:

@@ -143,6 +143,11 @@ def test_files_that_stages_share_are_compared_once_and_what_is_changed_is_what_d
     assert told_by_dvc(project) == changed(project) == set()
     next((project / "export/rex").iterdir()).unlink()
     assert told_by_dvc(project) == changed(project) == {"export@rex"}
+    values = yaml.safe_load((project / "params.yaml").read_text())
+    values["evaluate"]["seeds"] = [5, 6]
+    values["classes"]["dog"]["class_noun"] = "hound"
+    (project / "params.yaml").write_text(yaml.safe_dump(values))
+    assert told_by_dvc(project) == changed(project) >= {"evaluate@rex", "prior@dog"}
     with (project / "toy.py").open("a") as file:
         file.write("# another line\n")
     assert told_by_dvc(project) == changed(project)
