@@ -6,18 +6,14 @@ Without a server: python -m flows.personalize biscuit
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
-from prefect.concurrency.sync import concurrency
-from prefect.exceptions import ObjectNotFound
 from prefect.futures import PrefectFuture, wait
 from prefect.states import Failed
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -28,16 +24,13 @@ from flows import plan, summary
 from flows.dvcrun import DvcRunner, StageRun
 from flows.graph import GPU_ENTRIES, Graph
 from flows.project import PARAMS, choose_subjects, find_root
+from flows.turns import Turn, gpu, turn_of_gpu
 
 if TYPE_CHECKING:
     from dreambooth.versions import RegisteredVersion
 
-GPU = "gpu"
-Turn = Literal["server", "process", "none"]
-LEASE = 60.0  # seconds, the least that Prefect allows
 AT_ONCE = 8  # stages that wait or run at a time; those of GPU_ENTRIES take turns
 Futures = dict[str, PrefectFuture[Any]]
-_local_gpu = threading.Lock()
 _registering = threading.Lock()  # the first one migrates MLflow's database, and two at once would crash
 
 
@@ -55,7 +48,7 @@ class Outcome:
 def bring_up_to_date(stage: str, runner: DvcRunner, turn: Turn) -> "StageRun | State[Any]":
     """Run one stage through DVC and log its lines; a failed stage is a failed task without a traceback."""
     try:
-        with gpu(turn):
+        with gpu(turn, get_run_logger().warning):
             return runner.run(stage, get_run_logger().info)
     except DreamboothError as error:
         return Failed(message=str(error))
@@ -165,27 +158,6 @@ def _submit_stages(graph: Graph, runner: DvcRunner) -> Futures:
 def _submit_registration(subject_id: str, root: Path, graph: Graph, stages: Futures, limit: int) -> PrefectFuture[Any]:
     before = [stages[stage.name] for stage in graph.select([subject_id]).stale]
     return register.submit(subject_id, root, limit, wait_for=before, return_state=False)
-
-
-def turn_of_gpu() -> Turn:
-    """Say who gives out the GPU: the server's limit if it has one, else this process."""
-    return "server" if _has_limit(GPU) else "process"
-
-
-def gpu(turn: Turn) -> AbstractContextManager[Any]:
-    """Return what waits for the GPU; the slot of a process that was killed is free again after LEASE seconds."""
-    if turn == "server":
-        return concurrency(GPU, occupy=1, lease_duration=LEASE)
-    return _local_gpu if turn == "process" else nullcontext()
-
-
-def _has_limit(name: str) -> bool:
-    with get_client(sync_client=True) as client:
-        try:
-            client.read_global_concurrency_limit_by_name(name)
-        except ObjectNotFound:
-            return False
-    return True
 
 
 def publish(root: Path, params: Params, stages: Futures, versions: Futures) -> None:

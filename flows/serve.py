@@ -8,7 +8,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")  # before prefect reads its settings
+# As in prefect.yaml, before prefect reads its settings.
+os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
+os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "8")
 
 from prefect import serve
 from prefect.client.schemas.objects import ConcurrencyLimitConfig

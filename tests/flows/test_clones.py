@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,7 @@ def test_a_killed_worker_s_subject_continues_from_its_checkpoint_elsewhere(
     with worker(machines["one"], tmp_path / "one.log", "one", "clones", 3) as first:
         await_true(lambda: log.exists() and "step 5 " in log.read_text(), 200)
         kill_tree(first.pid)
+        killed = time.monotonic()
     with worker(machines["two"], tmp_path / "two.log", "two", "clones", 3):
         deployment = {"deployments": {"name": {"any_": ["clone"]}}, "sort": "START_TIME_DESC", "limit": 1}
         await_true(
@@ -141,6 +143,7 @@ def test_a_killed_worker_s_subject_continues_from_its_checkpoint_elsewhere(
             300,
             1,
         )
+        sys.stdout.write(f"the subject of the killed worker was done {time.monotonic() - killed:.0f} s later\n")
         run = post(prefect_server, "flow_runs/filter", deployment)[0]
         assert run["state_type"] == "COMPLETED", run["state"]
         assert run["run_count"] == 2

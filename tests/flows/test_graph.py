@@ -1,12 +1,14 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from toy_project import dvc, make_photos
+from toy_project import await_true, dvc, kill_tree, make_photos
 
 from dreambooth.errors import ParamsError, PipelineError, SubjectError
+from flows.dvcrun import child_environment
 from flows.graph import Graph
 
 TOY = {
@@ -130,3 +132,48 @@ def test_reading_the_graph_imports_neither_torch_nor_prefect(project: Path) -> N
     )
     done = subprocess.run([sys.executable, "-c", program, str(project)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_files_that_stages_share_are_compared_once_and_what_is_changed_is_what_dvc_says(project: Path) -> None:
+    stages = yaml.safe_load((project / "dvc.yaml").read_text())
+    for stage in stages["stages"].values():
+        stage["do"].setdefault("deps", []).append("toy.py")
+    (project / "dvc.yaml").write_text(yaml.safe_dump(stages))
+    dvc(project, "repro")
+    assert told_by_dvc(project) == changed(project) == set()
+    next((project / "export/rex").iterdir()).unlink()
+    assert told_by_dvc(project) == changed(project) == {"export@rex"}
+    values = yaml.safe_load((project / "params.yaml").read_text())
+    values["evaluate"]["seeds"] = [5, 6]
+    values["classes"]["dog"]["class_noun"] = "hound"
+    (project / "params.yaml").write_text(yaml.safe_dump(values))
+    assert told_by_dvc(project) == changed(project) >= {"evaluate@rex", "prior@dog"}
+    with (project / "toy.py").open("a") as file:
+        file.write("# another line\n")
+    assert told_by_dvc(project) == changed(project)
+    assert {"prior@dog", "validate@biscuit", "report@rex"} <= changed(project)
+
+
+@pytest.mark.slow
+def test_a_stage_that_another_process_runs_is_stale_and_says_so(project: Path) -> None:
+    dvc(project, "repro", "validate@rex", "prior@dog")
+    (project / "slow-train-rex").touch()
+    command = [sys.executable, "-m", "dvc", "repro", "--single-item", "train@rex"]
+    with subprocess.Popen(command, cwd=project, env=child_environment(), stdout=subprocess.DEVNULL) as running:
+        try:
+            await_true((project / "started-train-rex").exists, 120)
+            graph = Graph.load(project)
+            assert graph["train@rex"].reasons == ("running in another process",)
+            assert graph["validate@rex"].reasons == ()
+        finally:
+            kill_tree(running.pid)
+    # Who died in the middle blocks nobody.
+    assert Graph.load(project)["train@rex"].reasons == ("never ran",)
+
+
+def changed(project: Path) -> set[str]:
+    return {stage.name for stage in Graph.load(project).stages if stage.reasons}
+
+
+def told_by_dvc(project: Path) -> set[str]:
+    return set(json.loads(dvc(project, "status", "--json").stdout))

@@ -1,0 +1,125 @@
+"""Take turns on the GPU: a slot of the server's limit `gpu`, or a lock of this process where the server has no limit.
+
+A slot is lent for LEASE seconds and kept by asking for it again and again, so that the slot of a killed process comes
+free by itself. A server that is away for a while costs nobody his work: docs/decisions/0065.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any, Literal
+from uuid import UUID
+
+from httpx import HTTPStatusError, Response, TransportError
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.exceptions import ObjectNotFound
+
+GPU = "gpu"
+LEASE = 60.0  # seconds, the least that Prefect allows
+RENEWAL = 15.0  # seconds: three may fail before the lease has run out
+PAUSE = 5.0  # seconds between two questions for a slot
+LOCKED, GONE = 423, 410  # HTTP: all slots are taken; this lease has run out
+Turn = Literal["server", "process", "none"]
+_local_gpu = threading.Lock()
+
+
+def turn_of_gpu() -> Turn:
+    """Say who gives out the GPU: the server's limit if it has one, else this process."""
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_global_concurrency_limit_by_name(GPU)
+        except ObjectNotFound:
+            return "process"
+    return "server"
+
+
+def gpu(turn: Turn, say: Callable[[str], object]) -> AbstractContextManager[Any]:
+    """Return what waits for the GPU; the slot of a process that was killed is free again after LEASE seconds.
+
+    Args:
+        turn: from `turn_of_gpu`; none waits for nothing.
+        say: hears of a server that is away.
+    """
+    if turn == "server":
+        return _slot(say)
+    return _local_gpu if turn == "process" else nullcontext()
+
+
+class _AwayError(Exception):
+    """The server does not answer now."""
+
+
+@contextmanager
+def _slot(say: Callable[[str], object]) -> Iterator[None]:
+    """Wait for a slot of the server and keep it; neither a lost slot nor a silent server ends the block."""
+    lease, done = _wait_for(say), threading.Event()
+    keeper = threading.Thread(target=_keep, args=(lease, done), name="gpu slot", daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        done.set()
+        keeper.join(LEASE)
+
+
+def _wait_for(say: Callable[[str], object]) -> UUID:
+    """Return the lease of a slot, however long that takes."""
+    silent = False
+    while True:
+        try:
+            if lease := _ask():
+                return lease
+            silent = False
+        except _AwayError as error:
+            if not silent:
+                say(f"no turn on the GPU: {error}; asking again until the server gives one")
+            silent = True
+        time.sleep(PAUSE)
+
+
+def _keep(lease: UUID | None, done: threading.Event) -> None:
+    """Renew a lease until `done`, take a new one when it has run out, and give it back."""
+    while not done.wait(RENEWAL):
+        with suppress(_AwayError):  # it may be back the next time
+            lease = (lease and _renewed(lease)) or _ask()
+    if lease is not None:
+        with suppress(_AwayError):  # then it runs out
+            _call(lambda client: client.release_concurrency_slots_with_lease(lease))
+
+
+def _ask() -> UUID | None:
+    """Return the lease of a slot, None if all are taken."""
+    answer = _call(lambda client: client.increment_concurrency_slots_with_lease([GPU], 1, "concurrency", LEASE), LOCKED)
+    return UUID(answer.json()["lease_id"]) if answer else None
+
+
+def _renewed(lease: UUID) -> UUID | None:
+    """Return the lease, None if it has run out."""
+    return lease if _call(lambda client: client.renew_concurrency_lease(lease, LEASE), GONE) else None
+
+
+def _call(ask: Callable[[SyncPrefectClient], Response], no: int = 0) -> Response | None:
+    """Ask the server; None if it says `no`.
+
+    A new client each time: one that has reached the server before would itself try again for minutes.
+
+    Raises:
+        _AwayError: it does not answer.
+        HTTPStatusError: it refuses.
+    """
+    try:
+        with get_client(sync_client=True) as client:
+            return ask(client)
+    except HTTPStatusError as error:
+        if error.response.status_code == no:
+            return None
+        if error.response.status_code < 500:
+            raise
+        raise _AwayError(str(error)) from None
+    except TransportError as error:
+        raise _AwayError(str(error)) from None
+    except RuntimeError as error:
+        if "Failed to reach API" not in str(error):
+            raise
+        raise _AwayError(str(error)) from None

@@ -1,0 +1,70 @@
+"""Servers of MLflow and Prefect that can be killed and started again on the same port and database."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from toy_project import await_health, kill_tree, quiet
+
+LEASES = "prefect.server.concurrency.lease_storage.filesystem"
+
+
+class Server:
+    """A program that serves on a port of its own."""
+
+    def __init__(self, command: list[str], health: str, environment: dict[str, str], folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self.address = f"http://127.0.0.1:{self.port}"
+        self._command = [sys.executable, "-m", *command, "--host", "127.0.0.1", "--port", str(self.port)]
+        self._health, self._environment, self._folder = health, environment, folder
+        folder.mkdir(exist_ok=True)
+
+    def start(self) -> None:
+        """Start it, also once more; `await_it` says when it answers."""
+        with (self._folder / "log").open("a") as log:
+            self._process = subprocess.Popen(
+                self._command, cwd=self._folder, env=self._environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def await_it(self) -> None:
+        await_health(self.address + self._health, self._folder / "log")
+
+    def kill(self) -> None:
+        """End it at once, as a power failure would."""
+        kill_tree(self._process.pid)
+        self._process.wait()
+
+
+def prefect_with_leases(folder: Path) -> Server:
+    """A server that keeps who has which slot in files, as docs/operations.md sets it."""
+    environment = {**quiet(folder), "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASES}
+    return Server(["prefect", "server", "start"], "/api/health", environment, folder)
+
+
+def mlflow_with_database(folder: Path) -> Server:
+    """A server of one process."""
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"  # starts uvicorn by name
+    command = ["mlflow", "server", "--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
+    return Server(command, "/health", environment, folder)
+
+
+@contextmanager
+def running(*servers: Server) -> Iterator[None]:
+    """Run servers until the block ends."""
+    for one in servers:
+        one.start()
+    try:
+        for one in servers:
+            one.await_it()
+        yield
+    finally:
+        for one in servers:
+            one.kill()
