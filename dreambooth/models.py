@@ -64,6 +64,12 @@ class Model:
         return {name: getattr(self, name) for name in self.family.encoders}
 
     @property
+    def whole_side(self) -> int:
+        """Pixels of which each side of a picture is a multiple if all levels of autoencoder and UNet have whole sizes."""
+        halvings = sum(len(module.config.block_out_channels) - 1 for module in (self.vae, self.unet))
+        return int(2**halvings)
+
+    @property
     def tokenizers(self) -> list[Any]:
         """Return the tokenizer of each text encoder."""
         return [getattr(self, name) for name in self.family.tokenizers]

@@ -132,7 +132,8 @@ class Prior(Section):
 
     kind: Literal["images", "teacher", "folder", "none"]
     """images: drawn by the untouched base (Ruiz et al. 2022, section 3.3). teacher: no images; what the base predicts
-    for the photos under the class prompt is the target. folder: photos of your own. none: nothing."""
+    for the photos under the class prompt is the target. folder: photos of your own. none: nothing. Without effect on
+    train.method textual_inversion, which reads no class rows."""
     folder: Annotated[str, Field(pattern=r"^data/classes(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")]
     """Where kind folder finds photos of a class, in <folder>/<class id>; checked as those of a subject are."""
     num_class_images: Annotated[int, Field(ge=0, le=100_000)]
@@ -156,7 +157,8 @@ class Train(Section):
 
     method: Literal["full", "lora", "textual_inversion", "pivotal"]
     """What is trained. full: all weights of the UNet (Ruiz et al. 2022). lora: low-rank updates of it (Hu et al.
-    2022). textual_inversion: a new word for the identifier and nothing else (Gal et al. 2023). pivotal: both."""
+    2022). textual_inversion: a new word for the identifier and nothing else (Gal et al. 2023); it reads no class rows,
+    so that the prior has no effect. pivotal: both."""
     rank: Annotated[int, Field(ge=1, le=1024)]
     """Rank of the updates of lora and pivotal; 4 to 32 are usual."""
     lora_alpha: Annotated[float, Field(gt=0, le=1024)]
@@ -232,6 +234,9 @@ class Train(Section):
     """Train on mirror images of the photos too; not for a subject whose sides differ."""
     random_crops: Annotated[int, Field(ge=0, le=64)]
     """Squares of each photo besides the middle one, at random places along its longer side; each is encoded once."""
+    aspect_buckets: bool
+    """Train each photo at the size, of about resolution x resolution pixels, that is nearest to its proportions, in
+    place of its middle square (NovelAI 2022; docs/decisions/0090). Class images and evaluation stay square."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None
     """Decay of a moving average of the weights, which is shipped in their place; null: the last weights."""
     allow_tf32: bool
@@ -240,6 +245,11 @@ class Train(Section):
     """Processes, one a GPU, that share the rows of a step: it has train_batch_size rows of each."""
     save_dtype: Dtype
     """Precision of the saved weights: these are evaluated, exported and served."""
+
+    @property
+    def reads_class_rows(self) -> bool:
+        """Whether class rows teach anything: their prompt lacks the new word, so a word alone learns nothing there."""
+        return self.method != "textual_inversion"
 
 
 class Evaluate(Section):
@@ -357,6 +367,26 @@ class Params(Section):
     export: Export
     tracking: Tracking
     registry: Registry
+
+    @property
+    def wants_prior(self) -> bool:
+        """Whether the parameters ask for class rows."""
+        return self.prior.kind != "none" and self.train.prior_loss_weight > 0
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether class rows are trained on: they are asked for, and the method can learn from them."""
+        return self.wants_prior and self.train.reads_class_rows
+
+    @property
+    def idle_prior(self) -> str | None:
+        """What a user should know whose class rows are not trained on."""
+        if self.has_prior or not self.wants_prior:
+            return None
+        return (
+            f"train.method {self.train.method} reads no class rows: prior.kind {self.prior.kind} has no effect on it; "
+            "prior.kind none saves the time of the stage prior"
+        )
 
     def subject(self, subject_id: str) -> SubjectParams:
         """Return one subject; raise SubjectError with the known ones."""

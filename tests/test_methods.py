@@ -34,7 +34,7 @@ def run(model: Model, folder: Path | None = None, **changes: Any) -> History:
     instance = make_samples(model, 3, "instance", "a photo of sks dog")
     prior = make_samples(model, 3, "prior", "a photo of a dog")
     methods.add_token(model, values, "sks", "dog")
-    history = train(model, instance, prior if methods.reads_class_rows(values) else [], values)
+    history = train(model, instance, prior if values.reads_class_rows else [], values)
     if folder is not None:
         folder.mkdir()
         methods.save_trained(model, folder, values)
