@@ -87,18 +87,18 @@ def _spread(values: Sequence[str], count: int) -> list[str]:
 
 
 def _budget(values: Mapping[str, Any]) -> str:
-    train, judged, prior = values["train"], values["evaluate"], values["prior"]
-    rows = train["train_batch_size"] * train["gradient_accumulation_steps"]
-    class_rows = f" and as many class rows (`prior.kind: {prior['kind']}`, weight {train['prior_loss_weight']:g})"
-    with_prior = prior["kind"] != "none" and train["prior_loss_weight"] > 0
+    train, judged, prior, base = values["train"], values["evaluate"], values["prior"], values["base"]
+    rows = f"{train['train_batch_size'] * train['gradient_accumulation_steps']} photo rows"
+    if prior["kind"] != "none" and train["prior_loss_weight"] > 0:
+        rows += f" and as many class rows (`prior.kind: {prior['kind']}`, weight {train['prior_loss_weight']:g})"
     return (
-        f"Base `{values['base']['pretrained_model_name_or_path']}` at {values['base']['resolution']} px. Every method: "
-        f"{train['max_train_steps'] or '100 a photo'} steps of {rows} photo rows{class_rows if with_prior else ''}, the "
-        f"same rows and noise; {judged['max_prompts'] or 'all'} prompts x {len(judged['seeds'])} seeds, guidance "
-        f"{judged['guidance_scale']:g}, {judged['num_class_images']} class images a side. Numbers are differences from "
-        f"the base on the same prompts and seeds, with {judged['confidence']:.0%} intervals over prompts (of PRES: over "
-        "class images); more identity and prompt fidelity are better, less PRES is. Copies: share of pictures that "
-        "repeat a photo. Size: of what was trained, as it is stored; a LoRA and a word need the base beside them."
+        f"Base `{base['pretrained_model_name_or_path']}` at {base['resolution']} px. Every method: "
+        f"{train['max_train_steps'] or '100 a photo'} steps of {rows}, the same rows and noise; "
+        f"{judged['max_prompts'] or 'all'} prompts x {len(judged['seeds'])} seeds, guidance "
+        f"{judged['guidance_scale']:g}, {judged['num_class_images']} class images a side. Numbers are differences "
+        f"from the base on the same prompts and seeds, with {judged['confidence']:.0%} intervals over prompts (PRES: "
+        "over class images); more identity and prompt fidelity are better, less PRES is. Copies: share of pictures "
+        "that repeat a photo. Size: of what was trained, as it is stored; a LoRA and a word need the base beside them."
     )
 
 
@@ -143,7 +143,7 @@ def _told(results: Sequence[Result]) -> str:
     lines += [
         "",
         "All else as in params.yaml. `pivotal` and `textual_inversion` need a new word, so their subjects are called "
-        "`<id>` in place of the identifier of params.yaml. `textual_inversion` reads no class rows: its steps have half "
-        "the rows of the others.",
+        "`<id>` in place of the identifier of params.yaml. `textual_inversion` reads no class rows: its steps have "
+        "half the rows of the others.",
     ]
     return "\n".join(lines)

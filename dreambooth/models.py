@@ -65,7 +65,7 @@ class Model:
 
     @property
     def whole_side(self) -> int:
-        """Pixels of which each side of a picture is a multiple if all levels of autoencoder and UNet have whole sizes."""
+        """Pixels whose multiples are sides of pictures that have whole sizes at every level of autoencoder and UNet."""
         halvings = sum(len(module.config.block_out_channels) - 1 for module in (self.vae, self.unet))
         return int(2**halvings)
 

@@ -188,8 +188,8 @@ def _accumulate(trainer: Trainer, part: Sequence[Row], step: int, share: int, is
             step_loss, losses = forward(trainer, batch)
             trainer.accelerator.backward(step_loss / share)
         found.append((step_loss.detach(), losses, batch.is_instance.to(losses.device)))
-    step_losses, losses, is_instance = zip(*found, strict=True)
-    return _means(torch.stack(step_losses).sum(), torch.cat(losses), torch.cat(is_instance))
+    step_losses, row_losses, are_instance = zip(*found, strict=True)
+    return _means(torch.stack(step_losses).sum(), torch.cat(row_losses), torch.cat(are_instance))
 
 
 def forward(trainer: Trainer, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The views of a photo that are trained on: the middle, others along the side that is too long, and their mirror images.
+"""The views of a photo that are trained on: the middle, others along the side that is too long, and mirror images.
 
 There are few of them and each is encoded once; a row takes one by chance. A view is a square, or has the size of the
 bucket that is nearest to the photo. Sizes are (width, height) in pixels.

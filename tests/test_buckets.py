@@ -57,16 +57,16 @@ def test_every_photo_lands_in_the_nearest_bucket(width: int, height: int) -> Non
 
 
 def test_a_view_has_the_size_of_its_bucket_and_says_where_it_was_cut() -> None:
-    picture = make_photo(3, 96).crop((0, 0, 96, 48))
+    picture = make_photo(3, 184).crop((0, 0, 180, 100))
     size = nearest(picture.size, SIZES)
     assert size == (40, 24)
     views = views_of(picture, size, 2, True, 0, 0)
     assert {view.size for view, _ in views} == {size}
     (_, sizes), (_, moved), *_ = views
-    part = 48 * 40 / 24  # of the width of 96, at the whole height
-    assert sizes == (48, 96, 0, round((96 - part) / 2 * 40 / part), 24, 40)
+    part = 100 * 40 / 24  # of the width of 180, at the whole height
+    assert sizes == (100, 180, 0, round((180 - part) / 2 * 40 / part), 24, 40)
     assert moved[2] == 0
-    assert 0 <= moved[3] <= (96 - part) * 40 / part
+    assert 0 <= moved[3] <= (180 - part) * 40 / part
 
 
 @given(SIDES, SIDES, st.integers(1, 3))
