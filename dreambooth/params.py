@@ -137,7 +137,8 @@ class Prior(Section):
     folder: Annotated[str, Field(pattern=r"^data/classes(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")]
     """Where kind folder finds photos of a class, in <folder>/<class id>; checked as those of a subject are."""
     num_class_images: Annotated[int, Field(ge=0, le=100_000)]
-    """How many; 200 is the choice of the paper's authors for photo-scale models, 0 goes with prior_loss_weight 0."""
+    """How many; 0 goes with prior_loss_weight 0. For photo-scale models 200 to 300 (diffusers, DreamBooth README); Ruiz
+    et al. 2022, section 3.3, draw about 1000 and say that fewer do."""
     scheduler: Scheduler
     """Solver of the sampler."""
     num_inference_steps: Annotated[int, Field(ge=1, le=999)]
@@ -160,7 +161,7 @@ class Train(Section):
     2022). textual_inversion: a new word for the identifier and nothing else (Gal et al. 2023); it reads no class rows,
     so that the prior has no effect. pivotal: both."""
     rank: Annotated[int, Field(ge=1, le=1024)]
-    """Rank of the updates of lora and pivotal; 4 to 32 are usual."""
+    """Rank of the updates of lora and pivotal; 4 in diffusers' scripts, 4 to 128 are usual (kohya sd-scripts)."""
     lora_alpha: Annotated[float, Field(gt=0, le=1024)]
     """The updates count lora_alpha / rank."""
     use_dora: bool
@@ -179,7 +180,8 @@ class Train(Section):
     """adamw_8bit keeps the moments in 8 bits (Dettmers et al. 2022; a GPU, pip install "dreambooth[adam8bit]").
     prodigy finds its own rate (Mishchenko & Defazio 2024; pip install "dreambooth[prodigy]")."""
     learning_rate: Annotated[float, Field(gt=0, le=1)]
-    """Peak rate of the optimizer: about 2e-6 for full, 1e-4 for lora, 5e-3 for textual_inversion; Prodigy wants 1."""
+    """Peak rate of the optimizer: 5e-6 for full (Ruiz et al. 2022), 2e-6 with the text encoder and 1e-4 for lora
+    (diffusers, DreamBooth README), 5e-3 for textual_inversion (its authors' configuration); Prodigy wants 1."""
     text_encoder_learning_rate: Annotated[float, Field(gt=0, le=1)] | None
     """Peak rate of the text encoders; null: the same."""
     embedding_learning_rate: Annotated[float, Field(gt=0, le=1)] | None
@@ -201,7 +203,7 @@ class Train(Section):
     prior_loss_weight: Annotated[float, Field(ge=0, le=100)]
     """Weight of the class rows (lambda of Ruiz et al. 2022, equation 2); 0 trains without a prior."""
     snr_gamma: Annotated[float, Field(gt=0)] | None
-    """Gamma of min-SNR weights (Hang et al. 2023; 5 in the paper); null weighs all timesteps alike."""
+    """Gamma of min-SNR weights (Hang et al. 2023; diffusers recommends 5); null weighs all timesteps alike."""
     mixed_precision: Literal["no", "bf16", "fp16"]
     """Autocast precision of the forward pass; weights, noise, target and loss stay in float32."""
     checkpointing_steps: Annotated[int, Field(ge=1)] | None
@@ -226,7 +228,8 @@ class Train(Section):
     gradient_checkpointing: bool | Literal["auto"]
     """Trade a third more compute for the memory of the UNet's activations; auto: once a step does not fit without."""
     huber_c: Annotated[float, Field(gt=0, le=10)] | None
-    """Where the loss turns from squares to magnitudes (pseudo-Huber, Khrapov et al. 2024; 0.1 there); null: squares."""
+    """Where the loss turns from squares to magnitudes (pseudo-Huber, Khrapov et al. 2024; 0.1 in kohya sd-scripts);
+    null: squares."""
     noise_offset: Annotated[float, Field(ge=0, le=1)]
     """Standard deviation of what is added to a whole channel of the noise, for very dark and very bright pictures
     (Guttenberg 2023; 0.05 to 0.1); 0 adds nothing."""
