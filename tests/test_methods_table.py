@@ -27,6 +27,9 @@ def test_a_table_and_a_picture_of_two_methods_of_which_the_done_one_is_read_agai
     )
     assert (folder / "biscuit-full/models/biscuit/manifest.json").stat().st_mtime_ns == first
     assert drawn == {path: path.stat().st_mtime_ns for path in (folder / "cache/priors").rglob("*.png")}
+    assert (
+        "reads no class rows: prior.kind images has no effect" in (folder / "biscuit-textual_inversion/log").read_text()
+    )
     page = out.read_text()
     lines = [line for line in page.splitlines() if line.startswith(("| full |", "| textual_inversion |"))]
     assert len(lines) == 4  # a line of numbers and a line of what it was told, each
