@@ -16,15 +16,15 @@ from PIL import Image
 from benchmarks.bench import hardware
 from dreambooth.comparison import BASE
 from dreambooth.folders import write_file
-from dreambooth.grid import grid
-from dreambooth.images import png_bytes
+from dreambooth.grid import STRIP_TILE, grid
+from dreambooth.images import png_bytes, read_prepared, to_square
 
 if TYPE_CHECKING:
     from benchmarks.methods import Result
 
-MAX_ROWS = 6  # of a subject in the picture
-TILE = 96  # pixels
-COLOURS = 256  # a palette keeps the picture under 200 kB
+MAX_ROWS = 4  # of a subject in the picture
+MAX_BYTES = 200_000  # of the picture: it lies in git
+COLOURS = (256, 128, 64, 32)
 COLUMNS = (
     "method", "identity", "prompt fidelity", "prior (PRES rise)", "copies", "training, s", "of CPU, s", "memory, MB",
     "size, MB",
@@ -50,20 +50,32 @@ def write_page(path: Path, results: Sequence[Result], values: Mapping[str, Any],
 
 
 def picture(path: Path, results: Sequence[Result], values: Mapping[str, Any]) -> None:
-    """Draw the first prompts of each subject by base and methods, at the first seed: what the table is about."""
-    seed, rows, labels = values["evaluate"]["seeds"][0], [], []
+    """Draw prompts of each subject by base and methods, at the first seed, beside its photos."""
     methods = list(dict.fromkeys(one.method for one in results))
+    rows: list[list[Image.Image | None]] = []
+    labels = []
     for subject in dict.fromkeys(one.subject for one in results):
-        own = {one.method: _pictures(one, seed) for one in results if one.subject == subject}
-        prompts = _spread(list(next(iter(own.values()))), MAX_ROWS)
-        rows += [
-            [next(iter(own.values()))[prompt][0], *(own[name][prompt][1] if name in own else None for name in methods)]
-            for prompt in prompts
-        ]
-        labels += [f"{subject}: {prompt}" for prompt in prompts]
-    sheet = grid(rows, labels, [BASE, *(name.replace("_", " ") for name in methods)], tile=TILE)
+        own = {one.method: one for one in results if one.subject == subject}
+        first, *_ = own.values()
+        photos = [photo for _, photo in read_prepared(first.project / "build" / subject / "instance")]
+        drawn = {name: _pictures(one, values["evaluate"]["seeds"][0]) for name, one in own.items()}
+        for number, prompt in enumerate(_spread(list(drawn[first.method]), MAX_ROWS)):
+            photo = to_square(photos[number % len(photos)], values["base"]["resolution"])
+            others = [drawn[name][prompt][1] if name in drawn else None for name in methods]
+            rows.append([photo, drawn[first.method][prompt][0], *others])
+            labels.append(f"{subject}: {prompt}")
+    sheet = grid(rows, labels, ["photos", BASE, *(name.replace("_", " ") for name in methods)], tile=STRIP_TILE)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, png_bytes(sheet.quantize(COLOURS, dither=Image.Dither.NONE)))
+    write_file(path, small_png(sheet))
+
+
+def small_png(sheet: Image.Image) -> bytes:
+    """Encode a picture with as many colours of a palette as MAX_BYTES have room for."""
+    for colours in COLOURS:
+        content = png_bytes(sheet.quantize(colours, dither=Image.Dither.NONE))
+        if len(content) <= MAX_BYTES:
+            break
+    return content
 
 
 def _pictures(result: Result, seed: int) -> dict[str, tuple[Image.Image, Image.Image]]:
@@ -98,7 +110,8 @@ def _budget(values: Mapping[str, Any]) -> str:
         f"{judged['guidance_scale']:g}, {judged['num_class_images']} class images a side. Numbers are differences "
         f"from the base on the same prompts and seeds, with {judged['confidence']:.0%} intervals over prompts (PRES: "
         "over class images); more identity and prompt fidelity are better, less PRES is. Copies: share of pictures "
-        "that repeat a photo. Size: of what was trained, as it is stored; a LoRA and a word need the base beside them."
+        "that repeat a photo. Training: the whole stage, with its start. Size: of what was trained, as it is stored; a "
+        "LoRA and a word need the base beside them."
     )
 
 

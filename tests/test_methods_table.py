@@ -7,7 +7,8 @@ from PIL import Image
 from tiny_project import REPOSITORY, make_project, tiny_values
 
 from benchmarks.methods import METHODS, _key, main, parameters
-from benchmarks.results import _spread
+from benchmarks.results import MAX_BYTES, _spread, small_png
+from dreambooth.images import png_bytes
 from dreambooth.params import parse_params
 from dreambooth.yaml12 import load_yaml
 
@@ -36,7 +37,8 @@ def test_a_table_and_a_picture_of_two_methods_of_which_the_done_one_is_read_agai
     assert "`learning_rate: 0.1`" in page
     assert "![prompts by method](images/methods.png)" in page
     with Image.open(shown) as image:
-        assert image.width > 3 * 96
+        assert image.width > 4 * 128
+    assert shown.stat().st_size < 200_000
 
 
 def test_every_method_gets_the_same_budget_and_valid_parameters() -> None:
@@ -65,3 +67,8 @@ def test_another_base_or_another_rate_is_another_result(tmp_path: Path, tiny_mod
 @pytest.mark.parametrize(("count", "expected"), [(2, "ad"), (3, "ace"), (6, "abcdef"), (9, "abcdef")])
 def test_prompts_of_the_picture_are_taken_from_all_along_the_list(count: int, expected: str) -> None:
     assert "".join(_spread("abcdef", count)) == expected
+
+
+def test_a_picture_takes_fewer_colours_before_it_takes_more_room() -> None:
+    noise = Image.effect_noise((500, 500), 90).convert("RGB")
+    assert len(small_png(noise)) <= MAX_BYTES < len(png_bytes(noise.quantize(256)))
