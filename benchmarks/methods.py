@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DONE = "done.json"
 # What each method is told besides params.yaml. Sources: docs/log.md (rates of full on the bundled model; a LoRA at 1e-3
 # of rank 16, a word at 3e-3); 5e-3 is the rate of Gal et al. 2023. Rates of photo-scale models are too small here: the
-# bundled one is a hundred times smaller, and its full training takes fifty times the rate of SD1.5.
+# bundled one is far smaller, and its full training takes fifty times the rate of SD1.5.
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"rank": 16, "lora_alpha": 16.0, "learning_rate": 1e-3},
