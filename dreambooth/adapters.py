@@ -13,13 +13,8 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from diffusers.utils import (
-    convert_state_dict_to_diffusers,
-    convert_state_dict_to_peft,
-    convert_unet_state_dict_to_peft,
-)
-from diffusers.utils.peft_utils import recurse_remove_peft_layers
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tokenizers import AddedToken
 from torch import Tensor
@@ -109,54 +104,6 @@ def save_lora(path: Path, modules: Mapping[str, torch.nn.Module], dtype: torch.d
     safetensors.torch.save_file(weights, path, metadata={METADATA: json.dumps(about, sort_keys=True)})
 
 
-def parts_of_lora(path: Path) -> list[str]:
-    """Name the parts that a file of `save_lora` changes."""
-    with safetensors.safe_open(path, "pt") as file:
-        return sorted({name.split(".")[0] for name in file.keys()})  # noqa: SIM118 - no mapping
-
-
-def merge_lora(path: Path, modules: Mapping[str, torch.nn.Module]) -> None:
-    """Add the updates of a file to the weights of several parts: they are plain modules again, and as fast.
-
-    Args:
-        path: written by `save_lora`.
-        modules: by part, in float32.
-
-    Raises:
-        ModelError: the file is torn, or of another model.
-    """
-    try:
-        weights = safetensors.torch.load_file(path)
-        with safetensors.safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()[METADATA])
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{path} is no LoRA of this program ({error}); train again") from error
-    for part, module in modules.items():
-        own = {name.removeprefix(f"{part}."): value for name, value in weights.items() if name.startswith(f"{part}.")}
-        if own:
-            settings = {key.removeprefix(f"{part}."): v for key, v in about.items() if key.startswith(f"{part}.")}
-            _merge(path, part, module, own, LoraConfig(**settings))
-
-
-def _merge(path: Path, part: str, module: torch.nn.Module, weights: Mapping[str, Tensor], config: LoraConfig) -> None:
-    inject_adapter_in_model(config, module, adapter_name=_ADAPTER)
-    convert = convert_unet_state_dict_to_peft if part == "unet" else convert_state_dict_to_peft
-    state = convert({_own_name(module, name): weight.float() for name, weight in weights.items()})
-    try:
-        left = set_peft_model_state_dict(module, state, adapter_name=_ADAPTER)
-    except RuntimeError as error:
-        raise ModelError(f"{path} does not fit the {part} of this base: {str(error).splitlines()[-1]}") from error
-    missing = [name for name in left.missing_keys if ".lora_" in name]
-    if missing or left.unexpected_keys:
-        raise ModelError(f"{path} is of another {part}: {(missing + left.unexpected_keys)[0]} ...; train again")
-    for layer in module.modules():
-        if isinstance(layer, BaseTunerLayer):
-            layer.merge()
-    recurse_remove_peft_layers(module)
-    del module.peft_config
-    module.requires_grad_(False)
-
-
 class TokenEmbedding(torch.nn.Module):
     """An embedding table of which one row is learned, in float32, and no other one can move."""
 
@@ -241,8 +188,3 @@ def load_embeddings(path: Path) -> tuple[str, list[Tensor]]:
 def _hub_name(part: str, name: str) -> str:
     """Return a weight's name as on the hub: CLIPTextModel of new versions has dropped a level in memory."""
     return name if part == "unet" or name.startswith("text_model.") else f"text_model.{name}"
-
-
-def _own_name(module: torch.nn.Module, name: str) -> str:
-    """Return a weight's name in memory, see `_hub_name`."""
-    return name if hasattr(module, "text_model") else name.removeprefix("text_model.")

@@ -4,9 +4,9 @@ A row carries all that belongs to it, so that nothing is ever paired by its posi
 channels, H height, W width of the latents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from dreambooth import rng
 from dreambooth.families import Sizes
 
 Role = Literal["instance", "prior"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Batch:
     timesteps: Tensor
     weights: Tensor
     is_instance: Tensor
+    instances: Tensor
+    """Number of instance rows that the loss is a mean over: these, and those of other shapes that go with them."""
     prompts: tuple[str, ...]
     taught: Tensor
     sizes: Tensor | None = None
@@ -117,7 +120,22 @@ def micro_batches(rows: Sequence[Row], count: int) -> list[list[Row]]:
     return parts
 
 
-def collate(rows: Sequence[Row], step: int, num_train_timesteps: int, seed: int, noise_offset: float = 0.0) -> Batch:
+def by_shape(items: Sequence[T], latents: Callable[[T], Tensor]) -> list[list[T]]:
+    """Part items so that those of one part have latents of one shape, the shapes in the order of their first."""
+    parts: dict[torch.Size, list[T]] = {}
+    for item in items:
+        parts.setdefault(latents(item).shape, []).append(item)
+    return list(parts.values())
+
+
+def collate(
+    rows: Sequence[Row],
+    step: int,
+    num_train_timesteps: int,
+    seed: int,
+    noise_offset: float = 0.0,
+    instances: int | None = None,
+) -> Batch:
     """Draw what is random in a step's rows and stack them; each row's draws follow from (seed, step, index) alone.
 
     Args:
@@ -126,10 +144,12 @@ def collate(rows: Sequence[Row], step: int, num_train_timesteps: int, seed: int,
         num_train_timesteps: T.
         seed: of the training.
         noise_offset: standard deviation of what is added to the noise of a whole channel (Guttenberg 2023).
+        instances: see `Batch`; None: those among the rows.
     """
     indices = [row.index for row in rows]
     views = [_view(row, step, seed) for row in rows]
     shape = views[0][0].mean.shape
+    is_instance = torch.tensor([row.sample.role == "instance" for row in rows])
     mean = torch.stack([posterior.mean for posterior, _ in views])
     std = torch.stack([posterior.std for posterior, _ in views])
     noise = rng.normal(shape, seed, "noise", step, indices)
@@ -140,7 +160,8 @@ def collate(rows: Sequence[Row], step: int, num_train_timesteps: int, seed: int,
         noise=noise,
         timesteps=rng.integers(num_train_timesteps, seed, "timestep", step, indices),
         weights=torch.tensor([row.weight for row in rows]),
-        is_instance=torch.tensor([row.sample.role == "instance" for row in rows]),
+        is_instance=is_instance,
+        instances=is_instance.sum() if instances is None else torch.tensor(instances),
         prompts=tuple(row.sample.prompt for row in rows),
         taught=torch.tensor([row.sample.taught for row in rows]),
         sizes=stack_sizes([sizes for _, sizes in views]),

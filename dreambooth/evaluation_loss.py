@@ -5,11 +5,12 @@ B rows, T training timesteps.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
 from dreambooth import rng
-from dreambooth.dataset import Batch, Sample, stack_sizes
+from dreambooth.dataset import Batch, Sample, by_shape, stack_sizes
 from dreambooth.trainer import Trainer, row_losses
 
 PLACES = (0.125, 0.375, 0.625, 0.875)  # of the noise schedule, the middles of its quarters
@@ -43,21 +44,23 @@ def fixed_batches(
     samples: Sequence[Sample], role: str, num_train_timesteps: int, seed: int, batch_size: int
 ) -> Iterator[Batch]:
     """Yield every sample at every one of the fixed timesteps, each with a noise of its own that is always the same."""
-    rows = [(sample, int(place * num_train_timesteps)) for sample in samples for place in PLACES]
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        mean = torch.stack([sample.posterior.mean for sample, _ in part])
-        indices = range(start, start + len(part))
-        yield Batch(
-            latents=mean,
-            noise=rng.normal(mean.shape[1:], seed, f"evaluation-noise-{role}", 0, indices),
-            timesteps=torch.tensor([timestep for _, timestep in part]),
-            weights=torch.ones(len(part)),
-            is_instance=torch.full((len(part),), role == "instance"),
-            prompts=tuple(sample.prompt for sample, _ in part),
-            taught=torch.tensor([sample.taught for sample, _ in part]),
-            sizes=stack_sizes([sample.sizes for sample, _ in part]),
-        )
+    rows = list(enumerate(product(samples, PLACES)))
+    for same in by_shape(rows, lambda row: row[1][0].posterior.mean):
+        for start in range(0, len(same), batch_size):
+            numbers, part = zip(*same[start : start + batch_size], strict=True)
+            mean = torch.stack([sample.posterior.mean for sample, _ in part])
+            is_instance = torch.full((len(part),), role == "instance")
+            yield Batch(
+                latents=mean,
+                noise=rng.normal(mean.shape[1:], seed, f"evaluation-noise-{role}", 0, numbers),
+                timesteps=torch.tensor([int(place * num_train_timesteps) for _, place in part]),
+                weights=torch.ones(len(part)),
+                is_instance=is_instance,
+                instances=is_instance.sum(),
+                prompts=tuple(sample.prompt for sample, _ in part),
+                taught=torch.tensor([sample.taught for sample, _ in part]),
+                sizes=stack_sizes([sample.sizes for sample, _ in part]),
+            )
 
 
 def is_best(records: Sequence[EvaluationRecord]) -> bool:

@@ -17,6 +17,7 @@ from dreambooth.consent import Consent
 from dreambooth.errors import ExportError, ModelError
 from dreambooth.families import SDXL
 from dreambooth.layouts import UNetShape, is_open_clip, single_file
+from dreambooth.lora import read_lora
 from dreambooth.models import DTYPES, write_pipeline
 from dreambooth.params import METHODS_OF_FORMAT, Params
 from dreambooth.weight_files import cast_weights, kohya_header, modelspec, read_weights, write_weights
@@ -117,14 +118,14 @@ def _write_single_file(folder: Path, trained: Path, subject_id: str, params: Par
 
 
 def _write_lora(folder: Path, trained: Path, subject_id: str, params: Params, photos: int) -> None:
-    lora, adapter = lora_formats.read_lora(trained / LORA_FILE)
+    lora, adapter = read_lora(trained / LORA_FILE)
     weights = lora_formats.to_diffusers(lora_formats.cast(lora, DTYPES[params.export.dtype]))
     header = _spec("lora", folder, subject_id, params) | {METADATA: json.dumps(adapter, sort_keys=True)}
     write_weights(folder / "lora" / LORA_FILE, weights, header)
 
 
 def _write_kohya(folder: Path, trained: Path, subject_id: str, params: Params, photos: int) -> None:
-    lora, _ = lora_formats.read_lora(trained / LORA_FILE)
+    lora, _ = read_lora(trained / LORA_FILE)
     family, first = family_of(folder), next(iter(lora.values()))
     shape = UNetShape.of(_config(folder, "unet")) if family == "sdxl" else None
     weights = lora_formats.to_kohya(lora_formats.cast(lora, DTYPES[params.export.dtype]), shape)

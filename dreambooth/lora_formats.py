@@ -1,91 +1,15 @@
-"""Read LoRA weights by module, and name them as kohya's trainer does.
+"""Name LoRA weights as diffusers and as kohya's trainer do.
 
-One layer changes a weight W (O, I) by alpha / R * up @ down (Hu et al. 2021, section 4.1), where down is (R, I) and up
-(O, R); with a magnitude m (O) the result is scaled to rows of that length (DoRA, Liu et al. 2024, equation 5).
 Names of kohya-ss/sd-scripts, networks/lora.py: SD1 and SD2 by the modules of diffusers, SDXL by the original layout.
 """
 
-import json
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dreambooth.adapters import METADATA
-from dreambooth.errors import ModelError
 from dreambooth.layouts import UNetShape, unet_name
-
-# peft; diffusers; diffusers for a text encoder
-_DOWN = re.compile(r"(.+)\.(?:lora_A|lora\.down|lora_linear_layer\.down)\.weight")
-_UP = re.compile(r"(.+)\.(?:lora_B|lora\.up|lora_linear_layer\.up)\.weight")
-_MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?")
-_ENCODERS = ("text_encoder", "text_encoder_2")
-
-
-@dataclass(frozen=True)
-class LoraLayer:
-    """What one module learned: down (R, I, ...), up (O, R, ...), and a magnitude of O numbers with DoRA."""
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-    magnitude: Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        """R."""
-        return self.down.shape[0]
-
-
-Lora = dict[str, LoraLayer]  # by module: unet.mid_block...to_q, text_encoder.text_model.encoder...q_proj
-
-
-def read_lora(path: Path) -> tuple[Lora, dict[str, Any]]:
-    """Read a file of diffusers or peft: its layers, and the configuration of peft in its header.
-
-    Raises:
-        ModelError: it is missing, torn, or holds something else than LoRA weights.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} cannot be read ({error}); train the subject again") from error
-    adapter: dict[str, Any] = json.loads(header.get(METADATA, "{}"))
-    return layers_of(weights, adapter), adapter
-
-
-def layers_of(weights: Mapping[str, Tensor], adapter: Mapping[str, Any] | None = None) -> Lora:
-    """Gather the weights of a file by the module that they adapt.
-
-    Args:
-        weights: by the names of peft or diffusers, each with its part (unet, text_encoder) in front.
-        adapter: <part>.lora_alpha; where it is not said, alpha is the rank, as diffusers reads it.
-
-    Raises:
-        ModelError: a name belongs to no layer, or a layer is not whole.
-    """
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in weights.items():
-        for part, pattern in (("down", _DOWN), ("up", _UP), ("magnitude", _MAGNITUDE)):
-            if match := pattern.fullmatch(name):
-                found.setdefault(_module(match[1]), {})[part] = tensor
-                break
-        else:
-            raise ModelError(f"{name} is no weight of a LoRA; train the subject again")
-    torn = [module for module, parts in found.items() if not {"down", "up"} <= set(parts)]
-    if torn:
-        raise ModelError(f"LoRA of {torn[0]} lacks lora_A or lora_B; train the subject again")
-    return {
-        module: LoraLayer(**parts, alpha=_alpha(module, parts["down"], adapter or {}))
-        for module, parts in found.items()
-    }
+from dreambooth.lora import ENCODERS, Lora
 
 
 def to_diffusers(lora: Lora) -> dict[str, Tensor]:
@@ -120,7 +44,7 @@ def kohya_name(module: str, sdxl: UNetShape | None = None) -> str:
     part, _, inner = module.partition(".")
     if part == "unet":
         return "lora_unet_" + (unet_name(inner, sdxl) if sdxl else inner).replace(".", "_")
-    prefix = f"lora_te{1 + _ENCODERS.index(part)}_" if sdxl else "lora_te_"
+    prefix = f"lora_te{1 + ENCODERS.index(part)}_" if sdxl else "lora_te_"
     return prefix + inner.replace(".", "_")
 
 
@@ -135,17 +59,3 @@ def cast(lora: Lora, dtype: torch.dtype) -> Lora:
         )
         for module, layer in lora.items()
     }
-
-
-def _module(name: str) -> str:
-    """Return a module by its name on the hub: transformers 5.6 left text_model out of those of a text encoder."""
-    part, _, inner = name.partition(".")
-    if part not in ("unet", *_ENCODERS) or not inner:
-        raise ModelError(f"{name}: LoRA of an unknown part; it should begin with unet, text_encoder or text_encoder_2")
-    if part in _ENCODERS and not inner.startswith(("text_model.", "text_projection")):
-        inner = f"text_model.{inner}"
-    return f"{part}.{inner}"
-
-
-def _alpha(module: str, down: Tensor, adapter: Mapping[str, Any]) -> float:
-    return float(adapter.get(f"{module.partition('.')[0]}.lora_alpha", down.shape[0]))

@@ -59,15 +59,15 @@ def row_losses(model_pred: Tensor, target: Tensor, huber_c: float | None = None)
     return squares.flatten(1).mean(1)
 
 
-def dreambooth_loss(losses: Tensor, weights: Tensor, is_instance: Tensor) -> Tensor:
+def dreambooth_loss(losses: Tensor, weights: Tensor, instances: Tensor) -> Tensor:
     """Return sum(w l) / number of instance rows (Ruiz et al. 2022, equation 2): lambda is in the weight of a prior row.
 
     Args:
         losses: (B,) of each row.
         weights: (B,) of each row.
-        is_instance: (B,) bool, at least one of them true.
+        instances: number of instance rows, also of those that come in another batch of the same step; at least 1.
     """
-    return (weights * losses).sum() / is_instance.sum()
+    return (weights * losses).sum() / instances
 
 
 def _rows(values: Tensor) -> Tensor:

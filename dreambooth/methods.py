@@ -33,11 +33,6 @@ def trains_encoders(settings: Train) -> bool:
     return settings.train_text_encoder and settings.method != "textual_inversion"
 
 
-def reads_class_rows(settings: Train) -> bool:
-    """Whether class rows teach anything: their prompt lacks the new word, so a word alone learns nothing there."""
-    return settings.method != "textual_inversion"
-
-
 def add_token(model: Model, settings: Train, identifier: str, class_noun: str) -> None:
     """Extend the vocabulary by the identifier, which begins as the class noun, if the method learns it.
 

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from dreambooth import adapters, processes
+from dreambooth import adapters, lora, processes
 from dreambooth.adapters import EMBEDDINGS_FILE, LORA_FILE
 from dreambooth.errors import ModelError
 from dreambooth.families import FAMILIES, SD, SDXL, Family
@@ -62,6 +62,12 @@ class Model:
     def encoders(self) -> dict[str, Any]:
         """Return the text encoders by name, in order."""
         return {name: getattr(self, name) for name in self.family.encoders}
+
+    @property
+    def whole_side(self) -> int:
+        """Pixels whose multiples are sides of pictures that have whole sizes at every level of autoencoder and UNet."""
+        halvings = sum(len(module.config.block_out_channels) - 1 for module in (self.vae, self.unet))
+        return int(2**halvings)
 
     @property
     def tokenizers(self) -> list[Any]:
@@ -187,7 +193,7 @@ def load_trained(model: Model, trained: Path) -> None:
         modules = {"unet": model.unet, **model.encoders}
         for module in modules.values():
             module.float()
-        adapters.merge_lora(trained / LORA_FILE, modules)
+        lora.merge_lora(trained / LORA_FILE, modules)
         for module in modules.values():
             module.to(model.dtype)
 
@@ -198,7 +204,7 @@ def changed_parts(model: Model, trained: Path) -> list[str]:
     if (trained / EMBEDDINGS_FILE).is_file():
         parts += [*model.family.encoders, *model.family.tokenizers]
     if (trained / LORA_FILE).is_file():
-        parts += adapters.parts_of_lora(trained / LORA_FILE)
+        parts += lora.parts_of_lora(trained / LORA_FILE)
     return sorted(set(parts))
 
 

@@ -32,7 +32,7 @@ def make_optimizer(groups: list[dict[str, Any]], settings: Train) -> torch.optim
     package = _extra(settings.optimizer)
     if settings.optimizer == "adamw_8bit":  # Dettmers et al. 2022
         made: torch.optim.Optimizer = package.optim.AdamW8bit(groups, **common)
-    else:  # Mishchenko & Defazio 2024, with the two options that its authors advise for diffusion models
+    else:  # Mishchenko & Defazio 2024, with the two options that diffusers' train_dreambooth_lora_sdxl.py has on
         made = package.Prodigy(groups, **common, use_bias_correction=True, safeguard_warmup=True)
     return made
 

@@ -132,14 +132,16 @@ class Prior(Section):
 
     kind: Literal["images", "teacher", "folder", "none"]
     """images: drawn by the untouched base (Ruiz et al. 2022, section 3.3). teacher: no images; what the base predicts
-    for the photos under the class prompt is the target. folder: photos of your own. none: nothing."""
+    for the photos under the class prompt is the target. folder: photos of your own. none: nothing. Without effect on
+    train.method textual_inversion, which reads no class rows."""
     folder: Annotated[str, Field(pattern=r"^data/classes(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")]
     """Where kind folder finds photos of a class, in <folder>/<class id>; checked as those of a subject are."""
     num_class_images: Annotated[int, Field(ge=0, le=100_000)]
-    """How many; 200 is the choice of the paper's authors for photo-scale models, 0 goes with prior_loss_weight 0."""
+    """How many; 0 goes with prior_loss_weight 0. For photo-scale models 200 to 300 (diffusers, DreamBooth README); Ruiz
+    et al. 2022, section 3.3, draw about 1000 and say that fewer do."""
     prompts: Annotated[list[Template], Field(min_length=1, max_length=1000)]
     """What drawn class images show: sentences with {} for the class noun, in turn. One, "a photo of {}", is the paper's
-    choice; several keep what the base draws of the class in other places too (He et al. 2023, section 3)."""
+    choice; several keep what the base draws of the class in other places too (He et al. 2023)."""
     scheduler: Scheduler
     """Solver of the sampler."""
     num_inference_steps: Annotated[int, Field(ge=1, le=999)]
@@ -159,9 +161,10 @@ class Train(Section):
 
     method: Literal["full", "lora", "textual_inversion", "pivotal"]
     """What is trained. full: all weights of the UNet (Ruiz et al. 2022). lora: low-rank updates of it (Hu et al.
-    2022). textual_inversion: a new word for the identifier and nothing else (Gal et al. 2023). pivotal: both."""
+    2022). textual_inversion: a new word for the identifier and nothing else (Gal et al. 2023); it reads no class rows,
+    so that the prior has no effect. pivotal: both."""
     rank: Annotated[int, Field(ge=1, le=1024)]
-    """Rank of the updates of lora and pivotal; 4 to 32 are usual."""
+    """Rank of the updates of lora and pivotal; 4 in diffusers' scripts, 4 to 128 are usual (kohya sd-scripts)."""
     lora_alpha: Annotated[float, Field(gt=0, le=1024)]
     """The updates count lora_alpha / rank."""
     use_dora: bool
@@ -180,7 +183,8 @@ class Train(Section):
     """adamw_8bit keeps the moments in 8 bits (Dettmers et al. 2022; a GPU, pip install "dreambooth[adam8bit]").
     prodigy finds its own rate (Mishchenko & Defazio 2024; pip install "dreambooth[prodigy]")."""
     learning_rate: Annotated[float, Field(gt=0, le=1)]
-    """Peak rate of the optimizer: about 2e-6 for full, 1e-4 for lora, 5e-3 for textual_inversion; Prodigy wants 1."""
+    """Peak rate of the optimizer: 5e-6 for full (Ruiz et al. 2022), 2e-6 with the text encoder and 1e-4 for lora
+    (diffusers, DreamBooth README), 5e-3 for textual_inversion (its authors' configuration); Prodigy wants 1."""
     text_encoder_learning_rate: Annotated[float, Field(gt=0, le=1)] | None
     """Peak rate of the text encoders; null: the same."""
     embedding_learning_rate: Annotated[float, Field(gt=0, le=1)] | None
@@ -202,7 +206,7 @@ class Train(Section):
     prior_loss_weight: Annotated[float, Field(ge=0, le=100)]
     """Weight of the class rows (lambda of Ruiz et al. 2022, equation 2); 0 trains without a prior."""
     snr_gamma: Annotated[float, Field(gt=0)] | None
-    """Gamma of min-SNR weights (Hang et al. 2023; 5 in the paper); null weighs all timesteps alike."""
+    """Gamma of min-SNR weights (Hang et al. 2023; diffusers recommends 5); null weighs all timesteps alike."""
     mixed_precision: Literal["no", "bf16", "fp16"]
     """Autocast precision of the forward pass; weights, noise, target and loss stay in float32."""
     checkpointing_steps: Annotated[int, Field(ge=1)] | None
@@ -227,7 +231,8 @@ class Train(Section):
     gradient_checkpointing: bool | Literal["auto"]
     """Trade a third more compute for the memory of the UNet's activations; auto: once a step does not fit without."""
     huber_c: Annotated[float, Field(gt=0, le=10)] | None
-    """Where the loss turns from squares to magnitudes (pseudo-Huber, Khrapov et al. 2024; 0.1 there); null: squares."""
+    """Where the loss turns from squares to magnitudes (pseudo-Huber, Khrapov et al. 2024; 0.1 in kohya sd-scripts);
+    null: squares."""
     noise_offset: Annotated[float, Field(ge=0, le=1)]
     """Standard deviation of what is added to a whole channel of the noise, for very dark and very bright pictures
     (Guttenberg 2023; 0.05 to 0.1); 0 adds nothing."""
@@ -235,6 +240,9 @@ class Train(Section):
     """Train on mirror images of the photos too; not for a subject whose sides differ."""
     random_crops: Annotated[int, Field(ge=0, le=64)]
     """Squares of each photo besides the middle one, at random places along its longer side; each is encoded once."""
+    aspect_buckets: bool
+    """Train each photo at the size, of about resolution x resolution pixels, that is nearest to its proportions, in
+    place of its middle square (NovelAI 2022; docs/decisions/0090). Class images and evaluation stay square."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None
     """Decay of a moving average of the weights, which is shipped in their place; null: the last weights."""
     allow_tf32: bool
@@ -243,6 +251,11 @@ class Train(Section):
     """Processes, one a GPU, that share the rows of a step: it has train_batch_size rows of each."""
     save_dtype: Dtype
     """Precision of the saved weights: these are evaluated, exported and served."""
+
+    @property
+    def reads_class_rows(self) -> bool:
+        """Whether class rows teach anything: their prompt lacks the new word, so a word alone learns nothing there."""
+        return self.method != "textual_inversion"
 
 
 class Evaluate(Section):
@@ -360,6 +373,26 @@ class Params(Section):
     export: Export
     tracking: Tracking
     registry: Registry
+
+    @property
+    def wants_prior(self) -> bool:
+        """Whether the parameters ask for class rows."""
+        return self.prior.kind != "none" and self.train.prior_loss_weight > 0
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether class rows are trained on: they are asked for, and the method can learn from them."""
+        return self.wants_prior and self.train.reads_class_rows
+
+    @property
+    def idle_prior(self) -> str | None:
+        """What a user should know whose class rows are not trained on."""
+        if self.has_prior or not self.wants_prior:
+            return None
+        return (
+            f"train.method {self.train.method} reads no class rows: prior.kind {self.prior.kind} has no effect on it; "
+            "prior.kind none saves the time of the stage prior"
+        )
 
     def subject(self, subject_id: str) -> SubjectParams:
         """Return one subject; raise SubjectError with the known ones."""

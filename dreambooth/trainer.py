@@ -156,16 +156,7 @@ def train_step(trainer: Trainer, rows: Sequence[Row], step: int, learning_rate: 
         group["lr"] = learning_rate * group["factor"]
     parts = dataset.micro_batches(rows, trainer.parts * trainer.processes)
     own = parts[trainer.accelerator.process_index :: trainer.processes]
-    results = []
-    for number, part in enumerate(own):
-        batch = _collate(trainer, part, step)
-        with ExitStack() as stack:
-            if number < len(own) - 1:  # gradients meet those of other processes once a step
-                for module in trainer.modules.values():
-                    stack.enter_context(trainer.accelerator.no_sync(module))
-            step_loss, losses = forward(trainer, batch)
-            trainer.accelerator.backward(step_loss / len(own))
-        results.append(_means(step_loss, losses, batch.is_instance.to(losses.device)))
+    results = [_accumulate(trainer, part, step, len(own), number == len(own) - 1) for number, part in enumerate(own)]
     grad_norm = trainer.accelerator.clip_grad_norm_(trainer.trainable, trainer.settings.max_grad_norm)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad(set_to_none=True)
@@ -175,6 +166,32 @@ def train_step(trainer: Trainer, rows: Sequence[Row], step: int, learning_rate: 
     return means | {"grad_norm": grad_norm}
 
 
+def _accumulate(trainer: Trainer, part: Sequence[Row], step: int, share: int, is_last: bool) -> dict[str, Tensor]:
+    """Add the gradients of a micro-batch, a forward pass for each shape of its rows, usually one.
+
+    Args:
+        trainer: gets the gradients.
+        part: rows of the micro-batch.
+        step: from 0.
+        share: how many micro-batches this process has in the step.
+        is_last: of them.
+    """
+    passes = dataset.by_shape(part, lambda row: row.sample.posterior.mean)
+    instances = sum(row.sample.role == "instance" for row in part)
+    found = []
+    for number, rows in enumerate(passes):
+        batch = _collate(trainer, rows, step, instances)
+        with ExitStack() as stack:
+            if not (is_last and number == len(passes) - 1):  # gradients meet those of other processes once a step
+                for module in trainer.modules.values():
+                    stack.enter_context(trainer.accelerator.no_sync(module))
+            step_loss, losses = forward(trainer, batch)
+            trainer.accelerator.backward(step_loss / share)
+        found.append((step_loss.detach(), losses, batch.is_instance.to(losses.device)))
+    step_losses, row_losses, are_instance = zip(*found, strict=True)
+    return _means(torch.stack(step_losses).sum(), torch.cat(row_losses), torch.cat(are_instance))
+
+
 def forward(trainer: Trainer, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the loss of a micro-batch, and the (B,) losses of its rows before any weight."""
     device = trainer.accelerator.device
@@ -182,7 +199,7 @@ def forward(trainer: Trainer, batch: Batch) -> tuple[Tensor, Tensor]:
     losses = row_losses(trainer, batch, trainer.modules)
     snr_weights = loss.min_snr_weights(trainer.prediction_type, alpha_bar, trainer.settings.snr_gamma)
     weights = batch.weights.to(device) * snr_weights
-    return loss.dreambooth_loss(losses, weights, batch.is_instance.to(device)), losses.detach()
+    return loss.dreambooth_loss(losses, weights, batch.instances.to(device)), losses.detach()
 
 
 def row_losses(trainer: Trainer, batch: Batch, modules: Mapping[str, torch.nn.Module]) -> Tensor:
@@ -200,9 +217,9 @@ def row_losses(trainer: Trainer, batch: Batch, modules: Mapping[str, torch.nn.Mo
     return loss.row_losses(model_pred, target, trainer.settings.huber_c)
 
 
-def _collate(trainer: Trainer, rows: Sequence[Row], step: int) -> Batch:
+def _collate(trainer: Trainer, rows: Sequence[Row], step: int, instances: int) -> Batch:
     settings = trainer.settings
-    return dataset.collate(rows, step, len(trainer.alphas_cumprod), settings.seed, settings.noise_offset)
+    return dataset.collate(rows, step, len(trainer.alphas_cumprod), settings.seed, settings.noise_offset, instances)
 
 
 def capture(trainer: Trainer, step: int, records: Mapping[str, Any]) -> State:
@@ -319,7 +336,7 @@ def _means(step_loss: Tensor, losses: Tensor, is_instance: Tensor) -> dict[str, 
     """Means of the losses by role; NaN where a batch has no prior rows. Without indexing, which waits for a GPU."""
     mask = is_instance.to(losses.dtype)
     return {
-        "loss": step_loss.detach(),
+        "loss": step_loss,
         "loss_instance": (losses * mask).sum() / mask.sum(),
         "loss_prior": (losses * (1 - mask)).sum() / (1 - mask).sum(),
     }

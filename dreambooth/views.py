@@ -1,48 +1,85 @@
-"""The views of a photo that are trained on: the middle square, others along the longer side, and their mirror images.
+"""The views of a photo that are trained on: the middle, others along the side that is too long, and mirror images.
 
-There are few of them and each is encoded once; a row takes one by chance.
+There are few of them and each is encoded once; a row takes one by chance. A view is a square, or has the size of the
+bucket that is nearest to the photo. Sizes are (width, height) in pixels.
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 from PIL import Image, ImageOps
 
 from dreambooth import rng
 from dreambooth.families import Sizes
-from dreambooth.images import to_square
+
+Size = tuple[int, int]
+LONGEST = 2  # sides of a bucket are within this factor of the square's, as those that SDXL was trained with
+
+
+def buckets(resolution: int, whole_side: int) -> list[Size]:
+    """Return sizes with about as many pixels as the square, which is the first of them.
+
+    Of the buckets with one shorter side the one with the most pixels (NovelAI 2022, "Aspect ratio bucketing"; at 1024
+    pixels those of Podell et al. 2023, appendix I, that are the largest of their height). No finer than a sixteenth of
+    the square's side.
+
+    Args:
+        resolution: side of the square.
+        whole_side: of the model; all sides but the square's are multiples of it.
+    """
+    step = math.ceil(resolution / 16 / whole_side) * whole_side
+    found = [(resolution, resolution)]
+    for short in range(math.ceil(resolution / LONGEST / step) * step, resolution, step):
+        long = min(resolution**2 // short, LONGEST * resolution) // step * step
+        if long > short:
+            found += [(short, long), (long, short)]
+    return found
+
+
+def nearest(size: Size, sizes: Sequence[Size]) -> Size:
+    """Return the bucket whose proportions are nearest to those of a picture; the first of equals."""
+    return min(sizes, key=lambda bucket: abs(math.log(bucket[0] * size[1] / (bucket[1] * size[0]))))
 
 
 def views_of(
-    picture: Image.Image, resolution: int, crops: int, flip: bool, seed: int, number: int
+    picture: Image.Image, size: Size, crops: int, flip: bool, seed: int, number: int
 ) -> list[tuple[Image.Image, Sizes]]:
-    """Return square pictures, the middle one first, each with what SDXL is told of it.
+    """Return pictures of one size, the middle one first, each with what SDXL is told of it.
 
     Args:
         picture: upright, W x H pixels.
-        resolution: side of the views in pixels.
-        crops: how many squares besides the middle one; a square picture has no others.
+        size: of the views.
+        crops: how many besides the middle one; a picture of the same proportions has no others.
         flip: whether each is mirrored too.
         seed: of the places, with the photo's number.
         number: of the photo.
     """
-    room = max(picture.size) - min(picture.size)
+    wide, high = _part(picture, size)
+    room = max(picture.width - wide, picture.height - high)
     generator = rng.generator(seed, "crop", number)
     places = [room / 2, *(room * torch.rand(crops, generator=generator)).tolist()] if room else [0.0]
-    squares = [(to_square(picture, resolution), sizes_of(picture, resolution, places[0]))]
-    squares += [(_cut(picture, resolution, place), sizes_of(picture, resolution, place)) for place in places[1:]]
-    return squares + ([(ImageOps.mirror(square), sizes) for square, sizes in squares] if flip else [])
+    middle = ImageOps.fit(picture, size, method=Image.Resampling.LANCZOS)
+    views = [(middle, sizes_of(picture, size, places[0]))]
+    views += [(_cut(picture, size, place), sizes_of(picture, size, place)) for place in places[1:]]
+    return views + ([(ImageOps.mirror(view), sizes) for view, sizes in views] if flip else [])
 
 
-def sizes_of(picture: Image.Image, resolution: int, place: float) -> Sizes:
-    """Return the sizes of a square that begins `place` pixels along the longer side of a picture."""
-    width, height = picture.size
-    offset = round(place * resolution / min(picture.size))
-    top, left = (offset, 0) if height > width else (0, offset)
-    return (height, width, top, left, resolution, resolution)
+def sizes_of(picture: Image.Image, size: Size, place: float) -> Sizes:
+    """Return the sizes of a view that begins `place` pixels along the side of a picture that is too long."""
+    wide, _ = _part(picture, size)
+    offset = round(place * size[0] / wide)
+    top, left = (0, offset) if wide < picture.width else (offset, 0)
+    return (picture.height, picture.width, top, left, size[1], size[0])
 
 
-def _cut(picture: Image.Image, resolution: int, place: float) -> Image.Image:
-    width, height = picture.size
-    side = min(width, height)
-    left, top = (place, 0.0) if width > height else (0.0, place)
-    box = (left, top, left + side, top + side)
-    return picture.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+def _cut(picture: Image.Image, size: Size, place: float) -> Image.Image:
+    wide, high = _part(picture, size)
+    left, top = (place, 0.0) if wide < picture.width else (0.0, place)
+    return picture.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + wide, top + high))
+
+
+def _part(picture: Image.Image, size: Size) -> tuple[float, float]:
+    """Return width and height of the largest part of a picture that has the proportions of `size`."""
+    (width, height), (wide, high) = picture.size, size
+    return (height * wide / high, height) if width * high > height * wide else (width, width * high / wide)

@@ -107,10 +107,11 @@ def run(
     from flows.graph import Graph
 
     root = find_root(context.obj)
+    params = _params(root)
+    subjects = choose_subjects(params, subject_ids or [])  # before anything is written: a preset has no say in it
     if preset:
         _apply_presets(root, preset)
-    params = _params(root)
-    subjects = choose_subjects(params, subject_ids or [])
+        params = _params(root)
     graph = Graph.load(root).select(subjects)
     if not graph.stale and all(_is_registered(root, subject_id) for subject_id in subjects):
         _print_status(root, params, graph, subjects)

@@ -65,6 +65,8 @@ class Plan:
     gpus: int
     free: int
     """Bytes where the project lies."""
+    remark: str | None = None
+    """What its parameters ask for in vain."""
 
     @property
     def seconds(self) -> float:
@@ -87,6 +89,8 @@ class Plan:
             said.append(f"cost: {self.seconds / 3600 * self.gpus * price:.2f} at {price:g} an hour each")
         if guessed := [line.entry for line in self.lines if not line.measured]:
             said.append(f"not measured here yet, so by defaults that may be wrong tenfold: {', '.join(guessed)}")
+        if self.remark is not None:
+            said.append(self.remark)
         if self.size > self.free:
             said.append("there is not enough room: make some, or move the project")
         return said
@@ -142,7 +146,8 @@ def make_plan(root: Path, params: Params, graph: Graph, gpus: int = 1) -> Plan:
         _line(entry, stages, params, root, known[entry, work_of(entry, params)], sizes)
         for entry, stages in by_entry.items()
     ]
-    return Plan(tuple(lines), len(graph.stages), gpus, shutil.disk_usage(root).free)
+    remark = params.idle_prior if "train" in by_entry else None
+    return Plan(tuple(lines), len(graph.stages), gpus, shutil.disk_usage(root).free, remark)
 
 
 def seconds_of(units: int, measurements: Sequence[Measurement], default: float) -> float:
@@ -160,7 +165,7 @@ def units_of(entry: str, key: str, params: Params, root: Path) -> int:
         return count_photos(root, key)
     if entry == "train":
         train = params.train
-        rows = train.train_batch_size * (2 if train.prior_loss_weight else 1) * train.gradient_accumulation_steps
+        rows = train.train_batch_size * (2 if params.has_prior else 1) * train.gradient_accumulation_steps
         return max_train_steps(train, count_photos(root, key)) * rows
     if entry == "evaluate":
         prompts = params.evaluate.max_prompts or 25

@@ -76,7 +76,8 @@ def _own(params: Params, class_id: str, root: Path, about: dict[str, Any]) -> Pi
     about["photos"] = [{"file": report.file, "sha256": sha256_of_file(folder / report.file)} for report in usable]
     dropped = len(reports) - len(usable)
     say(f"prior {class_id}: {len(usable)} photos of your own, {dropped} dropped; latents: {reused} reused")
-    sizes = [sizes_of(picture, resolution, (max(picture.size) - min(picture.size)) / 2) for picture in pictures]
+    side = (resolution, resolution)
+    sizes = [sizes_of(picture, side, (max(picture.size) - min(picture.size)) / 2) for picture in pictures]
     return [png_bytes(square) for square in squares], posteriors, sizes
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
@@ -45,7 +46,7 @@ from dreambooth.schedule import max_train_steps
 from dreambooth.trackers import Trackers, open_trackers, require_trackers
 from dreambooth.tracking import open_run
 from dreambooth.training import History, Listeners, StepRecord, train
-from dreambooth.views import views_of
+from dreambooth.views import buckets, nearest, views_of
 from stages.entry import main, say
 
 INPUTS = ("build/{id}/instance", "build/classes/{class_id}", "data/base")
@@ -79,7 +80,7 @@ def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = 
     model = load_model(base)
     about = _inputs(params, subject_id, root, model_hash(base), device_name(model.device))
     instance = _instance_samples(params, subject_id, root, model, model_hash(base, ["vae"]))
-    prior = _prior_samples(params, subject_id, root, instance) if _has_prior(params) else []
+    prior = _prior_samples(params, subject_id, root, instance) if params.has_prior else []
     methods.add_token(model, params.train, about["inputs"]["identifier"], about["inputs"]["class_noun"])
     checkpoints = _checkpoints(subject_id, root, about["inputs"], resume_from)
     if processes.rank() > 0:  # its share of the rows of each step, and no file
@@ -93,6 +94,8 @@ def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = 
         f"train {subject_id}: {len(instance)} photos, {len(prior)} class images, "
         f"{max_train_steps(params.train, len(instance))} steps on {model.device}"
     )
+    if params.idle_prior:
+        say(f"train {subject_id}: {params.idle_prior}")
     target = root / OUTPUTS[0].format(id=subject_id)
     with only_one(scratch_folder(root) / "locks", f"train-{subject_id}", f"the training of {subject_id}"):
         remove_leftovers(target)
@@ -192,7 +195,7 @@ def _inputs(params: Params, subject_id: str, root: Path, base_hash: str, device:
     """Say what the training depends on; its hash is the fingerprint that later stages find the run by."""
     subject = params.subject(subject_id)
     folders = {"instance": root / INPUTS[0].format(id=subject_id)}
-    if _has_prior(params) and params.prior.kind != "teacher":
+    if params.has_prior and params.prior.kind != "teacher":
         folders["prior"] = root / INPUTS[1].format(class_id=subject.class_id)
     inputs = {
         "base": base_hash,
@@ -201,7 +204,7 @@ def _inputs(params: Params, subject_id: str, root: Path, base_hash: str, device:
         "class_noun": params.class_of(subject_id).class_noun,
         "resolution": params.base.resolution,
         "train": params.train.model_dump(exclude=WITHOUT_EFFECT),
-        "prior_kind": params.prior.kind if _has_prior(params) else "none",
+        "prior_kind": params.prior.kind if params.has_prior else "none",
         "processes": processes.count(),
         "code": code_hash(),
         "device": device,
@@ -212,21 +215,20 @@ def _inputs(params: Params, subject_id: str, root: Path, base_hash: str, device:
     return {"fingerprint": sha256_of(inputs), "method": params.train.method, "inputs": inputs}
 
 
-def _has_prior(params: Params) -> bool:
-    """Whether class rows are trained on: they need a weight, and a method that can learn from them."""
-    wanted = params.prior.kind != "none" and params.train.prior_loss_weight > 0
-    return wanted and methods.reads_class_rows(params.train)
-
-
 def _instance_samples(params: Params, subject_id: str, root: Path, model: Model, vae_hash: str) -> list[Sample]:
     settings, resolution = params.train, params.base.resolution
     folder = root / INPUTS[0].format(id=subject_id)
     pictures = list(read_prepared(folder))
-    if small := sum(min(picture.size) < resolution for _, picture in pictures):
+    known = buckets(resolution, model.whole_side) if settings.aspect_buckets else [(resolution, resolution)]
+    sizes = [nearest(picture.size, known) for _, picture in pictures]
+    if small := sum(p.width < wide or p.height < high for (_, p), (wide, high) in zip(pictures, sizes, strict=True)):
         say(f"train {subject_id}: warning: {small} photos are smaller than {resolution} pixels and were enlarged")
+    if settings.aspect_buckets:
+        counted = (f"{count} of {wide} x {high}" for (wide, high), count in Counter(sizes).items())
+        say(f"train {subject_id}: buckets: {', '.join(counted)} pixels")
     views = [
-        views_of(picture, resolution, settings.random_crops, settings.random_flip, settings.seed, number)
-        for number, (_, picture) in enumerate(pictures)
+        views_of(picture, size, settings.random_crops, settings.random_flip, settings.seed, number)
+        for number, ((_, picture), size) in enumerate(zip(pictures, sizes, strict=True))
     ]
     images = [image for views_of_photo in views for image, _ in views_of_photo]
     posteriors, reused = encode_images(model, images, vae_hash, scratch_folder(root) / "latents" / subject_id)
@@ -235,9 +237,9 @@ def _instance_samples(params: Params, subject_id: str, root: Path, model: Model,
     captions, encoded = read_captions(folder), iter(posteriors)
     samples = []
     for (name, _), views_of_photo in zip(pictures, views, strict=True):
-        (posterior, sizes), *others = [(next(encoded), sizes) for _, sizes in views_of_photo]
+        (posterior, told), *others = [(next(encoded), told) for _, told in views_of_photo]
         prompt = prompts.instance_prompt(identifier, class_noun, captions[name])
-        samples.append(Sample(name, posterior, prompt, "instance", sizes, variants=tuple(others)))
+        samples.append(Sample(name, posterior, prompt, "instance", told, variants=tuple(others)))
     return samples
 
 

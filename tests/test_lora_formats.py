@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from test_layouts import picture
 from tiny_pipelines import write_sd, write_sdxl
@@ -16,15 +16,8 @@ from tiny_pipelines import write_sd, write_sdxl
 from dreambooth.adapters import LORA_FILE
 from dreambooth.errors import ModelError
 from dreambooth.layouts import UNetShape
-from dreambooth.lora_formats import (
-    LoraLayer,
-    cast,
-    kohya_name,
-    layers_of,
-    read_lora,
-    to_diffusers,
-    to_kohya,
-)
+from dreambooth.lora import LoraLayer, layers_of, merged, read_lora
+from dreambooth.lora_formats import cast, kohya_name, to_diffusers, to_kohya
 
 RANK, ALPHA = 4, 10  # alpha / rank is not 1, so that a lost alpha shows
 UNET_MODULES = ["to_k", "to_q", "to_v", "to_out.0"]
@@ -83,6 +76,22 @@ def test_the_file_of_diffusers_draws_the_trained_picture(trained: tuple[str, Pat
     safetensors.torch.save_file(to_diffusers(lora), tmp_path / LORA_FILE, metadata=header)
     pipeline.load_lora_weights(tmp_path)
     assert np.abs(picture(pipeline) - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_layer_is_added_to_its_weight_as_peft_does(dora: bool) -> None:
+    torch.manual_seed(0)
+    module = torch.nn.ModuleDict({"to_q": torch.nn.Linear(6, 5, bias=False)})
+    weight = module["to_q"].weight.detach().clone()
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["to_q"], use_dora=dora)
+    adapted: Any = inject_adapter_in_model(config, module)["to_q"]
+    torch.nn.init.normal_(adapted.lora_B["default"].weight)
+    magnitude = adapted.lora_magnitude_vector["default"].weight.detach() * 1.5 if dora else None
+    if dora:
+        adapted.lora_magnitude_vector["default"].weight.data *= 1.5
+    layer = LoraLayer(adapted.lora_A["default"].weight, adapted.lora_B["default"].weight, ALPHA, magnitude)
+    adapted.merge()
+    assert torch.allclose(merged(weight, layer), adapted.base_layer.weight, rtol=0, atol=0 if not dora else 1e-6)
 
 
 def test_modules_have_the_names_that_kohya_gives_them() -> None:

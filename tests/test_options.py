@@ -64,7 +64,7 @@ def test_options_of_loss_and_noise_change_the_training(tiny_model_folder: Path) 
 
 def test_views_are_squares_along_the_longer_side_and_their_mirror_images() -> None:
     picture = make_photo(3, 96).crop((0, 0, 64, 96))
-    views = views_of(picture, 32, 2, True, 0, 0)
+    views = views_of(picture, (32, 32), 2, True, 0, 0)
     assert len(views) == 6
     (middle, sizes), (second, places), *_ = views
     assert middle.tobytes() == to_square(picture, 32).tobytes()
@@ -78,8 +78,8 @@ def test_views_are_squares_along_the_longer_side_and_their_mirror_images() -> No
 
 def test_a_square_photo_has_one_place_and_no_option_one_view() -> None:
     picture = Image.linear_gradient("L").convert("RGB")
-    assert len(views_of(picture, 32, 5, False, 0, 0)) == 1
-    assert len(views_of(picture.resize((300, 200)), 32, 0, False, 0, 0)) == 1
+    assert len(views_of(picture, (32, 32), 5, False, 0, 0)) == 1
+    assert len(views_of(picture.resize((300, 200)), (32, 32), 0, False, 0, 0)) == 1
 
 
 def test_a_row_takes_each_view_at_times_the_same_one_in_every_split() -> None:

@@ -266,3 +266,24 @@ def test_the_tokenizer_of_the_base_says_whether_a_word_is_rare_and_short(word: s
 
 def test_without_a_tokenizer_at_hand_nothing_is_said(tmp_path: Path) -> None:
     assert remarks_by_tokenizer("biscuit", tmp_path / "tokenizer.json") == []
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "weight", "has", "idle"),
+    [
+        ("full", "images", 1.0, True, False),
+        ("pivotal", "teacher", 1.0, True, False),
+        ("textual_inversion", "images", 1.0, False, True),
+        ("textual_inversion", "none", 1.0, False, False),
+        ("textual_inversion", "images", 0.0, False, False),
+        ("full", "none", 1.0, False, False),
+    ],
+)
+def test_a_prior_that_is_asked_for_and_not_trained_on_is_told(
+    params_values: dict[str, Any], method: str, kind: str, weight: float, has: bool, idle: bool
+) -> None:
+    params_values["train"] |= {"method": method, "prior_loss_weight": weight}
+    params_values["prior"]["kind"] = kind
+    params = parse_params(params_values)
+    assert params.has_prior is has
+    assert (params.idle_prior is not None) is idle

@@ -60,6 +60,14 @@ def test_a_plan_counts_what_is_stale_and_says_what_it_guesses(project: Path, par
     assert half.seconds == pytest.approx(plan.seconds / 2)
 
 
+def test_a_prior_without_effect_is_said_and_its_rows_are_not_counted(project: Path, params: Params) -> None:
+    word = params.model_copy(update={"train": params.train.model_copy(update={"method": "textual_inversion"})})
+    assert 2 * units_of("train", "biscuit", word, project) == units_of("train", "biscuit", params, project)
+    said = [make_plan(project, one, Graph.load(project)).in_words(None) for one in (params, word)]
+    remark = "train.method textual_inversion reads no class rows: prior.kind images has no effect on it"
+    assert [sum(line.startswith(remark) for line in lines) for lines in said] == [0, 1]
+
+
 def test_after_a_run_nothing_is_planned_and_sizes_are_known(project: Path, params: Params) -> None:
     dvc(project, "repro")
     graph = Graph.load(project)

@@ -84,11 +84,17 @@ def test_what_does_not_fit_leaves_the_file_as_it_was(root: Path) -> None:
             apply(root, [name])
 
 
-def test_the_command_says_each_change(project: Path) -> None:
+def test_the_command_says_each_change_and_checks_the_ids_before_it_writes(project: Path) -> None:
     (project / "params").mkdir()
     (project / "params/quick.yaml").write_text("train: {max_train_steps: 7}\n")
+    before = (project / "params.yaml").read_bytes()
     done = dreambooth(project, "run", "nobody", "--preset", "quick")
-    assert done.stdout.splitlines()[0] == "params.yaml: train.max_train_steps: 250 -> 7"
-    assert done.returncode == 3  # there is no such subject; the preset was written before
-    assert load_params(project / "params.yaml").train.max_train_steps == 7
+    assert done.returncode == 3
+    assert "there is no subject 'nobody'" in done.stderr
+    assert (project / "params.yaml").read_bytes() == before
     assert "no 'slow'" in dreambooth(project, "run", "--preset", "slow").stderr
+    (project / "dvc.yaml").write_text("stages: [")  # so that the run ends after the preset
+    done = dreambooth(project, "run", "--preset", "quick")
+    assert done.stdout.splitlines()[0] == "params.yaml: train.max_train_steps: 250 -> 7"
+    assert done.returncode != 0
+    assert load_params(project / "params.yaml").train.max_train_steps == 7
