@@ -204,8 +204,10 @@ def _file_fault(error: OSError) -> str:
         return f"E_DISK_FULL: {name or 'the disk'}: no space left ({free} bytes free); make room, run again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"E_PERMISSION: {name}: {error.strerror}; make it readable and writable for this user"
-    if name and error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG):
-        return f"E_FILE: {name[:300]}: {error.strerror}; something else should stand there, move it away"
+    if name and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return f"E_FILE: {name[:100]}: {error.strerror}; give another path"
+    if name and error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        return f"E_FILE: {name}: {error.strerror}; something else should stand there, move it away"
     return ""
 
 

@@ -182,8 +182,8 @@ def _forget_in_gitignore(root: Path, subject_id: str) -> None:
 
 
 def _forget_in_params(root: Path, subject_id: str) -> None:
-    path = root / PARAMS
-    text = path.read_text(encoding="utf-8")
+    path = (root / PARAMS).resolve()
+    text = path.read_bytes().decode()
     shorter = without_subject(text, subject_id)
     if shorter == text:
         return
