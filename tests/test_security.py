@@ -1,6 +1,7 @@
 """What no file of the project may do, and what the project's own settings must say."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -14,9 +15,19 @@ import yaml
 from tiny_project import REPOSITORY, add_photos
 
 from dreambooth.errors import EvaluationError, ModelError, ParamsError
-from dreambooth.folders import cache_folder, is_private, scratch_folder
+from dreambooth.folders import (
+    TornFolderError,
+    cache_folder,
+    is_private,
+    read_manifest,
+    scratch_folder,
+    sha256_of,
+    write_manifest,
+)
+from dreambooth.images import read_prepared
 from dreambooth.models import check_model_folder
 from dreambooth.params import load_params, parse_params
+from dreambooth.pointer import resolve
 from dreambooth.prompts import load_templates
 from flows.doctor import _scratch
 from stages import validate
@@ -177,3 +188,53 @@ def test_a_table_for_spreadsheets_holds_no_formula(tmp_path: Path) -> None:
     (tmp_path / "live.csv").write_text("\n".join(["kind,prompt", *lines]) + "\n")
     with pytest.raises(EvaluationError, match="begins with"):
         load_templates(tmp_path / "live.csv")
+
+
+@pytest.mark.threat(6)
+@pytest.mark.parametrize("name", ["../../secret.png", "/etc/hostname", "00.png/../../../secret.png"])
+def test_a_manifest_that_names_a_picture_elsewhere_is_refused(project: Path, name: str) -> None:
+    """Whoever can write a manifest can make its hash right as well; the names still have to be those of the folder."""
+    validate.run(load_params(project / "params.yaml"), "biscuit", project)
+    folder = project / "build/biscuit/instance"
+    shutil.copy(folder / "00.png", project / "build/secret.png")
+    about = read_manifest(folder)
+    about["photos"][0]["file"] = name
+    write_manifest(folder, about)
+    with pytest.raises(TornFolderError, match=r"is not in the manifest; run validate again"):
+        list(read_prepared(folder))
+    about["files"][name] = about["files"]["00.png"]
+    about.pop("sha256", None)
+    (folder / "manifest.json").write_text(json.dumps({**about, "sha256": sha256_of(about)}))
+    with pytest.raises(TornFolderError, match=r"secret.png is missing|hostname is missing"):
+        list(read_prepared(folder))
+
+
+@pytest.mark.threat(6)
+@pytest.mark.parametrize(
+    ("pointer", "entry"),
+    [
+        ({"hash": "../../../precious"}, {}),
+        ({"hash": 7}, {}),
+        ({"md5": "../../precious"}, {}),
+        ({}, {"relpath": "../../../precious/planted"}),
+        ({}, {"relpath": "/tmp/planted"}),
+        ({}, {"md5": "../../../../precious/file"}),
+    ],
+)
+def test_a_pointer_of_a_strange_registry_leads_to_no_other_folder(
+    tmp_path: Path, pointer: dict[str, Any], entry: dict[str, str]
+) -> None:
+    """Hashes become names of folders, which are replaced, and the names in a folder of DVC become links."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("precious")
+    root, objects = tmp_path / "project", tmp_path / "project/.dvc/cache/files/md5/aa"
+    objects.mkdir(parents=True)
+    (objects / f"{'a' * 30}.dir").write_text(json.dumps([{"md5": "b" * 32, "relpath": "unet/x", **entry}]))
+    about = {"root": str(root), "path": "export/biscuit", "hash": "c" * 64, "md5": f"{'a' * 32}.dir", **pointer}
+    (tmp_path / "pointer.json").write_text(json.dumps(about))
+    with pytest.raises(ModelError, match="is no pointer to an export|does not hold the export"):
+        resolve(tmp_path)
+    assert [path.name for path in precious.iterdir()] == ["file"]
+    assert not Path("/tmp/planted").is_symlink()
+    assert not [path for path in root.rglob("*") if path.is_symlink()]

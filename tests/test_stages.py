@@ -188,6 +188,17 @@ def test_validate_names_every_bad_file_and_writes_nothing(project: Path) -> None
     assert [path for path in (project / "build").rglob("*") if path.is_file()] == []
 
 
+@pytest.mark.fault(1)
+@pytest.mark.parametrize("left", [0, 2])
+def test_too_few_photos_stop_in_validate_and_nothing_is_made(project: Path, left: int) -> None:
+    for path in sorted((project / "data/subjects/biscuit").iterdir())[left:]:
+        path.unlink()
+    with pytest.raises(PhotosError, match=rf"has {left} usable photos .* fewer than 3; put 3 to 10 there"):
+        validate.run(load_params(project / "params.yaml"), "biscuit", project)
+    assert not [path for path in (project / "build").rglob("*") if path.is_file()]
+    assert not (project / "metrics").exists()
+
+
 @pytest.mark.fault(10)
 @pytest.mark.threat(3)
 def test_validate_stores_photos_under_generated_names_and_keeps_the_original_in_the_manifest(project: Path) -> None:
