@@ -33,6 +33,7 @@ from pathlib import Path
 
 MACHINE_FAULT = 71  # EX_OSERR of sysexits.h
 
+
 class DreamboothError(Exception):
     """A mistake that its user can mend; the message says how."""
 

@@ -271,7 +271,9 @@ def test_without_a_tokenizer_at_hand_nothing_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(41)
-def test_a_file_of_an_older_version_is_refused_with_the_command_for_each_key_that_is_new(values: dict[str, Any]) -> None:
+def test_a_file_of_an_older_version_is_refused_with_the_command_for_each_key_that_is_new(
+    values: dict[str, Any],
+) -> None:
     """Ours at the first commit had no registry, no formats of an export, and no rank."""
     del values["registry"], values["export"]["formats"], values["train"]["rank"]
     problems = problems_of(values)

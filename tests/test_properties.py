@@ -88,6 +88,7 @@ def test_a_text_is_an_id_or_is_refused(text: str) -> None:
 
 
 @pytest.mark.fault(10)
+@pytest.mark.threat(5)
 @cases(300)
 @given(st.lists(NAMES, min_size=1, max_size=3), st.sampled_from([".png", ".JPG", ".txt", ""]))
 def test_a_folder_with_any_names_is_looked_through(names: list[str], suffix: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from tiny_project import REPOSITORY, add_photos
 
+from dreambooth import tracking  # noqa: F401 - sets what MLflow may do
 from dreambooth.errors import EvaluationError, ModelError, ParamsError
 from dreambooth.folders import (
     TornFolderError,
@@ -84,6 +85,22 @@ def test_nothing_is_unpickled_and_no_code_of_others_is_asked_for() -> None:
                 assert keywords(call).get("use_safetensors") == "True", f"{path}: {ast.unparse(call)}"
 
 
+@pytest.mark.threat(11)
+def test_no_result_of_a_flow_is_stored_and_mlflow_may_unpickle_nothing() -> None:
+    """Prefect stores results as pickles, where it stores them."""
+    decorators = [
+        (path.name, ast.unparse(one))
+        for path in CODE
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        for one in node.decorator_list
+        if ast.unparse(one).partition("(")[0] in ("flow", "task")
+    ]
+    assert len(decorators) > 5
+    assert [one for one in decorators if "persist_result=False" not in one[1]] == []
+    assert os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"  # since dreambooth.tracking was imported
+
+
 @pytest.mark.threat(11, 13)
 @pytest.mark.parametrize("name", ["unet/pytorch_model.bin", "vae/x.ckpt", "extra/model.pt", "m.pkl", "handler.py"])
 def test_a_model_folder_with_a_pickle_or_code_beside_its_weights_is_refused(
@@ -146,7 +163,7 @@ def test_photos_that_may_only_be_read_are_enough(project: Path) -> None:
         folder.chmod(0o755)
 
 
-@pytest.mark.threat(19)
+@pytest.mark.threat(19, 20)
 def test_actions_are_pinned_and_a_job_installs_without_constraints() -> None:
     text = "".join(path.read_text() for path in WORKFLOWS)
     used = re.findall(r"uses:\s*(\S+)", text)
@@ -158,7 +175,7 @@ def test_actions_are_pinned_and_a_job_installs_without_constraints() -> None:
     assert "make test" in commands["test"]
     assert "pip install --editable" in commands["newest"]
     assert "constraint" not in commands["newest"]
-    assert "pip_audit --requirement constraints.txt" in commands["audit"]
+    assert "pip_audit --strict --requirement constraints.txt" in commands["audit"]
     assert all(yaml.safe_load(path.read_text())["permissions"] == {"contents": "read"} for path in WORKFLOWS)
     assert "pull_request_target" not in text
 
@@ -190,7 +207,7 @@ def test_a_table_for_spreadsheets_holds_no_formula(tmp_path: Path) -> None:
         load_templates(tmp_path / "live.csv")
 
 
-@pytest.mark.threat(6)
+@pytest.mark.threat(6, 12)
 @pytest.mark.parametrize("name", ["../../secret.png", "/etc/hostname", "00.png/../../../secret.png"])
 def test_a_manifest_that_names_a_picture_elsewhere_is_refused(project: Path, name: str) -> None:
     """Whoever can write a manifest can make its hash right as well; the names still have to be those of the folder."""
@@ -209,7 +226,7 @@ def test_a_manifest_that_names_a_picture_elsewhere_is_refused(project: Path, nam
         list(read_prepared(folder))
 
 
-@pytest.mark.threat(6)
+@pytest.mark.threat(6, 12)
 @pytest.mark.parametrize(
     ("pointer", "entry"),
     [

@@ -60,7 +60,7 @@ def everything_strange(root: Path, camera: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.fault(2, 10)
-@pytest.mark.threat(7)
+@pytest.mark.threat(7, 9)
 def test_a_folder_of_everything_strange_gives_its_photos_and_names_the_rest(project: Path, camera: Path) -> None:
     everything_strange(project, camera)
     seen = dreambooth(project, "check", str(camera))
@@ -76,6 +76,7 @@ def test_a_folder_of_everything_strange_gives_its_photos_and_names_the_rest(proj
 
 
 @pytest.mark.slow
+@pytest.mark.threat(9, 10)
 @pytest.mark.parametrize(
     ("arrange", "arguments", "code", "said"),
     [
@@ -140,7 +141,13 @@ def test_a_link_for_params_yaml_stays_one_and_its_file_is_written(project: Path,
 @pytest.mark.parametrize(
     ("closed", "mode", "arguments", "code", "said"),
     [
-        ("camera/photo 0.png", 0, ["check", "CAMERA"], 3, r"E_PHOTOS: .*photo 0.png: cannot be read \(Permission denied"),
+        (
+            "camera/photo 0.png",
+            0,
+            ["check", "CAMERA"],
+            3,
+            r"E_PHOTOS: .*photo 0.png: cannot be read \(Permission denied",
+        ),
         ("camera/photo 0.png", 0, TOM, 71, "E_PERMISSION: .*photo 0.png: Permission denied; make it readable"),
         ("camera", 0, ["check", "CAMERA"], 71, "E_PERMISSION: .*camera: Permission denied; make it readable"),
         ("camera", 0o400, ["check", "CAMERA"], 71, "E_PERMISSION: .*camera.*: Permission denied; make it readable"),
