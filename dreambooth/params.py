@@ -419,8 +419,9 @@ def describe(path: str) -> list[str]:
     section, _, name = path.partition(".")
     if section not in Params.model_fields:
         raise ParamsError([_unknown("section", section, Params.model_fields, "a name such as train.seed")])
-    entries = get_args(Params.model_fields[section].annotation)  # of a map: its keys, and what each of them holds
-    fields = (entries[1] if entries else Params.model_fields[section].annotation).model_fields
+    kind: Any = Params.model_fields[section].annotation
+    entries = get_args(kind)  # of a map: its keys, and what each of them holds
+    fields = (entries[1] if entries else kind).model_fields
     wanted = name.rpartition(".")[2]
     if wanted and wanted not in fields:
         raise ParamsError([_unknown(f"parameter of {section}", wanted, fields, "a name such as train.seed")])

@@ -72,16 +72,10 @@ THREATS: Mapping[int, tuple[str, str]] = {
     6: ("path traversal in ids, archives, manifests", "pattern of ids; resolved and inside"),
     7: ("links in a photo folder", "regular files only"),
     8: ("shell and argument injection", "constant commands; lists, never shell=True; no leading -"),
-    9: (
-        "pipes, devices and endless links for photos, captions or params.yaml",
-        "passed over or refused; nothing hangs",
-    ),
+    9: ("pipes, devices, endless links for photos, captions, params.yaml", "passed over or refused"),
     10: ("YAML tags, alias bombs, duplicate keys", "safe loader, error on duplicates, strict model"),
     11: ("pickle: .ckpt, .bin, .pt, results, pyfunc", "safetensors only; optimizer state after our hash, weights_only"),
-    12: (
-        "a registry or a DVC cache of strangers: names in pointers and manifests",
-        "hashes and names inside, or refused",
-    ),
+    12: ("pointers and manifests of strangers: names that lead elsewhere", "names inside, hashes, or refused"),
     13: ("remote code: trust_remote_code, custom_pipeline, *.py", "never passed; refused"),
     14: ("hub ids: typosquat, moving revision", "pinned to a commit and recorded; local path"),
     15: ("MLflow server", "default is a local database; documentation for a server"),

@@ -101,8 +101,8 @@ def test_a_folder_of_everything_strange_gives_its_photos_and_names_the_rest(proj
     ],
     ids=[
         "long name", "id that is a path", "device", "pipe", "file for a folder", "caption in Latin-1", "no database",
-        "folder for the database", "torn dvc.lock", "UTF-16", "tabs", "zero byte", "5000 digits", "pipe for params.yaml",
-        "device for params.yaml",
+        "folder for the database", "torn dvc.lock", "UTF-16", "tabs", "zero byte", "5000 digits",
+        "pipe for params.yaml", "device for params.yaml",
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_one_line(
