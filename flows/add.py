@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dreambooth.consent import PERSON, RECORD, read_consent, require_lasting
 from dreambooth.errors import ConsentError, ParamsError, PhotosError, PipelineError, SubjectError
-from dreambooth.folders import write_file
+from dreambooth.folders import read_text, write_file
 from dreambooth.identifiers import remarks_by_tokenizer
 from dreambooth.params import Params, Photos, check_id, load_params, parse_params
 from dreambooth.photos import (
@@ -234,9 +234,10 @@ def _copy_consent(wish: Wish, place: Path) -> None:
             f"until; name its file: --consent {RECORD}"
         )
     try:
-        shutil.copyfile(wish.consent, place / RECORD)
-    except OSError as error:
-        raise ConsentError(f"{wish.consent} cannot be read ({error.strerror}); write a {RECORD}") from None
+        (place / RECORD).write_bytes(read_text(wish.consent).encode())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", "no UTF-8")
+        raise ConsentError(f"{wish.consent} cannot be read ({reason}); write a {RECORD}") from None
     consent = read_consent(place)
     assert consent is not None
     require_lasting(consent, wish.subject_id)
