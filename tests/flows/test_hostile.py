@@ -97,7 +97,7 @@ def test_a_folder_of_everything_strange_gives_its_photos_and_names_the_rest(proj
         (rewrite(lambda text: text + b"# \0"), ["status"], 2, "E_PARAMS: .*cannot be read: unacceptable character"),
         (rewrite(lambda text: text.replace(b"seed: 0", b"seed: " + b"9" * 5000)), ["status"], 2, "4300 digits"),
         (lambda root, _: None, [*TOM[:-1], "person", "--consent", "/dev/zero"], 3, r"E_CONSENT: .*\(is no file\)"),
-        (lambda root, _: os.mkfifo(root / "p"), ["generate", "rex", "--prompts-file", "p"], 9, "p cannot be read.*no file"),
+        (lambda root, _: os.mkfifo(root / "p"), ["generate", "rex", "--prompts-file", "p"], 9, "p cannot be read"),
         (instead_of_params(os.mkfifo), ["status"], 9, "E_PIPELINE: no dvc.yaml and params.yaml"),
         (instead_of_params(lambda path: path.symlink_to("/dev/zero")), ["status"], 9, "E_PIPELINE: no dvc.yaml"),
     ],
