@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from dreambooth.errors import ConsentError
+from dreambooth.folders import read_text
 from dreambooth.params import Params, Section, Words
 from dreambooth.yaml12 import YamlError, load_yaml
 
@@ -44,7 +45,7 @@ def read_consent(folder: Path) -> Consent | None:
     """
     path = folder / RECORD
     try:
-        content: Any = load_yaml(path.read_text(encoding="utf-8"))
+        content: Any = load_yaml(read_text(path))
         return Consent.model_validate(content["consent"])
     except FileNotFoundError:
         return None

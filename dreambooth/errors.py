@@ -26,7 +26,12 @@ Each message says what is wrong, the value, where it is, and what to do next. `c
 `exit_code` is what the command and the stages exit with.
 """
 
+import errno
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
+
+MACHINE_FAULT = 71  # EX_OSERR of sysexits.h
 
 
 class DreamboothError(Exception):
@@ -179,3 +184,35 @@ class PipelineError(DreamboothError):
 def shown(text: object) -> str:
     """Return a name or a path that strangers chose as one printable line: no line breaks, no escape sequences."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
+
+
+def machine_fault(error: BaseException) -> str:
+    """Explain what the machine or a path lacks in one line; empty for a fault of ours, whose traceback is wanted."""
+    if isinstance(error, OSError):
+        return _file_fault(error)
+    if type(error).__name__ == "OutOfMemoryError":
+        first_line = str(error).splitlines()[0]
+        return (
+            f"E_OUT_OF_MEMORY: {first_line}; lower batch_size of the stage, or set train.gradient_checkpointing: true"
+        )
+    return ""
+
+
+def _file_fault(error: OSError) -> str:
+    name = shown(error.filename or "")
+    if error.errno == errno.ENOSPC:
+        free = shutil.disk_usage(_nearest_folder(error.filename)).free
+        return f"E_DISK_FULL: {name or 'the disk'}: no space left ({free} bytes free); make room, run again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"E_PERMISSION: {name}: {error.strerror}; make it readable and writable for this user"
+    if name and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return f"E_FILE: {name[:100]}: {error.strerror}; give another path"
+    if name and error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        return f"E_FILE: {name}: {error.strerror}; something else should stand there, move it away"
+    return ""
+
+
+def _nearest_folder(name: object) -> Path:
+    """Return the folder of a file that may be gone by now."""
+    here = Path(str(name or ".")).absolute()
+    return next(folder for folder in (here, *here.parents) if folder.exists())

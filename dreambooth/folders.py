@@ -1,5 +1,6 @@
 """Folders that are whole or not there at all, and proven so by a manifest of every file's sha256, and of its own."""
 
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from dreambooth.errors import DreamboothError
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
+MAX_TEXT = 1 << 20
 
 
 class TornFolderError(DreamboothError):
@@ -147,6 +149,22 @@ def content_hash(folder: Path) -> str:
     """Return one sha256 for all files of a folder and their names, from its verified manifest."""
     files = read_manifest(folder)["files"]
     return sha256_of({name: entry["sha256"] for name, entry in files.items()})
+
+
+def read_text(path: Path) -> str:
+    """Return a text that a person wrote, in UTF-8.
+
+    Raises:
+        OSError: it is a pipe or a device, which may never end, or has more than MAX_TEXT bytes.
+        UnicodeDecodeError: it is no UTF-8.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is no file", str(path))
+    with path.open("rb") as file:
+        content = file.read(MAX_TEXT + 1)
+    if len(content) > MAX_TEXT:
+        raise OSError(errno.EFBIG, f"has more than {MAX_TEXT} bytes", str(path))
+    return content.decode("utf-8")
 
 
 def write_file(path: Path, content: bytes) -> None:

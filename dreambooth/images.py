@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from scipy.fft import dctn
 
 from dreambooth.errors import PhotosError, shown
-from dreambooth.folders import read_manifest
+from dreambooth.folders import TornFolderError, read_manifest
 from dreambooth.params import Photos
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -108,7 +108,10 @@ def open_photo(path: Path, limits: Photos) -> Opened:
 
 def read_prepared(folder: Path) -> Iterator[tuple[str, Image.Image]]:
     """Read the pictures that `validate` has made, one after the other, with their names, in its order."""
-    for entry in read_manifest(folder)["photos"]:
+    manifest = read_manifest(folder)
+    for entry in manifest["photos"]:
+        if entry["file"] not in manifest["files"]:  # whose names were found in the folder itself
+            raise TornFolderError(f"{shown(folder / entry['file'])} is not in the manifest; run validate again")
         with Image.open(folder / entry["file"], formats=["PNG"]) as image:
             yield entry["file"], image.convert("RGB")
 

@@ -5,6 +5,7 @@ Ranges are part of the types; units and sources stand under each field. Values l
 
 import difflib
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -418,7 +419,7 @@ def load_params(path: Path) -> Params:
     except FileNotFoundError:
         raise ParamsError([f"{path} does not exist; run this in the folder of a project, beside dvc.yaml"]) from None
     except (YamlError, UnicodeDecodeError, OSError) as error:
-        raise ParamsError([f"{path}: cannot be read: {' '.join(str(error).split())}"]) from None
+        raise ParamsError([f"{path}: cannot be read: {' '.join(str(error).split())}{_remedy(error)}"]) from None
     if not isinstance(loaded, dict):
         raise ParamsError([f"{path}: should be a map of sections (got {type(loaded).__name__})"])
     return parse_params(loaded, path.name)
@@ -443,6 +444,36 @@ def check_id(value: str) -> str:
             f"{value!r} is not an id; use 1 to 41 of a-z, 0-9 and '-', not starting with '-' (for example: biscuit)"
         )
     return value
+
+
+def describe(path: str) -> list[str]:
+    """Say what a parameter means, or each parameter of a section: train.rank, train.
+
+    Raises:
+        ParamsError: there is none of that name.
+    """
+    section, _, name = path.partition(".")
+    if section not in Params.model_fields:
+        raise ParamsError([_unknown("section", section, Params.model_fields, "a name such as train.seed")])
+    kind: Any = Params.model_fields[section].annotation
+    entries = get_args(kind)  # of a map: its keys, and what each of them holds
+    fields = (entries[1] if entries else kind).model_fields
+    wanted = name.rpartition(".")[2]
+    if wanted and wanted not in fields:
+        raise ParamsError([_unknown(f"parameter of {section}", wanted, fields, "a name such as train.seed")])
+    start = f"{section}.ID" if entries else section
+    return [
+        f"{start}.{key}: {' '.join((field.description or '').split())}"
+        for key, field in fields.items()
+        if wanted in ("", key)
+    ]
+
+
+def _remedy(error: Exception) -> str:
+    """Say what mends a file that editors and other systems have written in a way of their own."""
+    if isinstance(error, UnicodeDecodeError):
+        return "; save it as UTF-8"
+    return "; indent with spaces" if "'\\t'" in str(error) else ""
 
 
 def _secrets(values: Any, where: str = "") -> Iterator[str]:
@@ -521,7 +552,7 @@ def _explain(fault: Any) -> str:
     if kind == "extra_forbidden":
         return f"{where}: unknown key; {_nearest_key(location)}"
     if kind == "missing":
-        return f"{where}: missing; add it (its meaning stands in dreambooth/params.py)"
+        return f"{where}: missing, as in a file of an older version; add it: python -m dreambooth.params {where}"
     if isinstance(got, str) and kind in ("float_type", "int_type") and _is_number(got):
         return f"{where}: should be a number (got the text {got!r}; drop the quotes)"
     message = re.sub(r"^(Value error, |Input |String )", "", fault["msg"])
@@ -554,3 +585,10 @@ def _is_number(text: str) -> bool:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+if __name__ == "__main__":  # python -m dreambooth.params train.rank
+    try:
+        sys.stdout.writelines(f"{line}\n" for one in sys.argv[1:] or Params.model_fields for line in describe(one))
+    except ParamsError as error:
+        sys.exit(f"{error.code}: {error}")

@@ -6,6 +6,7 @@ The version holds pointer.json instead of the files: where the export lies, its 
 import configparser
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,6 +16,7 @@ from dreambooth.errors import ModelError
 from dreambooth.folders import TornFolderError, content_hash, scratch_folder, write_file
 
 POINTER = "pointer.json"
+_HASH, _MD5 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{32}(\.dir)?")
 
 
 def write_pointer(folder: Path, root: Path, path: str, export_hash: str, md5: str | None) -> None:
@@ -36,11 +38,11 @@ def resolve(folder: Path) -> Path:
     """Return the folder of the pipeline: this one, or the one that it points to, found whole.
 
     Raises:
-        ModelError: neither the project nor DVC's cache holds those files any more.
+        ModelError: neither the project nor DVC's cache holds those files any more, or the pointer is none.
     """
     if not (folder / POINTER).is_file():
         return folder
-    about = json.loads((folder / POINTER).read_text(encoding="utf-8"))
+    about = _read(folder / POINTER)
     root = Path(os.environ.get("DREAMBOOTH_HOME") or about["root"])
     place: Path = root / str(about["path"])
     if _is_whole(place, about["hash"]):
@@ -53,6 +55,19 @@ def resolve(folder: Path) -> Path:
             f"dvc pull {about['path']}; or name the folder of the project: DREAMBOOTH_HOME"
         )
     return kept
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return what a pointer says; hashes become names of folders, and a registry may be anybody's."""
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        root, place, export_hash, md5 = (about[key] for key in ("root", "path", "hash", "md5"))
+        good = isinstance(root, str) and isinstance(place, str) and _HASH.fullmatch(export_hash)
+        if good and (md5 is None or _MD5.fullmatch(md5)):
+            return dict(about)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise ModelError(f"{path} is no pointer to an export; register the export again: dreambooth register ID")
 
 
 def dvc_cache(root: Path) -> Path:
@@ -82,15 +97,23 @@ def _from_cache(root: Path, about: dict[str, Any]) -> Path | None:
     shutil.rmtree(place, ignore_errors=True)
     place.parent.mkdir(mode=0o700, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=place.parent))
-    for entry in entries:
-        target = temporary / entry["relpath"]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.symlink_to(_object(root, entry["md5"]).absolute())
-    if not _is_whole(temporary, about["hash"]):
+    inside = _lay_out(root, entries, temporary)
+    if not inside or not _is_whole(temporary, about["hash"]):
         shutil.rmtree(temporary)
         return None
     temporary.rename(place)
     return place
+
+
+def _lay_out(root: Path, entries: Any, folder: Path) -> bool:
+    """Make a link for each entry of a folder of DVC; False at the first that is none, or lies outside of the folder."""
+    for entry in entries:
+        target = folder / entry["relpath"]
+        if not target.resolve().is_relative_to(folder.resolve()) or not _MD5.fullmatch(entry["md5"]):
+            return False
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(_object(root, entry["md5"]).absolute())
+    return True
 
 
 def _object(root: Path, md5: str) -> Path:

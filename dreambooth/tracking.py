@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import sqlite3
 import ssl
 import sys
 import tempfile
@@ -87,17 +88,23 @@ def connect(root: Path) -> "tuple[MlflowClient, str]":
     The first migration of a database crashes when two processes start it at once, so it is done under a lock.
 
     Raises:
-        OSError: no server answers within CONNECT_SECONDS.
+        OSError: no server answers within CONNECT_SECONDS, or the database cannot be opened or filled.
         MlflowException: the store refuses.
     """
     uri = tracking_uri(root)
     if uri.startswith(("http://", "https://")):
         _check_server(uri)
+    elif file := database_file(uri):
+        _check_database(file)
     from mlflow.tracking import MlflowClient
+    from sqlalchemy.exc import SQLAlchemyError
 
-    with FileLock(scratch_folder(root) / "mlflow.lock", timeout=5 * CLOSE_SECONDS):
-        client = MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri)
-        return client, _experiment(client, root, uri)
+    try:
+        with FileLock(scratch_folder(root) / "mlflow.lock", timeout=5 * CLOSE_SECONDS):
+            client = MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri)
+            return client, _experiment(client, root, uri)
+    except SQLAlchemyError as error:  # of the first migration, which MLflow does not put into words of its own
+        raise OSError(str(error.__cause__ or error)) from error
 
 
 def prepare(root: Path) -> None:
@@ -417,6 +424,18 @@ def _check_server(uri: str) -> None:
     except urllib.error.URLError as error:
         if not isinstance(error.reason, ssl.SSLError):  # MLflow has settings of its own for certificates
             raise
+
+
+def _check_database(file: Path) -> None:
+    """Raise OSError when the file is no database, or cannot be opened: MLflow itself would try for minutes."""
+    try:
+        connection = sqlite3.connect(file, timeout=CLOSE_SECONDS)
+        try:
+            connection.execute("PRAGMA schema_version")
+        finally:
+            connection.close()
+    except sqlite3.Error as error:
+        raise OSError(f"{file}: {error}; dreambooth doctor looks at it") from None
 
 
 def _is_final(error: Exception) -> bool:

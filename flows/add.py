@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dreambooth.consent import PERSON, RECORD, read_consent, require_lasting
 from dreambooth.errors import ConsentError, ParamsError, PhotosError, PipelineError, SubjectError
-from dreambooth.folders import write_file
+from dreambooth.folders import read_text, write_file
 from dreambooth.identifiers import remarks_by_tokenizer
 from dreambooth.params import Params, Photos, check_id, load_params, parse_params
 from dreambooth.photos import (
@@ -77,7 +77,7 @@ def add_subject(root: Path, wish: Wish, sources: Sequence[Path], force: bool = F
     if not force:
         _require_new(params, wish.subject_id, folder)
     class_id = class_of_noun(params, wish.class_noun)
-    text = with_subject((root / PARAMS).read_text(encoding="utf-8"), params, wish, class_id)
+    text = with_subject((root / PARAMS).read_bytes().decode(), params, wish, class_id)
     photos, ignored = collect(sources)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{wish.subject_id}.", dir=folder.parent) as temporary:
@@ -86,7 +86,7 @@ def add_subject(root: Path, wish: Wish, sources: Sequence[Path], force: bool = F
         _copy_consent(wish, place)
         with _replaced(folder, Path(temporary) / "old"):
             place.rename(folder)
-            write_file(root / PARAMS, text.encode())
+            write_file((root / PARAMS).resolve(), text.encode())  # where a link of that name leads
     tokenizer = root / params.base.pretrained_model_name_or_path / "tokenizer/tokenizer.json"
     remarks = [str(remark)] if (remark := alike(reports, params.photos)) else []
     return Added(folder, class_id, reports, ignored, remarks + remarks_by_tokenizer(wish.identifier, tokenizer))
@@ -234,9 +234,10 @@ def _copy_consent(wish: Wish, place: Path) -> None:
             f"until; name its file: --consent {RECORD}"
         )
     try:
-        shutil.copyfile(wish.consent, place / RECORD)
-    except OSError as error:
-        raise ConsentError(f"{wish.consent} cannot be read ({error.strerror}); write a {RECORD}") from None
+        (place / RECORD).write_bytes(read_text(wish.consent).encode())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", "no UTF-8")
+        raise ConsentError(f"{wish.consent} cannot be read ({reason}); write a {RECORD}") from None
     consent = read_consent(place)
     assert consent is not None
     require_lasting(consent, wish.subject_id)
@@ -282,5 +283,6 @@ def _insert(text: str, section: str, key: str, entry: dict[str, str]) -> str:
     if not lines[last].endswith("\n"):
         lines[last] += "\n"
     block = dump_yaml({key: entry})
-    indented = "".join(f"{indent}{line}\n" for line in block.splitlines())
+    end = "\r\n" if lines[start].endswith("\r\n") else "\n"
+    indented = "".join(f"{indent}{line}{end}" for line in block.splitlines())
     return "".join([*lines[: last + 1], indented, *lines[last + 1 :]])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from dreambooth.errors import DreamboothError, PipelineError
+from dreambooth.errors import MACHINE_FAULT, DreamboothError, PipelineError, machine_fault
 from dreambooth.redaction import redact
 from flows import commands
 from flows.project import PARAMS, choose_subjects, find_root
@@ -286,6 +286,13 @@ def main() -> None:
 
         print_problems(err, error.code, redact(str(error)))
         sys.exit(error.exit_code)
+    except OSError as error:
+        if len(arguments) < len(sys.argv) - 1 or not (told := machine_fault(error)):
+            raise
+        from flows.tables import print_problems
+
+        print_problems(err, *redact(told).split(": ", 1))
+        sys.exit(MACHINE_FAULT)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def inventory(root: Path, subject_id: str) -> Inventory:
     check_id(subject_id)
     paths = sorted(_paths(root, subject_id))
     kept = dvcstore.kept_of(root, subject_id) if (root / ".dvc").is_dir() else Kept()
-    journal = _read_journal(root, subject_id)
+    journal, before = _read_journal(root, subject_id)
     kept = Kept(kept.objects | journal.objects, kept.runs | journal.runs)
     held = erasure.holdings(root, subject_id)
     places = {
@@ -67,6 +67,7 @@ def inventory(root: Path, subject_id: str) -> Inventory:
         "runs in MLflow": len(held.runs),
         "flow runs in Prefect": prefectstore.count(subject_id),
     }
+    places = {place: max(count, before.get(place, 0)) for place, count in places.items()}  # the receipt tells both
     if not any(places.values()) and not _journal(root, subject_id).exists():
         raise SubjectError(f"nothing is known of {subject_id!r} here; see {PARAMS} for the subjects there are")
     return Inventory(subject_id, paths, kept, places)
@@ -182,8 +183,8 @@ def _forget_in_gitignore(root: Path, subject_id: str) -> None:
 
 
 def _forget_in_params(root: Path, subject_id: str) -> None:
-    path = root / PARAMS
-    text = path.read_text(encoding="utf-8")
+    path = (root / PARAMS).resolve()
+    text = path.read_bytes().decode()
     shorter = without_subject(text, subject_id)
     if shorter == text:
         return
@@ -202,17 +203,17 @@ def _journal(root: Path, subject_id: str) -> Path:
 
 
 def _write_journal(root: Path, found: Inventory) -> None:
-    """Note what only dvc.lock and the run cache tell: after they are gone, an interrupted erasure finds it here."""
-    content = {"objects": sorted(found.kept.objects), "runs": sorted(found.kept.runs)}
+    """Note what only dvc.lock and the run cache tell, and all counts: an interrupted erasure finds them here."""
+    content = {"objects": sorted(found.kept.objects), "runs": sorted(found.kept.runs), "places": found.places}
     write_file(_journal(root, found.subject_id), json.dumps(content).encode())
 
 
-def _read_journal(root: Path, subject_id: str) -> Kept:
+def _read_journal(root: Path, subject_id: str) -> tuple[Kept, dict[str, int]]:
     try:
         content = json.loads(_journal(root, subject_id).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return Kept()
-    return Kept(set(content["objects"]), set(content["runs"]))
+        return Kept(), {}
+    return Kept(set(content["objects"]), set(content["runs"])), content.get("places", {})
 
 
 def _write_receipt(root: Path, found: Inventory) -> Path:

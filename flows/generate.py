@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import PipelineError
+from dreambooth.folders import read_text
 from dreambooth.params import Params
 from dreambooth.prompts import PLACEHOLDER, fill
 
@@ -38,7 +39,7 @@ def read_prompts(path: Path) -> list[str]:
         PipelineError: the file cannot be read, or holds no prompt.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in read_text(path).splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise PipelineError(f"{path} cannot be read ({error}); write a prompt a line, in UTF-8") from None
     prompts = [line for line in lines if line and not line.startswith("#")]

@@ -306,7 +306,7 @@ def _one_line_errors(root: Path) -> Iterator[None]:
         raise PipelineError(f"{root} has no .dvc folder; run there: dvc init (with --no-scm outside of git)") from None
     except DvcException as error:
         load_params(root / PARAMS)
-        raise PipelineError(f"{' '.join(str(error).split())}{_cause(error)}; mend dvc.yaml in {root}") from None
+        raise PipelineError(f"{' '.join(str(error).split())}{_cause(error)}; mend it in {root}") from None
 
 
 def _cause(error: BaseException) -> str:

@@ -92,7 +92,7 @@ def personalize(subject: str | list[str] | None = None, root: str | None = None)
 
 def carry_out(params: Params, subjects: Sequence[str], graph: Graph, runner: DvcRunner) -> tuple[Futures, Futures]:
     """Run the stale stages of a graph and register the subjects; return what became of both, by stage and subject."""
-    _announce(runner.root, graph)
+    _announce(runner.root, params, graph)
     try:
         stages, limit = _submit_stages(graph, runner), params.registry.max_logged_bytes
         versions = {one: _submit_registration(one, runner.root, graph, stages, limit) for one in subjects}
@@ -133,8 +133,8 @@ def run(subjects: Sequence[str], root: Path) -> Outcome:
     )
 
 
-def _announce(root: Path, graph: Graph) -> None:
-    """Log what will run and why, and the class images that are there already."""
+def _announce(root: Path, params: Params, graph: Graph) -> None:
+    """Log what will run and why, how long it may take, and the class images that are there already."""
     logger = get_run_logger()
     for stage in graph.stages:
         if stage.is_prior and not stage.stale:
@@ -143,6 +143,8 @@ def _announce(root: Path, graph: Graph) -> None:
         logger.info("%s: %s", stage.name, ", ".join(stage.reasons) or "a stage above it is out of date")
     if not graph.stale:
         logger.info("all %d stages are up to date", len(graph.stages))
+    for line in plan.make_plan(root, params, graph).in_words(None) if graph.stale else ():
+        logger.info("plan: %s", line)
 
 
 def _submit_stages(graph: Graph, runner: DvcRunner) -> Futures:

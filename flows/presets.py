@@ -63,7 +63,7 @@ def apply(root: Path, presets: Sequence[str]) -> list[Change]:
     parse_params(load_yaml(text))
     real = [change for change in changes.values() if change.before != change.after]
     if real:
-        write_file(path, text.encode())
+        write_file(path.resolve(), text.encode())
     return real
 
 

@@ -1,10 +1,8 @@
 """What every stage does when it is called as a program: read its id and the parameters, run, explain a mistake."""
 
 import argparse
-import errno
 import io
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,12 +11,11 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from dreambooth.consent import require_consent
-from dreambooth.errors import DreamboothError
+from dreambooth.errors import MACHINE_FAULT, DreamboothError, machine_fault
 from dreambooth.interruption import die_with_starter
 from dreambooth.params import check_id, load_params
 from dreambooth.redaction import redact, redact_logs
 
-MACHINE_FAULT = 71  # EX_OSERR of sysexits.h
 Run = Callable[..., None]
 
 
@@ -49,28 +46,10 @@ def main(run: Run, options: Sequence[str] = ()) -> None:
         sys.stderr.writelines(f"{error.code}: {line}\n" for line in redact(str(error)).splitlines())
         raise SystemExit(error.exit_code) from None
     except (OSError, RuntimeError) as error:
-        if os.environ.get("DREAMBOOTH_DEBUG") or not (told := _machine_fault(error)):
+        if os.environ.get("DREAMBOOTH_DEBUG") or not (told := machine_fault(error)):
             raise
         sys.stderr.write(f"{redact(told)}\n")
         raise SystemExit(MACHINE_FAULT) from None
-
-
-def _machine_fault(error: Exception) -> str:
-    """Explain what the machine lacks in one line; empty for a fault of ours, whose traceback is wanted."""
-    if isinstance(error, OSError):
-        if error.errno == errno.ENOSPC:
-            free = shutil.disk_usage(error.filename or ".").free
-            return (
-                f"E_DISK_FULL: {error.filename or 'the disk'}: no space left ({free} bytes free); make room, run again"
-            )
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return f"E_PERMISSION: {error.filename}: {error.strerror}; make it writable for this user"
-    if type(error).__name__ == "OutOfMemoryError":
-        first_line = str(error).splitlines()[0]
-        return (
-            f"E_OUT_OF_MEMORY: {first_line}; lower batch_size of the stage, or set train.gradient_checkpointing: true"
-        )
-    return ""
 
 
 def say(line: str) -> None:

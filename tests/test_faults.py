@@ -24,5 +24,5 @@ def test_a_row_without_a_test_is_printed_as_missing() -> None:
     everything |= {("threat", number): ["tests/a.py::b"] for number in THREATS}
     assert MISSING not in render(everything)
     del everything["fault", 3]
-    assert "1 of 65 rows have no test: fault 3." in render(everything)
+    assert "1 of 69 rows have no test: fault 3." in render(everything)
     assert render(everything).count(MISSING) == 1

@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 import yaml
+from registered import write_export
 from tiny_project import REPOSITORY, add_photos, make_photo
 
-from dreambooth.folders import new_folder, read_manifest, write_file
+from dreambooth import tracking
+from dreambooth.errors import RegistryError
+from dreambooth.folders import content_hash, new_folder, read_manifest, write_file
 from dreambooth.models import Model, load_model
 from dreambooth.params import Prior
 from dreambooth.priors import ensure_class_images
+from dreambooth.registry import register
+from dreambooth.versions import find
 
 
 def fill(disk: Path, free: int) -> Path:
@@ -73,3 +78,62 @@ def test_class_images_that_found_no_room_are_continued(
     again = str(ensure_class_images(store, ["a photo of a dog"], lambda: model, prior, 32))
     assert "generated" in report
     assert again.startswith("5 reused, 0 generated")
+
+
+@pytest.fixture
+def database(small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put MLflow's database alone on the small disk, with no room to grow."""
+    from mlflow.tracking import MlflowClient
+
+    file = small_disk / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{file}").create_experiment("dreambooth")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{file}")
+    monkeypatch.delenv("DREAMBOOTH_TRACKING", raising=False)
+    return file
+
+
+@pytest.mark.slow
+@pytest.mark.fault(19)
+def test_a_database_without_room_costs_one_warning_and_nothing_is_lost(
+    database: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ballast = fill(database.parent, 0)
+    with tracking.open_run(tmp_path, key="a" * 64, name="train biscuit") as run:
+        for step in range(5000):
+            run.metric("loss", 1.0, step)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "dreambooth.tracking"]
+    assert "did not take all of 'train biscuit'" in line
+    assert "full" in line
+    assert "5000 metrics" in line
+    ballast.unlink()
+    assert tracking.resend(tmp_path) == []
+    (stored,) = tracking.connect(tmp_path)[0].search_runs(["1"])
+    assert stored.info.status == "FINISHED"
+    assert stored.data.metrics == {"loss": 1.0}
+    assert len(tracking.connect(tmp_path)[0].get_metric_history(stored.info.run_id, "loss")) == 5000
+
+
+@pytest.mark.slow
+@pytest.mark.fault(19)
+def test_a_registration_that_finds_no_room_in_the_database_is_one_line_and_the_export_stays(
+    database: Path, tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    write_export(tmp_path, tiny_model_folder, "1" * 64)
+    export = content_hash(tmp_path / "export/biscuit")
+    ballast = fill(database.parent, 0)
+    with pytest.raises(RegistryError, match=r"^cannot register biscuit in .*full.*; the export stays as it is") as full:
+        register(tmp_path, "biscuit")
+    assert "\n" not in str(full.value)
+    assert content_hash(tmp_path / "export/biscuit") == export
+    ballast.unlink()
+    assert find(tmp_path, "biscuit") is None
+    assert register(tmp_path, "biscuit").version == 1
+
+
+@pytest.mark.slow
+@pytest.mark.fault(19)
+def test_a_new_database_that_finds_no_room_is_one_line(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{small_disk / 'mlflow.db'}")
+    fill(small_disk, 20_000)
+    with pytest.raises(OSError, match="full"):
+        tracking.connect(small_disk)

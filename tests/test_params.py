@@ -1,6 +1,8 @@
 """params.yaml: read once, strictly, and refused with every fault at once."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from tiny_project import REPOSITORY
 
 from dreambooth.errors import ParamsError, SubjectError
 from dreambooth.identifiers import remarks_by_tokenizer
-from dreambooth.params import MAX_BYTES, Params, check_id, load_params, parse_params
+from dreambooth.params import MAX_BYTES, Params, check_id, describe, load_params, parse_params
 
 
 @pytest.fixture
@@ -182,7 +184,7 @@ def test_what_cannot_work_together_is_refused(values: dict[str, Any], changes: d
     assert said in problems_of(values)[0]
 
 
-@pytest.mark.fault(13)
+@pytest.mark.fault(12, 13)
 @pytest.mark.threat(24)
 @pytest.mark.parametrize(
     ("path", "value"),
@@ -287,3 +289,30 @@ def test_a_prior_that_is_asked_for_and_not_trained_on_is_told(
     params = parse_params(params_values)
     assert params.has_prior is has
     assert (params.idle_prior is not None) is idle
+
+
+@pytest.mark.fault(41)
+def test_a_file_of_an_older_version_is_refused_with_the_command_for_each_key_that_is_new(
+    values: dict[str, Any],
+) -> None:
+    """Ours at the first commit had no registry, no formats of an export, and no rank."""
+    del values["registry"], values["export"]["formats"], values["train"]["rank"]
+    problems = problems_of(values)
+    assert len(problems) == 3
+    for problem in problems:
+        command = re.search(r"missing, as in a file of an older version; add it: python -m (\S+) (\S+)$", problem)
+        assert command is not None, problem
+        told = subprocess.run(
+            [sys.executable, "-m", *command.groups()], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        )
+        assert told.stdout.startswith(command[2])
+        assert len(told.stdout.split()) > 5
+
+
+def test_every_parameter_says_what_it_means_and_an_unknown_one_is_refused() -> None:
+    for section in Params.model_fields:
+        assert all(re.fullmatch(r"[a-z_.]+(ID\.)?[a-z_0-9]+: \S.*", line) for line in describe(section)), section
+    assert describe("subjects.rex.kind")[0].startswith("subjects.ID.kind: ")
+    for name, said in {"trian": "did you mean 'train'", "train.rnk": "did you mean 'rank'"}.items():
+        with pytest.raises(ParamsError, match=said):
+            describe(name)

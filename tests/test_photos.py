@@ -174,6 +174,7 @@ def test_a_subject_that_is_a_link_out_of_the_project_is_refused(tmp_path: Path) 
 
 
 @pytest.mark.fault(10)
+@pytest.mark.threat(5)
 @pytest.mark.parametrize(
     "name",
     [

@@ -1,6 +1,7 @@
 """Whatever stands in a name, in a parameter or in a file: an answer, or one mistake in words, never a traceback.
 
 2,000 cases: 1,500 of names and parameters by hypothesis, 500 mutated files (`python -m benchmarks.fuzz` has 10,000).
+`CASES=2000 python -m pytest tests/test_properties.py` takes so many of each, and other ones every time.
 """
 
 import copy
@@ -49,7 +50,19 @@ FIELDS = [
     for section, field in Params.model_fields.items()
     for name in getattr(field.annotation, "model_fields", {})
 ]
-fixed = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+
+
+def cases(number: int) -> settings:
+    """Return settings for so many cases, the same ones every time; CASES asks for more, and for new ones."""
+    more = int(os.environ.get("CASES", "0"))
+    return settings(
+        max_examples=max(number, more),
+        derandomize=not more,
+        deadline=None,
+        database=None,
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 def problems(error: DreamboothError) -> list[str]:
@@ -61,7 +74,7 @@ def problems(error: DreamboothError) -> list[str]:
 
 @pytest.mark.fault(10, 11)
 @pytest.mark.threat(6, 8)
-@settings(fixed, max_examples=400)
+@cases(400)
 @given(TEXTS | st.from_regex(ID_PATTERN))
 def test_a_text_is_an_id_or_is_refused(text: str) -> None:
     try:
@@ -75,7 +88,8 @@ def test_a_text_is_an_id_or_is_refused(text: str) -> None:
 
 
 @pytest.mark.fault(10)
-@settings(fixed, max_examples=300)
+@pytest.mark.threat(5)
+@cases(300)
 @given(st.lists(NAMES, min_size=1, max_size=3), st.sampled_from([".png", ".JPG", ".txt", ""]))
 def test_a_folder_with_any_names_is_looked_through(names: list[str], suffix: str) -> None:
     with tempfile.TemporaryDirectory() as temporary:
@@ -99,7 +113,7 @@ def test_a_folder_with_any_names_is_looked_through(names: list[str], suffix: str
 
 @pytest.mark.fault(13)
 @pytest.mark.threat(24)
-@settings(fixed, max_examples=500)
+@cases(500)
 @given(st.lists(st.tuples(st.sampled_from(FIELDS), SCALARS), min_size=1, max_size=4))
 def test_any_value_of_any_parameter_is_taken_or_named(changes: list[tuple[tuple[str, str], Any]]) -> None:
     values = copy.deepcopy(VALUES)
@@ -115,7 +129,7 @@ def test_any_value_of_any_parameter_is_taken_or_named(changes: list[tuple[tuple[
 
 
 @pytest.mark.fault(13)
-@settings(fixed, max_examples=150)
+@cases(150)
 @given(st.dictionaries(TEXTS | st.sampled_from(list(VALUES)), JSON, max_size=4))
 def test_any_map_is_parameters_or_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ParamsError) as refused:
@@ -124,7 +138,7 @@ def test_any_map_is_parameters_or_is_refused(values: dict[str, Any]) -> None:
 
 
 @pytest.mark.threat(10)
-@settings(fixed, max_examples=150)
+@cases(150)
 @given(st.text(alphabet="ab:-?[]{},&*!|>'\"%@`# \n\t0.~=<\\", max_size=60) | st.text(max_size=40))
 def test_any_text_is_yaml_or_is_refused_in_one_line(text: str) -> None:
     try:

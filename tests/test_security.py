@@ -1,6 +1,7 @@
 """What no file of the project may do, and what the project's own settings must say."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -13,10 +14,21 @@ import pytest
 import yaml
 from tiny_project import REPOSITORY, add_photos
 
+from dreambooth import tracking  # noqa: F401 - sets what MLflow may do
 from dreambooth.errors import EvaluationError, ModelError, ParamsError
-from dreambooth.folders import cache_folder, is_private, scratch_folder
+from dreambooth.folders import (
+    TornFolderError,
+    cache_folder,
+    is_private,
+    read_manifest,
+    scratch_folder,
+    sha256_of,
+    write_manifest,
+)
+from dreambooth.images import read_prepared
 from dreambooth.models import check_model_folder
 from dreambooth.params import load_params, parse_params
+from dreambooth.pointer import resolve
 from dreambooth.prompts import load_templates
 from flows.doctor import _scratch
 from stages import validate
@@ -71,6 +83,22 @@ def test_nothing_is_unpickled_and_no_code_of_others_is_asked_for() -> None:
                 assert keywords(call).get("weights_only") == "True", path
             if name_of(call).endswith("Model.from_pretrained") or name_of(call).startswith("AutoencoderKL.from_"):
                 assert keywords(call).get("use_safetensors") == "True", f"{path}: {ast.unparse(call)}"
+
+
+@pytest.mark.threat(11)
+def test_no_result_of_a_flow_is_stored_and_mlflow_may_unpickle_nothing() -> None:
+    """Prefect stores results as pickles, where it stores them."""
+    decorators = [
+        (path.name, ast.unparse(one))
+        for path in CODE
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        for one in node.decorator_list
+        if ast.unparse(one).partition("(")[0] in ("flow", "task")
+    ]
+    assert len(decorators) > 5
+    assert [one for one in decorators if "persist_result=False" not in one[1]] == []
+    assert os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"  # since dreambooth.tracking was imported
 
 
 @pytest.mark.threat(11, 13)
@@ -135,7 +163,7 @@ def test_photos_that_may_only_be_read_are_enough(project: Path) -> None:
         folder.chmod(0o755)
 
 
-@pytest.mark.threat(19)
+@pytest.mark.threat(19, 20)
 def test_actions_are_pinned_and_a_job_installs_without_constraints() -> None:
     text = "".join(path.read_text() for path in WORKFLOWS)
     used = re.findall(r"uses:\s*(\S+)", text)
@@ -147,7 +175,7 @@ def test_actions_are_pinned_and_a_job_installs_without_constraints() -> None:
     assert "make test" in commands["test"]
     assert "pip install --editable" in commands["newest"]
     assert "constraint" not in commands["newest"]
-    assert "pip_audit --requirement constraints.txt" in commands["audit"]
+    assert "pip_audit --strict --requirement constraints.txt" in commands["audit"]
     assert all(yaml.safe_load(path.read_text())["permissions"] == {"contents": "read"} for path in WORKFLOWS)
     assert "pull_request_target" not in text
 
@@ -177,3 +205,53 @@ def test_a_table_for_spreadsheets_holds_no_formula(tmp_path: Path) -> None:
     (tmp_path / "live.csv").write_text("\n".join(["kind,prompt", *lines]) + "\n")
     with pytest.raises(EvaluationError, match="begins with"):
         load_templates(tmp_path / "live.csv")
+
+
+@pytest.mark.threat(6, 12)
+@pytest.mark.parametrize("name", ["../../secret.png", "/etc/hostname", "00.png/../../../secret.png"])
+def test_a_manifest_that_names_a_picture_elsewhere_is_refused(project: Path, name: str) -> None:
+    """Whoever can write a manifest can make its hash right as well; the names still have to be those of the folder."""
+    validate.run(load_params(project / "params.yaml"), "biscuit", project)
+    folder = project / "build/biscuit/instance"
+    shutil.copy(folder / "00.png", project / "build/secret.png")
+    about = read_manifest(folder)
+    about["photos"][0]["file"] = name
+    write_manifest(folder, about)
+    with pytest.raises(TornFolderError, match=r"is not in the manifest; run validate again"):
+        list(read_prepared(folder))
+    about["files"][name] = about["files"]["00.png"]
+    about.pop("sha256", None)
+    (folder / "manifest.json").write_text(json.dumps({**about, "sha256": sha256_of(about)}))
+    with pytest.raises(TornFolderError, match=r"secret.png is missing|hostname is missing"):
+        list(read_prepared(folder))
+
+
+@pytest.mark.threat(6, 12)
+@pytest.mark.parametrize(
+    ("pointer", "entry"),
+    [
+        ({"hash": "../../../precious"}, {}),
+        ({"hash": 7}, {}),
+        ({"md5": "../../precious"}, {}),
+        ({}, {"relpath": "../../../precious/planted"}),
+        ({}, {"relpath": "/tmp/planted"}),
+        ({}, {"md5": "../../../../precious/file"}),
+    ],
+)
+def test_a_pointer_of_a_strange_registry_leads_to_no_other_folder(
+    tmp_path: Path, pointer: dict[str, Any], entry: dict[str, str]
+) -> None:
+    """Hashes become names of folders, which are replaced, and the names in a folder of DVC become links."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("precious")
+    root, objects = tmp_path / "project", tmp_path / "project/.dvc/cache/files/md5/aa"
+    objects.mkdir(parents=True)
+    (objects / f"{'a' * 30}.dir").write_text(json.dumps([{"md5": "b" * 32, "relpath": "unet/x", **entry}]))
+    about = {"root": str(root), "path": "export/biscuit", "hash": "c" * 64, "md5": f"{'a' * 32}.dir", **pointer}
+    (tmp_path / "pointer.json").write_text(json.dumps(about))
+    with pytest.raises(ModelError, match=r"is no pointer to an export|does not hold the export"):
+        resolve(tmp_path)
+    assert [path.name for path in precious.iterdir()] == ["file"]
+    assert not Path("/tmp/planted").is_symlink()
+    assert not [path for path in root.rglob("*") if path.is_symlink()]

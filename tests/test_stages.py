@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,16 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tiny_project import REPOSITORY, TINY_RESOLUTION, add_photos, tiny_values, write_params
 
-from dreambooth.errors import EvaluationError, PhotosError, SubjectError
-from dreambooth.folders import TornFolderError, content_hash, read_manifest
+from dreambooth import tracking, trainer
+from dreambooth.errors import DivergedError, EvaluationError, PhotosError, SubjectError
+from dreambooth.folders import TornFolderError, content_hash, read_manifest, scratch_folder
 from dreambooth.gate import decide, read_scorecard
+from dreambooth.locks import only_one
 from dreambooth.models import load_model
 from dreambooth.params import load_params
 from stages import evaluate, export, prior, report, train, validate
@@ -188,6 +192,17 @@ def test_validate_names_every_bad_file_and_writes_nothing(project: Path) -> None
     assert [path for path in (project / "build").rglob("*") if path.is_file()] == []
 
 
+@pytest.mark.fault(1)
+@pytest.mark.parametrize("left", [0, 2])
+def test_too_few_photos_stop_in_validate_and_nothing_is_made(project: Path, left: int) -> None:
+    for path in sorted((project / "data/subjects/biscuit").iterdir())[left:]:
+        path.unlink()
+    with pytest.raises(PhotosError, match=rf"has {left} usable photos .* fewer than 3; put 3 to 10 there"):
+        validate.run(load_params(project / "params.yaml"), "biscuit", project)
+    assert not [path for path in (project / "build").rglob("*") if path.is_file()]
+    assert not (project / "metrics").exists()
+
+
 @pytest.mark.fault(10)
 @pytest.mark.threat(3)
 def test_validate_stores_photos_under_generated_names_and_keeps_the_original_in_the_manifest(project: Path) -> None:
@@ -223,6 +238,49 @@ def test_an_edited_picture_is_refused_by_the_training(project: Path) -> None:
 def test_an_unknown_subject_is_refused(project: Path) -> None:
     with pytest.raises(SubjectError, match="did you mean 'biscuit'"):
         validate.run(load_params(project / "params.yaml"), "biscit", project)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(23)
+def test_a_training_of_a_subject_that_is_trained_already_says_by_whom(project: Path) -> None:
+    params = load_params(project / "params.yaml")
+    validate.run(params, "biscuit", project)
+    prior.run(params, "dog", project)
+    with only_one(scratch_folder(project) / "locks", "train-biscuit", "the training of biscuit"):
+        finished = run_program(project, "train", "biscuit")
+    assert finished.returncode == 75
+    who = f"pid {os.getpid()} on {socket.gethostname()}"
+    assert f"E_RUNNING: the training of biscuit is already running: {who}; wait for it" in finished.stderr
+    assert not (project / "models").exists()
+    assert run_program(project, "train", "biscuit").returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.fault(22)
+def test_a_run_that_diverges_is_marked_leaves_no_model_and_cannot_be_evaluated(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DREAMBOOTH_TRACKING")
+    params = load_params(project / "params.yaml")
+    validate.run(params, "biscuit", project)
+    prior.run(params, "dog", project)
+    step_of = trainer.train_step
+
+    def spoil(self: Any, rows: Any, step: int, rate: float) -> Any:
+        result = step_of(self, rows, step, rate)
+        with torch.no_grad():  # a step too large
+            next(iter(self.model.unet.parameters())).fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(trainer, "train_step", spoil)
+    with pytest.raises(DivergedError, match="the loss is nan"):
+        train.run(params, "biscuit", project)
+    (marked,) = tracking.connect(project)[0].search_runs(["1"])
+    assert marked.data.tags["diverged"] == "true"
+    assert marked.info.status == "FAILED"
+    assert not (project / "models/biscuit").exists()
+    with pytest.raises(TornFolderError, match=r"models/biscuit has no manifest.json"):
+        evaluate.run(params, "biscuit", project)
 
 
 def run_program(root: Path, stage: str, subject: str) -> "subprocess.CompletedProcess[str]":

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.states import Failed
 from toy_project import REPOSITORY, await_true, dvc, kill_tree, make_toy_project, post, prefect, quiet, worker
 
-from dreambooth.errors import ParamsError
+from dreambooth.errors import ParamsError, PipelineError
 from dreambooth.params import load_params
 from flows import clones
+from flows.clone import PAUSES, RETRIES, _may_pass, hand_back
 from flows.graph import Graph
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -181,3 +183,34 @@ def test_a_lock_takes_the_entries_of_some_keys_and_keeps_ours_of_the_others() ->
     theirs = {"schema": "2.0", "stages": {"train@rex": {"cmd": "x"}, "train@biscuit": {"cmd": "y"}, "prior@dog": {}}}
     merged = clones.merge_locks(ours, theirs, ["rex"])
     assert merged["stages"] == {"train@rex": {"cmd": "x"}, "train@biscuit": {"cmd": "b"}}
+
+
+@pytest.mark.fault(28)
+def test_outputs_that_a_remote_does_not_take_stay_and_are_sent_when_it_does(project: Path, tmp_path: Path) -> None:
+    remote = tmp_path / "remote"
+    remote.write_text("no folder")
+    dvc(project, "remote", "add", "--default", "store", str(remote))
+    dvc(project, "repro", "validate@rex")
+    with pytest.raises(PipelineError) as refused:
+        clones.publish(project, ["validate@rex"])
+    assert len(str(refused.value).splitlines()) == 1
+    assert (project / "build/rex/instance/manifest.json").is_file()
+    remote.unlink()
+    clones.publish(project, ["validate@rex"])
+    assert [path for path in remote.rglob("*") if path.is_file()]
+
+
+@pytest.mark.fault(28)
+@pytest.mark.parametrize(
+    ("said", "again"),
+    [
+        ("E_PIPELINE: dvc push: Connection refused", True),
+        ("E_PIPELINE: dvc push: 503 Service Unavailable", True),
+        ("E_PIPELINE: dvc push: 401 Unauthorized", False),
+        ("E_PIPELINE: git push: fatal: Authentication failed, access denied", False),
+    ],
+)
+def test_a_remote_that_is_down_is_asked_a_few_times_and_one_that_refuses_once(said: str, again: bool) -> None:
+    assert _may_pass(None, None, Failed(message=said)) == again
+    assert (hand_back.retries, len(PAUSES)) == (RETRIES, RETRIES)
+    assert hand_back.retry_condition_fn is _may_pass

@@ -1,5 +1,6 @@
 """Forget a subject: canary bytes in its photos, file names and name are found nowhere afterwards."""
 
+import json
 import os
 import shutil
 import signal
@@ -103,21 +104,27 @@ def test_nothing_of_a_forgotten_subject_is_left_and_the_other_champion_still_loa
     assert all(list(found_in(folder)) for folder in everywhere[:3])
     before = {path: path.stat().st_mtime_ns for path in project.rglob("*") if ".scratch" not in path.parts}
 
+    shared = {path.name: path.read_bytes() for path in (project / "build/classes/dog").iterdir()}
+
     looked = forget(project, home)
     assert looked.returncode == 0, looked.stderr
     assert f"dreambooth forget {SUBJECT} --yes" in looked.stdout
     gone = [path for path in before if not path.exists()]
     assert not gone  # a look changes nothing
 
-    die = "import flows.forget as f; f._forget_in_lock = lambda *a: os.kill(os.getpid(), signal.SIGKILL)"
-    assert forget(project, home, "--yes", before=die).returncode == -signal.SIGKILL
-    assert list(found_in(project))
+    for step in ("dvcstore.erase", "_forget_in_lock", "_write_receipt"):
+        die = f"import flows.forget as f; f.{step} = lambda *a: os.kill(os.getpid(), signal.SIGKILL)"
+        assert forget(project, home, "--yes", before=die).returncode == -signal.SIGKILL
+        assert list(found_in(project)), step  # at the last one the journal alone
     done = forget(project, home, "--yes")
     assert done.returncode == 0, done.stderr
     assert "not reached: the history of git" in done.stdout
     assert [line for folder in everywhere for line in found_in(folder)] == []
     (receipt,) = (project / "receipts").iterdir()
-    assert "out_of_reach" in receipt.read_text()
+    told = json.loads(receipt.read_text())
+    assert told["out_of_reach"]
+    assert all(count > 0 for place, count in told["erased"].items() if place != "entries of the run cache"), told
+    assert {path.name: path.read_bytes() for path in (project / "build/classes/dog").iterdir()} == shared
 
     assert load(project, "rex").predict({"prompt": "a photo of sks dog"})[0].startswith(b"\x89PNG")
     shutil.rmtree(project / "models" / "rex")

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from typing import Any
 
 import psutil
 import pytest
-from toy_project import await_true, dvc, post, quiet, ran
+import yaml
+from toy_project import await_true, dvc, make_toy_project, post, quiet, ran
 
 from flows.graph import Graph
 
@@ -68,6 +70,27 @@ def test_flow_runs_what_is_stale_in_order_and_registers_then_does_nothing(
 
 
 @pytest.mark.fault(39)
+def test_a_run_that_is_called_crashed_though_it_finished_is_repeated_without_work(
+    project: Path, environment: dict[str, str], prefect_server: str
+) -> None:
+    first, _ = personalize(project, environment, "rex")
+    ran(project)
+    run = post(prefect_server, "flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})[0]
+    assert run["state"]["type"] == "COMPLETED"
+    crashed = {"state": {"type": "CRASHED", "name": "Crashed"}, "force": True}
+    post(prefect_server, f"flow_runs/{run['id']}/set_state", crashed)
+    again, _ = personalize(project, environment, "rex")
+    assert again["failures"] == []
+    assert again["runs"] == []
+    assert [version["created"] for version in again["versions"]] == [False]
+    assert again["versions"][0]["export_hash"] == first["versions"][0]["export_hash"]
+    assert ran(project) == []
+    newest = post(prefect_server, "flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})[0]
+    assert newest["state"]["type"] == "COMPLETED"
+    assert newest["id"] != run["id"]
+
+
+@pytest.mark.fault(39)
 def test_flow_executes_nothing_after_dvc_repro(project: Path, environment: dict[str, str]) -> None:
     dvc(project, "repro")
     ran(project)
@@ -97,6 +120,49 @@ def test_a_failed_subject_does_not_stop_the_other_and_the_flow_is_failed(
     outcome, _ = personalize(project, environment)
     assert outcome["failures"] == []
     assert sorted(ran(project)) == ["evaluate@rex", "export@rex", "report@rex", "train@rex"]
+
+
+@pytest.mark.fault(38)
+@pytest.mark.timeout(600)
+def test_of_twenty_subjects_three_fail_and_are_named_and_the_next_run_touches_those_three(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """One stage each, photos to export, so that it takes a minute and not ten; DVC, Prefect and processes are real."""
+    subjects = [f"s{number:02d}" for number in range(20)]
+    bad = {"s03", "s11", "s19"}
+    project = make_toy_project(tmp_path / "twenty", dict.fromkeys(subjects, "dog"))
+    graph = yaml.safe_load((project / "dvc.yaml").read_text())
+    export = graph["stages"]["export"]
+    export["do"]["deps"] = ["data/subjects/${key}"]
+    (project / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"export": export}}))
+    for one in bad:
+        (project / f"fail-export-{one}").touch()
+    outcome, _ = personalize(project, environment)
+    assert sorted(ran(project)) == [f"export@{one}" for one in subjects]
+    assert [line.partition(": the loss")[0] for line in sorted(outcome["failures"])] == [
+        f"export@{one}: E_TRAIN" for one in sorted(bad)
+    ]
+    assert {version["name"] for version in outcome["versions"]} == set(subjects) - bad
+    for one in bad:
+        (project / f"fail-export-{one}").unlink()
+    outcome, _ = personalize(project, environment)
+    assert outcome["failures"] == []
+    assert sorted(ran(project)) == [f"export@{one}" for one in sorted(bad)]
+    assert {version["name"] for version in outcome["versions"] if version["created"]} == bad
+
+
+@pytest.mark.threat(24)
+def test_what_would_take_days_is_said_before_the_first_stage(project: Path, environment: dict[str, str]) -> None:
+    values = yaml.safe_load((project / "params.yaml").read_text())
+    values["train"]["max_train_steps"] = 1_000_000
+    (project / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    for one in ("prior-dog", "validate-rex"):
+        (project / f"fail-{one}").touch()
+    _, log = personalize(project, environment, "rex")
+    hours = re.search(r"plan: ([\d.]+) h with 1 at a time", log)
+    assert hours is not None, log
+    assert float(hours[1]) > 24
+    assert hours.start() < log.index("Running stage")
 
 
 @pytest.mark.fault(28)
@@ -135,6 +201,7 @@ def test_cancelling_leaves_no_process_behind(project: Path, environment: dict[st
     assert not [process for process in below if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.fault(38)
 def test_flow_runs_without_a_server_and_exits_with_the_code_of_the_failure(project: Path, prefect_home: Path) -> None:
     (project / "fail-prior-dog").touch()
     environment = {**quiet(prefect_home), "PYTHONPATH": str(HERE.parents[1])}
