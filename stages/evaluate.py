@@ -16,7 +16,6 @@ from dreambooth.encoders import Lite0Encoder
 from dreambooth.errors import EvaluationError
 from dreambooth.evaluation import Encoders, Reference
 from dreambooth.folders import cache_folder, new_folder, read_manifest, scratch_folder, sha256_of, write_file
-from dreambooth.hub_encoders import ClipEncoder, DinoEncoder
 from dreambooth.images import read_prepared
 from dreambooth.models import model_hash, resolve_model
 from dreambooth.params import Params
@@ -103,6 +102,8 @@ def _plan(params: Params, subject_id: str, root: Path) -> Plan:
 
 def _encoders(params: Params, root: Path) -> Encoders:
     if params.evaluate.encoders == "hub":
+        from dreambooth.hub_encoders import ClipEncoder, DinoEncoder  # seconds, for two networks that are seldom asked for
+
         return Encoders(DinoEncoder(), ClipEncoder())
     folder = root / SCORER
     return Encoders(Lite0Encoder(), BundledScorer(folder) if folder.is_dir() else None)
