@@ -18,7 +18,7 @@ from dreambooth.models import Model
 from dreambooth.params import Evaluate, Prior
 from dreambooth.progress import progress_bar
 
-# Classes of diffusers, by name: its import takes seconds, see models.py. All of them deterministic: the only noise of an
+# By their classes in diffusers, whose import takes seconds. All of them deterministic: the only noise of an
 # image is its first latent, so that a seed is a picture.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),  # Lu et al. 2022, 2M

@@ -102,7 +102,7 @@ def _plan(params: Params, subject_id: str, root: Path) -> Plan:
 
 def _encoders(params: Params, root: Path) -> Encoders:
     if params.evaluate.encoders == "hub":
-        from dreambooth.hub_encoders import ClipEncoder, DinoEncoder  # seconds, for two networks that are seldom asked for
+        from dreambooth.hub_encoders import ClipEncoder, DinoEncoder  # its import takes seconds
 
         return Encoders(DinoEncoder(), ClipEncoder())
     folder = root / SCORER
