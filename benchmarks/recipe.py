@@ -159,6 +159,8 @@ class Reference:
 
     def __init__(self, recipe: Recipe, script: Path, folder: Path, path: Sequence[Path] = ()) -> None:
         self._recipe, self._script, self._folder = recipe, script.absolute(), folder
+        self.more: list[str] = []
+        """Options besides."""
         self._path = os.pathsep.join(str(one.absolute()) for one in path)
         copy_photos(recipe.photos, folder / "photos")
 
@@ -197,7 +199,14 @@ class Reference:
             "seed": recipe.seed,
         }
         told = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        return [sys.executable, str(self._script), *told, "--with_prior_preservation", "--train_text_encoder"]
+        return [
+            sys.executable,
+            str(self._script),
+            *told,
+            *self.more,
+            "--with_prior_preservation",
+            "--train_text_encoder",
+        ]
 
 
 def copy_photos(source: Path, target: Path) -> None:
