@@ -23,7 +23,7 @@ TELLING = SCRIPT.replace(
     "from torch.utils.tensorboard import SummaryWriter\n"
     "shutil.copytree(given.pretrained_model_name_or_path, given.output_dir)\n"
     'with SummaryWriter(pathlib.Path(given.output_dir) / given.logging_dir / "dreambooth") as told:\n'
-    '    for step in range(given.max_train_steps): told.add_scalar("loss", 1 + step, step + 1)',
+    '    for step in range(given.max_train_steps): told.add_scalar("loss", 101 + step, step + 1)',
 )
 
 
@@ -65,7 +65,7 @@ def test_both_sides_are_trained_and_scored_at_toy_size(tmp_path: Path, tiny_mode
         "scratch": tmp_path / "scratch", "out": tmp_path / "results",
     }  # fmt: skip
     text = equality.main([word for name, value in arguments.items() for word in (f"--{name}", str(value))]).read_text()
-    assert "reference 3.5000" in text  # of 1, 2, 3, 4 the last half
+    assert "reference 103.5000" in text  # of 101, 102, 103, 104 the last half
     assert "DIFFERENT" in text  # ours is a loss near 2
     (row,) = [line for line in text.splitlines() if line.startswith("| 0 |")]
     _, _, base, _, reference, *_ = row.split("|")
