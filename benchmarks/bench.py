@@ -9,18 +9,23 @@ checkpoint (warm, with one). All numbers follow from whole runs of the programs,
 
     seconds a step = (warm - short) / (steps - short steps)      a class image = (cold - warm) / images
     start-up       = short - short steps x seconds a step        a checkpoint  = checkpoint - warm
+
+The script needs torchvision; one that is installed elsewhere is given by --reference-path. Finished runs are kept in
+--scratch until the results are written: the same command after a stop goes on with the first run that is missing.
 """
 
 import argparse
 import hashlib
+import json
 import platform
 import re
+import shutil
 import statistics
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,6 +41,8 @@ from benchmarks.floors import (
 )
 from benchmarks.recipe import REFERENCE_SAMPLER_STEPS, ROOT, Ours, Recipe, Reference, Side, Variant, find_script
 from benchmarks.usage import Usage
+from dreambooth.folders import code_hash, sha256_of, write_file
+from dreambooth.interruption import on_stop
 from dreambooth.models import default_device, device_name
 
 VARIANTS: tuple[Variant, ...] = ("cold", "warm", "short", "checkpoint")
@@ -82,14 +89,39 @@ def derive(runs: Mapping[Variant, Usage], recipe: Recipe, what: str) -> Numbers:
     }
 
 
-def measure(sides: Sequence[Side], recipe: Recipe, repeats: int) -> dict[str, list[Measured]]:
-    """Run every variant of every side so many times, the sides in turns and each second time in the other order."""
+class Kept:
+    """Finished runs in a file, so that a benchmark that was stopped goes on; None keeps nothing."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._runs: dict[str, dict[str, float]] = json.loads(path.read_text()) if path and path.exists() else {}
+
+    def run(self, name: str, work: Callable[[], Usage]) -> Usage:
+        """Return what a run cost, from the file if it was finished before."""
+        if name not in self._runs:
+            self._runs[name] = asdict(work())
+            if self._path:
+                write_file(self._path, json.dumps(self._runs, indent=1).encode())
+        return Usage(**self._runs[name])
+
+
+def measure(sides: Sequence[Side], recipe: Recipe, repeats: int, kept: Path | None = None) -> dict[str, list[Measured]]:
+    """Run every variant of every side so many times, the sides in turns and each second time in the other order.
+
+    Args:
+        sides: one or two.
+        recipe: of all of them.
+        repeats: how many times.
+        kept: file of the runs that were finished before.
+    """
+    before = Kept(kept)
     found: dict[str, list[Measured]] = {side.name: [] for side in sides}
     for repeat in range(repeats):
         runs: dict[str, dict[Variant, Usage]] = {side.name: {} for side in sides}
         for variant in VARIANTS:
             for side in sides if repeat % 2 == 0 else sides[::-1]:
-                runs[side.name][variant] = side.run(variant)
+                name = f"{repeat + 1} {variant} {side.name}"
+                runs[side.name][variant] = before.run(name, partial(side.run, variant))
                 _say(f"{repeat + 1}/{repeats} {variant} {side.name}: {runs[side.name][variant].wall:.1f} s")
         for name, own in runs.items():
             found[name].append(Measured(derive(own, recipe, "wall"), derive(own, recipe, "cpu")))
@@ -132,6 +164,21 @@ def table(found: Mapping[str, Sequence[Measured]], least: Mapping[str, Numbers],
     return "\n".join(lines)
 
 
+def second_subject(found: Mapping[str, Sequence[Measured]], what: str) -> str:
+    """Say what the next subject of a class costs: the script draws class images for each, ours finds them in a store.
+
+    Its user may point --class_data_dir at another run's folder by hand; then the row "class images there" is the one.
+    """
+    if len(found) < 2:
+        return ""
+    medians = {
+        name: statistics.median(getattr(one, what)[variant] for one in found[name])
+        for name, variant in (("ours", "warm"), ("reference", "cold"))
+    }
+    ratio = _ratio(medians["reference"], medians["ours"])
+    return f"\nThe next subject of the class, reference cold / ours with class images there: **{ratio}**.\n"
+
+
 def report(
     found: Mapping[str, Sequence[Measured]],
     least: Mapping[str, Numbers],
@@ -156,10 +203,10 @@ def report(
 
 ## Wall time
 {table(found, least, "wall")}
-
+{second_subject(found, "wall")}
 ## CPU time (hardly depends on what else the machine does; no floor is meant for it)
 {table(found, least, "cpu")}
-
+{second_subject(found, "cpu")}
 Floors, for each side's own work: arithmetic counted by torch over {peaks.flops / 1e9:.4g} GFLOP/s, a measured
 product of matrices; a checkpoint's bytes over {peaks.write / 1e6:.4g} MB/s to the disk; {peaks.imports:.2f} s of
 imports; 16 bytes a trained weight. A class image and a checkpoint are differences of whole runs: what is smaller than
@@ -191,20 +238,23 @@ def hardware() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Measure, write benchmarks/results/<date>-<hardware>.md, and print it."""
-    given = _parser().parse_args(arguments)
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    if given.class_images % given.sample_batch_size:
+        parser.error("--class-images must be a multiple of --sample-batch-size: ours draws whole batches only")
     script = find_script(given.reference) if given.reference else None
     recipe = Recipe(
         given.base, given.photos, given.class_noun, given.resolution, given.steps, given.class_images,
         given.train_batch_size, given.sample_batch_size, given.learning_rate, given.mixed_precision,
         given.sampler_steps,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        folder = Path(name)
-        sides: list[Side] = [Ours(recipe, folder / "ours")]
-        if script:
-            sides.append(Reference(recipe, script, folder / "reference"))
-        work, peaks = count_work(recipe), measure_peaks(recipe, folder, given.peak_size)
-        found = measure(sides, recipe, given.repeats)
+    folder = Path(given.scratch) / _key(recipe, script)
+    sides: list[Side] = [Ours(recipe, folder / "ours")]
+    if script:
+        sides.append(Reference(recipe, script, folder / "reference", given.reference_path))
+    with on_stop(lambda number, frame: sys.exit(128 + number)):  # and so end the run that is being measured
+        found = measure(sides, recipe, given.repeats, folder / "runs.json")
+    work, peaks = count_work(recipe), measure_peaks(recipe, folder, given.peak_size)
     own_steps = {"ours": recipe.sampler_steps, "reference": REFERENCE_SAMPLER_STEPS}
     least = {side.name: floors(work, peaks, recipe, own_steps[side.name]) for side in sides}
     text = report(found, least, recipe, peaks, script)
@@ -212,8 +262,16 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     path = Path(given.out) / f"{datetime.now(UTC):%Y-%m-%d}-{slug}.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
+    shutil.rmtree(folder)
     _say(text)
     return path
+
+
+def _key(recipe: Recipe, script: Path | None) -> str:
+    """Name the folder of a comparison: runs of another recipe, script or code are not its own."""
+    values = {name: str(value) for name, value in asdict(recipe).items()}
+    digest = hashlib.sha256(script.read_bytes()).hexdigest() if script else None
+    return sha256_of({"recipe": values, "script": digest, "code": code_hash()})[:16]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -221,6 +279,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--reference", type=Path, help="train_dreambooth.py, or a checkout of diffusers; else ours alone"
     )
+    parser.add_argument(
+        "--reference-path", type=Path, nargs="*", default=[], help="PYTHONPATH of the reference alone, for torchvision"
+    )
+    parser.add_argument("--scratch", type=Path, default=ROOT / ".scratch/bench", help="for runs, until the end")
     parser.add_argument("--base", type=Path, default=ROOT / "data/base/emoji64", help="see benchmarks/architectures.py")
     parser.add_argument("--photos", type=Path, default=ROOT / "data/subjects/biscuit")
     parser.add_argument("--class-noun", default="dog")

@@ -18,6 +18,13 @@ SUBJECT, CLASS, IDENTIFIER = "subject", "class", "sks"
 NO_CHECKPOINT = 10**6
 # train_dreambooth.py draws class images with the scheduler of the base and the default steps of its pipeline.
 REFERENCE_SAMPLER_STEPS = 50
+# What the script does unless told, whatever params.yaml says.
+AS_THE_REFERENCE: dict[str, Any] = {
+    "optimizer": "adamw", "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8,
+    "max_grad_norm": 1.0, "text_encoder_learning_rate": None, "lr_scheduler": "constant", "lr_warmup_steps": 0,
+    "snr_gamma": None, "huber_c": None, "noise_offset": 0.0, "random_flip": False, "random_crops": 0, "ema_decay": None,
+    "early_stopping_patience": None, "load_best_model_at_end": False, "gradient_checkpointing": False,
+}  # fmt: skip
 Variant = Literal["cold", "warm", "short", "checkpoint"]
 """Class images to draw; class images there; the same with few steps; the same with one checkpoint."""
 
@@ -71,9 +78,11 @@ class Ours:
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self._recipe, self._folder, self._project = recipe, folder, folder / "project"
-        (self._project / "data/base").mkdir(parents=True)
-        (self._project / "data/base/bench").symlink_to(recipe.base.absolute())
-        shutil.copytree(recipe.photos, self._project / "data/subjects" / SUBJECT)
+        (self._project / "data/base").mkdir(parents=True, exist_ok=True)
+        link = self._project / "data/base/bench"
+        link.unlink(missing_ok=True)
+        link.symlink_to(recipe.base.absolute())
+        copy_photos(recipe.photos, self._project / "data/subjects" / SUBJECT)
 
     def run(self, variant: Variant) -> Usage:
         """See `Side`."""
@@ -120,11 +129,9 @@ class Ours:
             "train_batch_size": recipe.train_batch_size,
             "gradient_accumulation_steps": 1,
             "train_text_encoder": True,
+            **AS_THE_REFERENCE,
             "learning_rate": recipe.learning_rate,
-            "lr_scheduler": "constant",
-            "lr_warmup_steps": 0,
             "prior_loss_weight": 1.0,
-            "snr_gamma": None,
             "mixed_precision": recipe.mixed_precision,
             "checkpointing_steps": recipe.checkpointing_steps(variant),
             "evaluation_steps": None,
@@ -140,25 +147,30 @@ class Ours:
 
 
 class Reference:
-    """diffusers' train_dreambooth.py, given by its path, run as it is and stored nowhere."""
+    """diffusers' train_dreambooth.py, given by its path, run as it is and stored nowhere.
+
+    Args:
+        recipe: what it is told.
+        script: its path.
+        folder: for all that it writes.
+        path: PYTHONPATH of the script alone: where a torchvision for it lies, for example.
+    """
 
     name = "reference"
 
-    def __init__(self, recipe: Recipe, script: Path, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, script: Path, folder: Path, path: Sequence[Path] = ()) -> None:
         self._recipe, self._script, self._folder = recipe, script.absolute(), folder
-        folder.mkdir(parents=True)
-        photos = folder / "photos"  # a file that is no picture would stop it
-        photos.mkdir()
-        for path in recipe.photos.iterdir():
-            if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"):
-                shutil.copyfile(path, photos / path.name)
+        self.more: list[str] = []
+        """Options besides."""
+        self._path = os.pathsep.join(str(one.absolute()) for one in path)
+        copy_photos(recipe.photos, folder / "photos")
 
     def run(self, variant: Variant) -> Usage:
         """See `Side`."""
         shutil.rmtree(self._folder / "out", ignore_errors=True)
         if variant == "cold":
             shutil.rmtree(self._folder / "class", ignore_errors=True)
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": self._path}
         return usage.run(self.command(variant), self._folder, environment, self._folder / "log")
 
     def command(self, variant: Variant) -> list[str]:
@@ -188,7 +200,23 @@ class Reference:
             "seed": recipe.seed,
         }
         told = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        return [sys.executable, str(self._script), *told, "--with_prior_preservation", "--train_text_encoder"]
+        return [
+            sys.executable,
+            str(self._script),
+            *told,
+            *self.more,
+            "--with_prior_preservation",
+            "--train_text_encoder",
+        ]
+
+
+def copy_photos(source: Path, target: Path) -> None:
+    """Copy the pictures and nothing else: other files stop the reference, and it cannot read captions."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"):
+            shutil.copyfile(path, target / path.name)
 
 
 def find_script(given: Path) -> Path:

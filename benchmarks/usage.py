@@ -54,8 +54,13 @@ def run(command: Sequence[str], folder: Path, environment: Mapping[str, str], lo
     with log.open("ab") as out:
         began = time.perf_counter()
         process = subprocess.Popen(command, cwd=folder, env=dict(environment), stdout=out, stderr=subprocess.STDOUT)
-        with _GpuWatch() as watch:
-            _, status, used = os.wait4(process.pid, 0)
+        try:
+            with _GpuWatch() as watch:
+                _, status, used = os.wait4(process.pid, 0)
+        except BaseException:  # who stops the benchmark stops what it measures, else the next one runs beside it
+            process.kill()
+            process.wait()
+            raise
         wall = time.perf_counter() - began
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

@@ -1,6 +1,7 @@
 """Small additions to a frozen model: low-rank updates by peft (LoRA, DoRA), and one new word in a vocabulary.
 
 Files are those that diffusers reads: `pipeline.load_lora_weights(folder)` and `pipeline.load_textual_inversion`.
+peft and diffusers are imported where they are used: their import takes seconds, and most stages need neither.
 """
 
 import json
@@ -13,10 +14,6 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from tokenizers import AddedToken
 from torch import Tensor
 
 from dreambooth import rng
@@ -56,6 +53,8 @@ def add_lora(part: str, module: torch.nn.Module, rank: int, alpha: float, dora: 
         dora: with a magnitude of its own for each output (Liu et al. 2024).
         seed: of the first values of A: (seed, name), whatever the device and the number of processes.
     """
+    from peft import LoraConfig, inject_adapter_in_model
+
     module.requires_grad_(False)
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=list(targets_of(part)), use_dora=dora, init_lora_weights=True
@@ -73,6 +72,8 @@ def add_lora(part: str, module: torch.nn.Module, rank: int, alpha: float, dora: 
 @contextmanager
 def without_lora(module: torch.nn.Module) -> Iterator[None]:
     """Let a module be its base again for a while."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
     for layer in layers:
         layer.enable_adapters(False)
@@ -91,6 +92,9 @@ def save_lora(path: Path, modules: Mapping[str, torch.nn.Module], dtype: torch.d
         modules: by part; parts without updates are passed over.
         dtype: of the saved weights.
     """
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import get_peft_model_state_dict
+
     weights: dict[str, Tensor] = {}
     about: dict[str, Any] = {}
     for part, module in modules.items():
@@ -129,6 +133,8 @@ def add_token(tokenizer: Any, encoder: Any, token: str) -> int:
     Raises:
         TrainingError: the vocabulary has it already.
     """
+    from tokenizers import AddedToken
+
     if token in tokenizer.get_vocab():
         raise TrainingError(
             f"subjects.identifier: {token!r} is a token of the base already; a new embedding needs a new word, for "

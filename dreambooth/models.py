@@ -1,4 +1,7 @@
-"""Load, identify and save the parts of a Stable Diffusion pipeline; safetensors only, never code from its folder."""
+"""Load, identify and save the parts of a Stable Diffusion pipeline; safetensors only, never code from its folder.
+
+diffusers and transformers are imported when a part is loaded: a stage that finds its work done does not wait for them.
+"""
 
 import errno
 import json
@@ -10,13 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from dreambooth import adapters, lora, processes
 from dreambooth.adapters import EMBEDDINGS_FILE, LORA_FILE
@@ -24,7 +24,9 @@ from dreambooth.errors import ModelError
 from dreambooth.families import FAMILIES, SD, SDXL, Family
 from dreambooth.folders import sha256_of, sha256_of_file
 
-transformers_logging.disable_progress_bar()  # bars for milliseconds hide those that matter
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOCAL_MODELS = "data/base"  # what the stages depend on, see dvc.yaml
@@ -43,16 +45,16 @@ _HUB_INCLUDE = " ".join(f"--include '{pattern}'" for pattern in _HUB_FILES)
 class Model:
     """The parts of a pipeline, on one device."""
 
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    unet: "UNet2DConditionModel"
+    vae: "AutoencoderKL"
+    text_encoder: "CLIPTextModel"
+    tokenizer: "CLIPTokenizer"
     scheduler_config: dict[str, Any]
     device: torch.device
     dtype: torch.dtype
     family: Family = SD
-    text_encoder_2: CLIPTextModelWithProjection | None = None
-    tokenizer_2: CLIPTokenizer | None = None
+    text_encoder_2: "CLIPTextModelWithProjection | None" = None
+    tokenizer_2: "CLIPTokenizer | None" = None
     zero_empty_prompt: bool = False
     """Whether an empty negative prompt is read as zeros (force_zeros_for_empty_prompt of SDXL pipelines)."""
     learned_token: str | None = None
@@ -209,6 +211,11 @@ def changed_parts(model: Model, trained: Path) -> list[str]:
 
 
 def _load_part(name: str, folder: Path, dtype: torch.dtype) -> Any:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # bars for milliseconds hide those that matter
     if name.startswith("tokenizer"):
         return CLIPTokenizer.from_pretrained(folder)
     if name == "unet":

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -19,12 +18,13 @@ from dreambooth.models import Model
 from dreambooth.params import Evaluate, Prior
 from dreambooth.progress import progress_bar
 
-# All of them deterministic: the only noise of an image is its first latent, so that a seed is a picture.
-SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),  # Lu et al. 2022, 2M
-    "ddim": (DDIMScheduler, {"clip_sample": False}),  # Song et al. 2021, eta 0
-    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),  # Liu et al. 2022, as Stable Diffusion uses it
-    "euler": (EulerDiscreteScheduler, {}),  # Karras et al. 2022, algorithm 2 without churn
+# By their classes in diffusers, whose import takes seconds. All of them deterministic: the only noise of an
+# image is its first latent, so that a seed is a picture.
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),  # Lu et al. 2022, 2M
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),  # Song et al. 2021, eta 0
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),  # Liu et al. 2022, as Stable Diffusion uses it
+    "euler": ("EulerDiscreteScheduler", {}),  # Karras et al. 2022, algorithm 2 without churn
 }
 
 
@@ -181,5 +181,7 @@ def decode(model: Model, latents: Tensor) -> list[Image.Image]:
 
 def make_scheduler(name: str, config: dict[str, Any]) -> Any:
     """Build a solver by name on the noise schedule of a model."""
-    scheduler_class, options = SCHEDULERS[name]
-    return scheduler_class.from_config(config, **options)
+    import diffusers
+
+    class_name, options = SCHEDULERS[name]
+    return getattr(diffusers, class_name).from_config(config, **options)

@@ -16,7 +16,6 @@ from dreambooth.encoders import Lite0Encoder
 from dreambooth.errors import EvaluationError
 from dreambooth.evaluation import Encoders, Reference
 from dreambooth.folders import cache_folder, new_folder, read_manifest, scratch_folder, sha256_of, write_file
-from dreambooth.hub_encoders import ClipEncoder, DinoEncoder
 from dreambooth.images import read_prepared
 from dreambooth.models import model_hash, resolve_model
 from dreambooth.params import Params
@@ -33,7 +32,7 @@ SCORER = "data/base/scorer"
 def run(params: Params, subject_id: str, root: Path) -> None:
     """Write build/<id>/evaluation/ (pictures, grid.png, {scores,prompts,class_images}.csv) and metrics/<id>.json."""
     trained = root / INPUTS[0].format(id=subject_id)
-    model, encoders = read_manifest(trained)["fingerprint"], _encoders(params, root)
+    model, encoders = read_manifest(trained)["fingerprint"], encoders_of(params, root)
     found = compare(params, subject_id, root, {"personalised": (trained, model)}, encoders)
     confidence = params.evaluate.confidence
     metrics = evaluation.summarise(found.scores[BASE], found.scores["personalised"], found.photos, confidence)
@@ -65,7 +64,7 @@ def beside_champion(
         target: a folder that gets what build/<id>/evaluation has, with the champion as one model more.
     """
     trained = root / INPUTS[0].format(id=subject_id)
-    model, encoders = read_manifest(trained)["fingerprint"], _encoders(params, root)
+    model, encoders = read_manifest(trained)["fingerprint"], encoders_of(params, root)
     models = {"champion": (champion, fingerprint), "personalised": (trained, model)}
     with new_folder(target, {"model": model, "champion": fingerprint}) as folder:
         write_comparison(folder, compare(params, subject_id, root, models, encoders))
@@ -101,8 +100,11 @@ def _plan(params: Params, subject_id: str, root: Path) -> Plan:
     )
 
 
-def _encoders(params: Params, root: Path) -> Encoders:
+def encoders_of(params: Params, root: Path) -> Encoders:
+    """Return what looks at the pictures, as params.yaml says."""
     if params.evaluate.encoders == "hub":
+        from dreambooth.hub_encoders import ClipEncoder, DinoEncoder  # its import takes seconds
+
         return Encoders(DinoEncoder(), ClipEncoder())
     folder = root / SCORER
     return Encoders(Lite0Encoder(), BundledScorer(folder) if folder.is_dir() else None)

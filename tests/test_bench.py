@@ -4,14 +4,16 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from tiny_project import REPOSITORY, add_photos
 
-from benchmarks.bench import VARIANTS, Measured, derive, floors, main, report, table
+from benchmarks.bench import VARIANTS, Measured, derive, floors, main, measure, report, second_subject, table
 from benchmarks.floors import Peaks, Work, count_work
-from benchmarks.recipe import Ours, Recipe, Reference, find_script
+from benchmarks.recipe import Ours, Recipe, Reference, Variant, find_script
 from benchmarks.usage import CommandError, Usage, run
 
 # Stands in for train_dreambooth.py, which is not ours to store: it refuses what the real one does not know, draws what
@@ -112,6 +114,62 @@ def test_both_sides_are_told_the_same(recipe: Recipe, tmp_path: Path) -> None:
     assert recipe.steps // 2 < ours["train"]["checkpointing_steps"] < recipe.steps  # one checkpoint, whoever writes it
 
 
+class Counting:
+    """A side that notes its runs, and is stopped in one of them."""
+
+    def __init__(self, name: str, stop_at: int | None = None) -> None:
+        self.name, self.runs, self.stop_at = name, 0, stop_at
+
+    def run(self, variant: Variant) -> Usage:
+        if self.runs == self.stop_at:
+            raise KeyboardInterrupt
+        self.runs += 1
+        return Usage(float(self.runs), 0, 0)
+
+
+def test_a_benchmark_that_was_stopped_goes_on_with_the_first_run_that_is_missing(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    kept = tmp_path / "runs.json"
+    with pytest.raises(KeyboardInterrupt):
+        measure([Counting("ours"), Counting("reference", stop_at=2)], recipe, 1, kept)
+    ours, reference = Counting("ours"), Counting("reference")
+    found = measure([ours, reference], recipe, 1, kept)
+    assert (ours.runs, reference.runs) == (1, 2)  # of four each; three and two were there
+    assert found["reference"][0].wall["warm"] == 2
+
+
+def test_the_next_subject_is_told_by_the_reference_cold_and_ours_warm() -> None:
+    ours, reference = ({"cold": 6.0, "warm": 2.0}, {"cold": 12.0, "warm": 5.0})
+    found = {"ours": [Measured(ours, ours)], "reference": [Measured(reference, reference)]}
+    assert "**6.00**" in second_subject(found, "wall")
+    assert not second_subject({"ours": found["ours"]}, "wall")
+
+
+def test_neither_side_gets_captions(recipe: Recipe, tmp_path: Path) -> None:
+    assert (recipe.photos / "00.txt").exists()
+    Ours(recipe, tmp_path / "ours")
+    Reference(recipe, Path("x.py"), tmp_path / "reference")
+    assert not list(tmp_path.glob("ours/**/*.txt"))
+    assert not list(tmp_path.glob("reference/**/*.txt"))
+
+
+def test_who_stops_the_benchmark_stops_what_it_measures(tmp_path: Path) -> None:
+    program = (
+        "import os, sys; from benchmarks.usage import run; from dreambooth.interruption import on_stop; from pathlib "
+        "import Path\nwith on_stop(lambda number, frame: sys.exit(1)): run([sys.executable, '-c', \"import os, time; "
+        "open('pid', 'w').write(str(os.getpid())); time.sleep(60)\"], Path('.'), os.environ, Path('log'))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=environment)
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    process.wait(30)
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+
+
 def test_a_command_that_fails_shows_its_last_lines(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match=r"exited with 3:\nno such thing"):
         run(
@@ -147,7 +205,7 @@ def test_the_benchmark_runs_at_toy_size_and_says_what_it_did_not_measure(
     arguments = {
         "reference": tmp_path, "base": recipe.base, "photos": recipe.photos, "resolution": 32, "steps": 3,
         "class-images": 2, "train-batch-size": 1, "sample-batch-size": 2, "sampler-steps": 2, "repeats": 1,
-        "peak-size": 64, "out": tmp_path / "results",
+        "scratch": tmp_path / "scratch", "peak-size": 64, "out": tmp_path / "results",
     }  # fmt: skip
     path = main([word for name, value in arguments.items() for word in (f"--{name}", str(value))])
     text = path.read_text()
@@ -156,6 +214,8 @@ def test_the_benchmark_runs_at_toy_size_and_says_what_it_did_not_measure(
     for label in ("whole recipe, cold", "whole recipe, class images there", "a step", "a class image", "start-up"):
         assert text.count(f"| {label}") == 2
     assert path.parent == tmp_path / "results"
+    assert "The next subject of the class" in text
+    assert not list((tmp_path / "scratch").iterdir())
 
 
 def test_without_a_reference_ours_alone_is_reported(recipe: Recipe) -> None:

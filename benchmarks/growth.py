@@ -1,0 +1,218 @@
+"""How time and memory grow: with photos, steps, class images, subjects and registered versions; cost a subject of many.
+
+    python -m benchmarks.growth [TABLE ...] [--largest 1000]
+
+Tables: photos steps class-images subjects versions together. Random pipeline of the tests, whose model hardly computes:
+what grows is the work around it. Every number is that of a whole process, as a person calls it. Appended to
+benchmarks/results/<date>-growth.md table after table, so a stop loses the one at hand.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from benchmarks import usage
+from benchmarks.bench import hardware
+from benchmarks.recipe import ROOT
+from benchmarks.usage import NOTHING, Usage
+
+sys.path.insert(0, str(ROOT / "tests"))  # its tiny pipeline and project
+
+
+tiny_pipelines, tiny_project = import_module("tiny_pipelines"), import_module("tiny_project")
+
+SUBJECT, CLASS = "biscuit", "dog"
+Row = tuple[int, str, Usage]
+"""How many there are, what was run, and what it cost."""
+
+
+class Place:
+    """A folder for the projects of one table, and the environment of what runs in them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log = folder, folder / "log"
+        self.base = tiny_pipelines.write_sd(folder / "tiny")
+
+    def project(self, name: str, change: Callable[[dict[str, Any]], object] = lambda values: None) -> Path:
+        """Make a project of one subject with five photos."""
+        values = tiny_project.tiny_values()
+        values["photos"] |= {"max_count": 10**4, "min_distance": 0.0, "duplicate_distance": 0}
+        change(values)
+        made: Path = tiny_project.make_project(self.folder / name, self.base, values)
+        return made
+
+    def run(self, root: Path, *command: str) -> Usage:
+        """Run a module of this repository in a project."""
+        own = {
+            "PYTHONPATH": str(ROOT),
+            "DREAMBOOTH_CACHE": str(root / ".cache"),
+            "PREFECT_HOME": str(self.folder / "prefect"),
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "HF_HUB_OFFLINE": "1",
+        }
+        environment = {**os.environ, **own}
+        environment.pop("DREAMBOOTH_TRACKING", None)
+        return usage.run([sys.executable, "-m", *command], root, environment, self.log)
+
+
+def photos(place: Place, largest: int) -> Iterator[Row]:
+    """Validate photos, and train two steps on them: each is encoded once."""
+    for count in _up_to(largest, 3, 30, 300):
+        root = place.project(f"photos-{count}", partial(_train, 2))
+        shutil.rmtree(root / "data/subjects" / SUBJECT)
+        tiny_project.add_photos(root / "data/subjects" / SUBJECT, count)
+        yield count, "validate", place.run(root, "stages.validate", SUBJECT)
+        place.run(root, "stages.prior", CLASS)
+        yield count, "train", place.run(root, "stages.train", SUBJECT)
+
+
+def steps(place: Place, largest: int) -> Iterator[Row]:
+    """Train."""
+    for count in _up_to(largest, 10, 100, 1000):
+        root = place.project(f"steps-{count}", partial(_train, count))
+        place.run(root, "stages.validate", SUBJECT)
+        place.run(root, "stages.prior", CLASS)
+        yield count, "train", place.run(root, "stages.train", SUBJECT)
+
+
+def class_images(place: Place, largest: int) -> Iterator[Row]:
+    """Draw class images, find them again, and train two steps beside them."""
+    for count in _up_to(largest, 16, 128, 1024):
+
+        def change(values: dict[str, Any], n: int = count) -> None:
+            values["prior"] |= {"num_class_images": n, "batch_size": 16}
+            values["train"] |= {"max_train_steps": 2}
+
+        root = place.project(f"classes-{count}", change)
+        place.run(root, "stages.validate", SUBJECT)
+        yield count, "prior, drawn", place.run(root, "stages.prior", CLASS)
+        yield count, "prior, found", place.run(root, "stages.prior", CLASS)
+        yield count, "train", place.run(root, "stages.train", SUBJECT)
+
+
+def subjects(place: Place, largest: int) -> Iterator[Row]:
+    """Ask for the state of so many subjects, none of which ever ran."""
+    for count in _up_to(largest, 1, 10, 100, 1000):
+        root = _many(place, f"subjects-{count}", count)
+        yield count, "status", place.run(root, "flows.cli", "status")
+        yield count, "plan", place.run(root, "flows.cli", "plan")
+
+
+def versions(place: Place, largest: int) -> Iterator[Row]:
+    """Register exports, and list the versions."""
+    program = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); from registered import write_export;"
+        "from dreambooth.registry import register; root = Path.cwd()\n"
+        "for i in range(int(sys.argv[3]), int(sys.argv[4])): write_export(root, Path(sys.argv[2]), f'{i:064x}');"
+        "register(root, 'biscuit')"
+    )
+    root, before = place.project("versions"), 0
+    (root / "dvc.yaml").write_text("stages: {}\n")
+    script = place.folder / "register_many.py"
+    script.write_text(program)
+
+    for count in _up_to(largest, 1, 10, 100):
+        module = [str(script), str(ROOT / "tests"), str(place.base), str(before), str(count)]
+        cost = _script(place, root, module)
+        yield count, f"register {count - before} more", cost
+        before = count
+        yield count, "versions", place.run(root, "flows.cli", "versions", SUBJECT)
+
+
+def together(place: Place, largest: int) -> Iterator[Row]:
+    """Run so many subjects of one class at once, from photos to registered versions; then again with nothing to do."""
+    for count in _up_to(largest, 1, 2, 4):
+        root = _many(place, f"together-{count}", count)
+        yield count, "run", place.run(root, "flows.cli", "run")
+        yield count, "run, up to date", place.run(root, "flows.cli", "run")
+
+
+TABLES = {
+    "photos": photos, "steps": steps, "class-images": class_images, "subjects": subjects, "versions": versions,
+    "together": together,
+}  # fmt: skip
+
+
+def _many(place: Place, name: str, count: int) -> Path:
+    """Make a project of so many subjects with this repository's stages under DVC."""
+    from dvc.repo import Repo
+
+    names = [f"subject-{number:04d}" for number in range(count)]
+
+    def change(values: dict[str, Any]) -> None:
+        values["subjects"] = {one: {"class_id": CLASS, "identifier": "sks", "kind": "live"} for one in names}
+
+    root = place.project(name, change)
+    shutil.rmtree(root / "data/subjects")
+    for number, one in enumerate(names):
+        tiny_project.add_photos(root / "data/subjects" / one, 3, first=3 * number)
+    for folder in ("dreambooth", "stages"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "dvc.yaml", root)
+    Repo.init(str(root), no_scm=True).close()
+    return root
+
+
+def _train(count: int, values: dict[str, Any]) -> None:
+    values["train"] |= {"max_train_steps": count}
+
+
+def _script(place: Place, root: Path, words: Sequence[str]) -> Usage:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment.pop("DREAMBOOTH_TRACKING", None)
+    return usage.run([sys.executable, *words], root, environment, place.log)
+
+
+def _up_to(largest: int, *counts: int) -> list[int]:
+    return [count for count in counts if count <= largest]
+
+
+def markdown(name: str, rows: Sequence[Row]) -> str:
+    """Lay a table out: what was run, how many there were, its cost, and what each one more cost."""
+    lines = [
+        f"## {name}", "", "| what | how many | wall s | CPU s | peak MB | CPU ms for each one more |",
+        "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for what in dict.fromkeys(row[1] for row in rows):
+        before: tuple[int, Usage] = (0, NOTHING)
+        for count, _, cost in (row for row in rows if row[1] == what):
+            each = 1000 * (cost.cpu - before[1].cpu) / (count - before[0]) if before[0] else float("nan")
+            told = f"{each:.0f}" if each == each else "-"
+            lines.append(f"| {what} | {count} | {cost.wall:.1f} | {cost.cpu:.1f} | {cost.memory:.0f} | {told} |")
+            before = (count, cost)
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Measure the tables that are asked for; append each to the results when it is finished."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", choices=[[], *TABLES], default=[], metavar="TABLE")
+    parser.add_argument("--largest", type=int, default=1000, help="no more of anything than this")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    given = parser.parse_args(arguments)
+    path = Path(given.out) / f"{datetime.now(UTC):%Y-%m-%d}-growth.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.write_text(
+            f"# Growth\n\n{hardware()}. Tiny random pipeline of the tests; whole processes, as a person calls them.\n",
+            encoding="utf-8",
+        )
+    for name in given.tables or TABLES:
+        with tempfile.TemporaryDirectory(prefix="growth-") as folder:
+            rows = list(TABLES[name](Place(Path(folder)), given.largest))
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n" + markdown(name, rows))
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Equality with the reference, and growth: the arithmetic by hand, and both programs at toy size."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_bench import SCRIPT
+from tiny_project import add_photos
+
+from benchmarks import equality, growth
+from benchmarks.equality import compare_losses, read_reference
+from benchmarks.usage import Usage
+
+# The stand-in of test_bench, which also tells TensorBoard its losses and leaves the base as what it trained.
+TELLING = SCRIPT.replace(
+    "given = parser.parse_args()",
+    'parser.add_argument("--report_to", required=True)\n'
+    'parser.add_argument("--logging_dir", required=True)\n'
+    "given = parser.parse_args()",
+).replace(
+    "pathlib.Path(given.output_dir).mkdir()",
+    "import shutil\n"
+    "from torch.utils.tensorboard import SummaryWriter\n"
+    "shutil.copytree(given.pretrained_model_name_or_path, given.output_dir)\n"
+    'with SummaryWriter(pathlib.Path(given.output_dir) / given.logging_dir / "dreambooth") as told:\n'
+    '    for step in range(given.max_train_steps): told.add_scalar("loss", 101 + step, step + 1)',
+)
+
+
+def test_only_the_last_half_of_a_curve_counts() -> None:
+    found = compare_losses([np.array([9.0, 9.0, 1.0, 3.0])], [np.array([0.0, 0.0, 2.0, 4.0])])
+    assert (found.ours, found.reference) == (2, 3)
+
+
+def test_curves_of_one_distribution_are_equal_and_shifted_ones_are_not() -> None:
+    rng = np.random.default_rng(0)
+    curves = [1 + 0.1 * rng.standard_normal(400) for _ in range(6)]
+    assert compare_losses(curves[:3], curves[3:]).equal
+    assert not compare_losses([curve + 0.05 for curve in curves[:3]], curves[3:]).equal
+
+
+def test_the_half_width_is_that_of_welch_by_hand() -> None:
+    one, other = np.array([0, 0, 1.0, 3.0]), np.array([0, 0, 2.0, 4.0])
+    # Two values of variance 2 a side: standard error sqrt(2/2 + 2/2), two degrees of freedom, t = 4.3027.
+    assert compare_losses([one], [other]).half_width == pytest.approx(4.302653 * 2**0.5)
+
+
+def test_losses_of_the_script_are_read_in_the_order_of_steps(tmp_path: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(tmp_path / "logs/dreambooth") as told:
+        for step, value in ((1, 0.5), (2, 0.25)):
+            told.add_scalar("loss", value, step)
+            told.add_scalar("lr", 1.0, step)
+    assert read_reference(tmp_path).tolist() == [0.5, 0.25]
+
+
+@pytest.mark.slow
+def test_both_sides_are_trained_and_scored_at_toy_size(tmp_path: Path, tiny_model_folder: Path) -> None:
+    (tmp_path / "train_dreambooth.py").write_text(TELLING)
+    add_photos(tmp_path / "photos", 3)
+    arguments = {
+        "reference": tmp_path, "base": tiny_model_folder, "photos": tmp_path / "photos", "resolution": 32, "steps": 4,
+        "class-images": 2, "train-batch-size": 1, "sample-batch-size": 2, "sampler-steps": 2, "seeds": 0,
+        "scratch": tmp_path / "scratch", "out": tmp_path / "results",
+    }  # fmt: skip
+    text = equality.main([word for name, value in arguments.items() for word in (f"--{name}", str(value))]).read_text()
+    assert "reference 103.5000" in text  # of 101, 102, 103, 104 the last half
+    assert "DIFFERENT" in text  # ours is a loss near 2
+    (row,) = [line for line in text.splitlines() if line.startswith("| 0 |")]
+    _, _, base, _, reference, *_ = row.split("|")
+    assert base == reference  # the stand-in left the base as it was: same prompts and noise, same pictures
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_each_one_more_is_told_from_the_row_before() -> None:
+    rows = [(10, "train", Usage(3, 2.0, 100)), (100, "train", Usage(4, 6.5, 110)), (10, "plan", Usage(1, 1.0, 50))]
+    lines = growth.markdown("steps", rows).splitlines()
+    assert lines[4] == "| train | 10 | 3.0 | 2.0 | 100 | - |"
+    assert lines[5] == "| train | 100 | 4.0 | 6.5 | 110 | 50 |"
+    assert lines[6] == "| plan | 10 | 1.0 | 1.0 | 50 | - |"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", ["photos", "steps", "class-images", "subjects", "versions", "together"])
+def test_every_table_of_growth_runs_at_its_smallest(table: str, tmp_path: Path) -> None:
+    largest = {"photos": 3, "steps": 10, "class-images": 16}.get(table, 1)
+    text = growth.main([table, "--largest", str(largest), "--out", str(tmp_path)]).read_text()
+    assert f"## {table}" in text
+    assert f"| {largest} |" in text
