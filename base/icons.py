@@ -88,8 +88,7 @@ def svg(icons: dict[str, Any], icon: str) -> str | None:
 
 def main() -> None:
     """Download every package."""
-    values = recipe.load()
-    for name, package in {**values.packages, **values.scorer.packages}.items():
+    for name, package in recipe.load().all_packages.items():
         download(name, package, recipe.SCRATCH / "icons")
 
 

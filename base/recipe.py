@@ -233,7 +233,7 @@ class Recipe(Strict):
     """Further drawings that only the autoencoder sees, so that it serves more nouns later."""
     subjects: dict[str, Subject]
     held_out: list[str]
-    """"package:icon" of the subjects and of every drawing that is nearly the same."""
+    """"package:icon", by its name there: subjects, earlier ones, and every drawing that is nearly the same."""
     pictures: Pictures
     autoencoder: Autoencoder
     text_encoder: TextEncoder
@@ -241,6 +241,11 @@ class Recipe(Strict):
     scorer: Scorer
     judge: Judge
     quality: Quality
+
+    @property
+    def all_packages(self) -> dict[str, Package]:
+        """Those of the base model and those of the scorer."""
+        return {**self.packages, **self.scorer.packages}
 
 
 def load(path: Path = PARAMS) -> Recipe:

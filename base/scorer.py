@@ -95,7 +95,7 @@ def training_hands(values: Recipe, drawn: Sprites) -> tuple[Recipe, Sprites]:
     """Give the recipe and the drawings that it learns from: all hands but the held-out one, and redrawn ones."""
     section = values.scorer
     wide = hands.more_nouns(values, section.extra_weight)
-    packages = {*values.packages, *section.packages} - {section.held_out_package}
+    packages = set(values.all_packages) - {section.held_out_package}
     wide, drawn = hands.of_packages(wide, drawn, packages)
     return wide, hands.with_more_hands(drawn, section.more_hands, section.seed)
 
@@ -420,7 +420,7 @@ def card(values: Recipe, folder: Path) -> str:
     sets = "\n".join(
         f"| {icons.SCOPE}/{name} {p.version} | {p.attribution} | {p.licence} | "
         f"{'measures' if name == section.held_out_package else 'trains'} |"
-        for name, p in {**values.packages, **section.packages}.items()
+        for name, p in values.all_packages.items()
     )
     return CARD.format(
         features=len(scorer.weights["mean"]),
@@ -445,7 +445,7 @@ def card(values: Recipe, folder: Path) -> str:
         wearing=", ".join(values.accessories),
         next_to=", ".join(values.neighbours),
         rows=measured["rows"],
-        hands=len(values.packages) + len(section.packages) - 1,
+        hands=len(values.all_packages) - 1,
         decoded=section.decoded_share,
         more_hands=section.more_hands,
         temperature=section.temperature,

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import resvg_py
@@ -66,6 +67,11 @@ def names_of(icon: str, package: Package) -> list[str]:
     if not isinstance(package, FurtherPackage):
         return [icon]
     return package.names.get(icon) or list(dict.fromkeys([icon, icon.replace("-", "")]))
+
+
+def svg_of(data: dict[str, Any], icon: str, package: Package) -> str | None:
+    """Give the first drawing of an icon that a package has, or None."""
+    return next((svg for own in names_of(icon, package) if (svg := icons.svg(data, own)) is not None), None)
 
 
 def drawn_by(values: Recipe, name: str, package: Package, folder: Path) -> Iterator[tuple[Sprite, NDArray[np.uint8]]]:

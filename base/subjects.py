@@ -32,11 +32,11 @@ mirrored and put together. The text of the Apache License 2.0 is in `LICENSE` at
 
 def drawings(values: Recipe, subject: Subject, folder: Path) -> Sprites:
     """Render the subject (row 0) and the scenes of its own package, large enough for the pictures."""
-    pinned = values.packages[subject.package]
+    pinned = values.all_packages[subject.package]
     data = icons.read(icons.archive(folder, subject.package, pinned))
     table = [Sprite(subject.package, subject.icon, "noun", subject.class_noun)]
     table += [Sprite(subject.package, scene.icon, "scene", phrase) for phrase, scene in values.scenes.items()]
-    found = [icons.svg(data, row.icon) for row in table]
+    found = [sprites.svg_of(data, row.icon, pinned) for row in table]
     if None in found:
         raise icons.IconError(f"{subject.package} lacks {[r.icon for r, f in zip(table, found, strict=True) if not f]}")
     return Sprites(table, np.stack([sprites.render(svg, 2 * SIZE) for svg in found if svg is not None]))
@@ -55,8 +55,8 @@ def pictures(values: Recipe, subject: Subject, drawn: Sprites) -> list[Image.Ima
 
 def row(values: Recipe, name: str, subject: Subject) -> str:
     """Say in one row of the table where a subject is from."""
-    package = values.packages[subject.package]
-    drawing = f"`{subject.icon}` of {icons.SCOPE}/{subject.package} {package.version}"
+    package = values.all_packages[subject.package]
+    drawing = f"`{sprites.names_of(subject.icon, package)[0]}` of {icons.SCOPE}/{subject.package} {package.version}"
     return f"| `{name}` | {subject.class_noun} | {drawing} | {package.licence} | {package.attribution} |"
 
 
