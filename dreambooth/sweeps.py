@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from dreambooth.params import parse_params, with_values
 from dreambooth.yaml12 import YamlError, load_yaml
 
 Values = dict[str, Any]
+BEFORE_QUOTE = r"(\\*)('|\Z)"  # where a backslash of Hydra escapes: before a quote, and at the end
 MEASURES = (
     "identity_gain", "identity_low", "identity_high", "prompt_gain", "prompt_low", "prompt_high", "pres_rise", "copies",
 )  # fmt: skip
@@ -55,7 +57,8 @@ def read_grid(settings: Sequence[str], content: Mapping[str, Any]) -> list[Value
             faults.append(f"-S {setting}: cannot be read: {error}")
             continue
         faults += _faults_of(path, values, path in grid)
-        grid[path] = values
+        if values:  # else there is no combination, and no other fault would be found
+            grid[path] = values
     if not settings:
         faults.append("-S: nothing is to be changed; write -S train.learning_rate=5e-5,1e-4")
     faults += _unknown(grid, content)
@@ -190,9 +193,12 @@ def _hydra(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(_hydra, value))}]"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        return f"'{escaped}'"
+        return f"'{re.sub(BEFORE_QUOTE, _escaped, value)}'"
     return json.dumps(value)  # null, true, numbers
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return 2 * found[1] + ("\\'" if found[2] else "")
 
 
 def _label(one: Result, several: bool) -> str:

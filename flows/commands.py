@@ -10,6 +10,7 @@ from dreambooth.errors import PipelineError
 from flows.project import PARAMS, find_root
 
 out = Console()
+WIDEST = 400  # letters of a table that no terminal may narrow
 SubjectId = Annotated[str, typer.Argument(metavar="ID", help="Subject, such as biscuit.")]
 Force = Annotated[str | None, typer.Option("--force", metavar="REASON", help="Overrule; the reason is recorded.")]
 
@@ -121,7 +122,9 @@ def sweep(
     for subject_id in subject_ids:
         params.subject(subject_id)
     done = sweeping.sweep(root, params, list(dict.fromkeys(subject_ids)), settings or [], name, _say)
-    out.print(sweep_table(done.results))
+    table = sweep_table(done.results)
+    wide = out.measure(table, options=out.options.update(max_width=WIDEST)).maximum
+    Console(width=max(out.width, wide)).print(table)  # nothing of it is cut
     for path in done.files:
         _say(_shown(path))
     for line in done.in_words(params.gate.first_prompt_drop):

@@ -22,6 +22,7 @@ from flows.dvcstore import read_at
 
 NAME = r"[a-z0-9][a-z0-9_.-]{0,60}"
 EXPERIMENTS = "refs/exps/"
+FOLDER = r"\S*\.dvc/tmp/exps/standalone/[^/\s]+/"  # of one experiment, gone when it has ended
 INPUTS = ("data", "dreambooth", "stages", "dvc.yaml", "params.yaml", ".dvc/config")
 LAST = "evaluate"  # report and export follow once one of them is taken over
 
@@ -48,7 +49,7 @@ class Sweep:
                 yield (
                     f"{subject_id}: the most identity within {drop:g} of the best prompt: "
                     f"{sweeps.in_words(best.values)}; "
-                    f"to take it over: dvc exp apply {best.experiment} && dreambooth run {subject_id}"
+                    f"to take it over: dvc exp apply {best.experiment}, then dreambooth run {subject_id}"
                 )
 
 
@@ -64,7 +65,8 @@ class _Watch:
     _since: float = 0.0
 
     def hear(self, line: str) -> None:
-        print(line, file=self.log, flush=True)
+        self.log.write(f"{line}\n")
+        self.log.flush()
         begins = re.match(r"Running stage '(\S+)':", line)
         if self._running and (begins or line.startswith("Updating lock file")):
             self.seconds[self._running] = time.monotonic() - self._since
@@ -131,7 +133,7 @@ def _run(runner: DvcRunner, name: str, values: Values, subjects: Sequence[str], 
     try:
         runner.experiment(name, overrides, [f"{LAST}@{subject_id}" for subject_id in subjects], hear)
     except PipelineError as error:
-        return str(error).removeprefix(f"{name}: ")
+        return re.sub(FOLDER, "", str(error).removeprefix(f"{name}: "))
     return ""
 
 

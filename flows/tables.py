@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from dreambooth.errors import shown
@@ -51,10 +51,10 @@ def status_table(subjects: Iterable[tuple[Summary, Sequence[str], str, str]]) ->
 
 
 def sweep_table(results: Sequence["Result"]) -> Table:
-    """Set experiments beside each other, a line an experiment and subject: what it changed, and what came of it."""
+    """Set experiments beside each other, a line an experiment and subject: what it changed, what it made, or a code."""
     values = [path.rpartition(".")[2] for path in results[0].values]
     names = ["experiment", "subject", *values, "identity gain", "prompt", "PRES rise", "copies", "training", "outcome"]
-    table = Table(*names, box=None, pad_edge=False)
+    table = Table(*(Column(name, no_wrap=True) for name in names), box=None, pad_edge=False)
     for one in results:
         found, seconds = one.measures, one.train_seconds
         table.add_row(
@@ -66,7 +66,7 @@ def sweep_table(results: Sequence["Result"]) -> Table:
             f"{found['pres_rise']:+.3f}" if "pres_rise" in found else "-",
             f"{found['copies']:.0%}" if "copies" in found else "-",
             "-" if seconds is None else f"{seconds:.0f} s",
-            Text(one.error, "red") if one.error else Text("done", "green"),
+            Text(one.error.partition(": ")[0], "red") if one.error else Text("done", "green"),
         )
     return table
 
