@@ -140,6 +140,12 @@ def read_seconds(path: Path) -> dict[tuple[str, str], float]:
         }
 
 
+def is_about(path: Path, subject_id: str) -> bool:
+    """Tell whether the CSV of a sweep has a row of this subject."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return any(row.get("subject") == subject_id for row in csv.DictReader(file))
+
+
 def picture_of(results: Sequence[Result]) -> bytes | None:
     """Plot identity gain against prompt difference, a labelled point a result: a PNG; None where neither is known."""
     import pandas as pd

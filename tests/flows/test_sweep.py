@@ -12,6 +12,9 @@ from tiny_project import add_photos, make_project, tiny_values
 from toy_project import REPOSITORY, dvc
 
 from dreambooth.params import load_params
+from dreambooth.yaml12 import load_yaml
+from flows.dvcstore import kept_of
+from flows.forget import inventory
 from flows.graph import Graph
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -47,6 +50,10 @@ def sweep(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     environment.pop("DREAMBOOTH_SCRATCH", None)
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+
+
+def commit_of(root: Path, row: dict[str, str]) -> str:
+    return git(root, "for-each-ref", "--format=%(objectname)", f"refs/exps/**/{row['experiment']}").strip()
 
 
 def trainings(root: Path) -> int:
@@ -87,6 +94,13 @@ def test_a_sweep_goes_on_after_a_failure_compares_the_rest_and_runs_nothing_twic
     assert trainings(repository) == 4
     with table.open(newline="") as file:
         assert list(csv.DictReader(file))[1:] == rest
+
+    # Who forgets the subject finds it in the experiments, and the tables.
+    lock = load_yaml(git(repository, "show", f"{commit_of(repository, rest[0])}:dvc.lock"))
+    (training,) = lock["stages"]["train@biscuit"]["outs"]
+    assert training["md5"] in kept_of(repository, "biscuit").objects
+    found = {path.name for path in inventory(repository, "biscuit").paths}
+    assert {table.name, f"{table.stem}.png", f"{table.stem}.log"} <= found
 
     # One is taken over: its parameters, and its training without training again.
     chosen = next(line for line in done.stdout.splitlines() if "dvc exp apply" in line)
