@@ -3,6 +3,7 @@
 Ranges are part of the types; units and sources stand under each field. Values live in params.yaml only.
 """
 
+import copy
 import difflib
 import re
 import sys
@@ -444,6 +445,30 @@ def check_id(value: str) -> str:
             f"{value!r} is not an id; use 1 to 41 of a-z, 0-9 and '-', not starting with '-' (for example: biscuit)"
         )
     return value
+
+
+def with_values(content: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return plain values with some of them replaced: {"train.learning_rate": 2e-6}; `parse_params` judges the result.
+
+    Raises:
+        ParamsError: with every path that there is not.
+    """
+    changed: dict[str, Any] = copy.deepcopy(dict(content))
+    faults = []
+    for path, value in values.items():
+        *sections, name = path.split(".")
+        part: Any = changed
+        for section in sections:
+            part = part.get(section) if isinstance(part, dict) else None
+        if isinstance(part, dict) and sections and name in part:
+            part[name] = value
+            continue
+        near = difflib.get_close_matches(name, part or (), n=1) if isinstance(part, dict) and sections else []
+        hint = f"did you mean {'.'.join([*sections, *near])}?" if near else "write section.name, such as train.seed"
+        faults.append(f"{path}: there is no such parameter in params.yaml; {hint}")
+    if faults:
+        raise ParamsError(faults)
+    return changed
 
 
 def describe(path: str) -> list[str]:

@@ -1,6 +1,5 @@
 """Show one evaluation to people: one HTML file that holds all of its pictures, with JSON, CSV and curves beside it."""
 
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure as Plot
 
+from dreambooth.curves import png_of, tradeoff_curve
 from dreambooth.errors import shown
 from dreambooth.evaluation import choose_step
 from dreambooth.folders import write_file
@@ -245,7 +245,7 @@ def loss_curves(history: pd.DataFrame, fixed: pd.DataFrame) -> bytes:
         axes.set_title(titles[name], fontsize=10)
         axes.set_xlabel("step", fontsize=9)
         axes.tick_params(labelsize=8)
-    return _png(plot)
+    return png_of(plot)
 
 
 def read_points(evaluation: Path, metrics: Mapping[str, Any]) -> pd.DataFrame | None:
@@ -267,22 +267,6 @@ def read_points(evaluation: Path, metrics: Mapping[str, Any]) -> pd.DataFrame | 
         ("personalised", identity["personalised"], errors[0], prompt["personalised"], errors[1]),
     ]
     return pd.DataFrame(rows, columns=["label", "identity", "identity_error", "prompt", "prompt_error"])
-
-
-def tradeoff_curve(points: pd.DataFrame) -> bytes:
-    """Plot identity against prompt fidelity in the order of the points, with error bars: a PNG."""
-    plot = Plot(figsize=(5.5, 4), layout="constrained")
-    axes = plot.add_subplot()
-    axes.errorbar(
-        points["prompt"], points["identity"], xerr=points["prompt_error"], yerr=points["identity_error"],
-        marker="o", color="#2456a6", ecolor="#b9c4d6", capsize=2, linewidth=1,
-    )  # fmt: skip
-    for label, x, y in zip(points["label"], points["prompt"], points["identity"], strict=True):
-        axes.annotate(label, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
-    axes.set_xlabel("prompt fidelity", fontsize=9)
-    axes.set_ylabel("identity", fontsize=9)
-    axes.tick_params(labelsize=8)
-    return _png(plot)
 
 
 def photo_table(instance: Path) -> Table:
@@ -321,12 +305,6 @@ def read_cost(evaluation: Path) -> dict[str, float]:
     path = evaluation / ".cost.json"
     found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found
-
-
-def _png(plot: Plot) -> bytes:
-    buffer = io.BytesIO()
-    plot.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def _base_and_model(found: Mapping[str, Any]) -> list[str]:

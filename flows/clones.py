@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dreambooth.errors import ParamsError, PipelineError
+from dreambooth.errors import PipelineError
 from dreambooth.folders import scratch_folder, write_file
-from dreambooth.params import load_params, parse_params
+from dreambooth.params import load_params, parse_params, with_values
 from dreambooth.tracking import tracking_uri
 from dreambooth.yaml12 import dump_yaml, load_yaml
 from flows.dvcrun import child_environment
@@ -46,14 +46,19 @@ def cloned(home: Path, repository: str, revision: str | None) -> Iterator[Path]:
     Raises:
         PipelineError: git cannot clone, or there is no such revision.
     """
-    os.environ.setdefault("DREAMBOOTH_SCRATCH", str(scratch_folder(home)))
-    os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri(home))
+    share_folders(home)
     with tempfile.TemporaryDirectory(prefix="clone-", dir=scratch_folder(home), ignore_cleanup_errors=True) as folder:
         clone = Path(folder) / "project"
         git(home, "clone", "--quiet", "--", repository, str(clone))
         git(clone, "checkout", "--quiet", "--detach", revision or "HEAD", "--")
         dvc(clone, "config", "--local", "cache.dir", dvc(home, "cache", "dir").splitlines()[-1])
         yield clone
+
+
+def share_folders(home: Path) -> None:
+    """Have the processes that start from now on use scratch folder and MLflow database of the home, in any folder."""
+    os.environ.setdefault("DREAMBOOTH_SCRATCH", str(scratch_folder(home)))
+    os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri(home))
 
 
 def override(project: Path, values: Mapping[str, Any]) -> None:
@@ -64,17 +69,7 @@ def override(project: Path, values: Mapping[str, Any]) -> None:
     """
     if not values:
         return
-    content = load_params(project / PARAMS).model_dump(mode="json")
-    for path, value in values.items():
-        *sections, name = path.split(".")
-        part: Any = content
-        for section in sections:
-            part = part.get(section) if isinstance(part, dict) else None
-        if not isinstance(part, dict) or name not in part:
-            raise ParamsError(
-                [f"{path}: there is no such parameter in {PARAMS}; write section.name, such as train.seed"]
-            )
-        part[name] = value
+    content = with_values(load_params(project / PARAMS).model_dump(mode="json"), values)
     parse_params(content)
     write_file(project / PARAMS, dump_yaml(content).encode())
 

@@ -1,4 +1,4 @@
-"""The commands beside the run: promote, rollback, versions, doctor, plan, automations, forget; nothing heavy here."""
+"""The commands beside the run: promote, versions, doctor, plan, sweep, forget and their like; nothing heavy here."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,13 +10,14 @@ from dreambooth.errors import PipelineError
 from flows.project import PARAMS, find_root
 
 out = Console()
+WIDEST = 400  # letters of a table that no terminal may narrow
 SubjectId = Annotated[str, typer.Argument(metavar="ID", help="Subject, such as biscuit.")]
 Force = Annotated[str | None, typer.Option("--force", metavar="REASON", help="Overrule; the reason is recorded.")]
 
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands to the dreambooth command."""
-    for command in (promote, rollback, versions, doctor, forget, plan, automations):
+    for command in (promote, rollback, versions, doctor, forget, plan, sweep, automations):
         app.command()(command)
 
 
@@ -100,6 +101,36 @@ def plan(
     out.print(plan_table(made))
     for line in made.in_words(price):
         _say(line)
+
+
+def sweep(
+    context: typer.Context,
+    subject_ids: Annotated[list[str], typer.Argument(metavar="ID", help="Subjects that each experiment trains.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("-S", "--set", metavar="NAME=VALUE,VALUE", help="A parameter and its values; may be repeated."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of the table: reports/sweep-NAME.csv.")] = None,
+) -> None:
+    """Train with every combination of values, one after the other, and compare; what ran before is not run again."""
+    from dreambooth.params import load_params
+    from flows import sweep as sweeping
+    from flows.tables import sweep_table
+
+    root = find_root(context.obj)
+    params = load_params(root / PARAMS)
+    for subject_id in subject_ids:
+        params.subject(subject_id)
+    done = sweeping.sweep(root, params, list(dict.fromkeys(subject_ids)), settings or [], name, _say)
+    table = sweep_table(done.results)
+    wide = out.measure(table, options=out.options.update(max_width=WIDEST)).maximum
+    Console(width=max(out.width, wide)).print(table)  # nothing of it is cut
+    for path in done.files:
+        _say(_shown(path))
+    for line in done.in_words(params.gate.first_prompt_drop):
+        _say(line)
+    if done.failures:
+        raise PipelineError("\n".join(done.failures))
 
 
 def automations(

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -82,15 +82,25 @@ class DvcRunner:
             PipelineError: it failed, or the files stayed busy; with the last words of the stage.
         """
         started = time.monotonic()
-        for pause in _pauses(self.patience):
-            code, lines = self._once(stage, say)
-            if code == 0:
-                return StageRun(stage, _outcome(lines), time.monotonic() - started, _note(lines))
-            if self._stopped.is_set() or not _is_busy(lines):
-                break
-            say(f"{stage}: another process works on the same files; trying again in {pause:.0f} s")
-            self._sleep(pause)
-        raise PipelineError(f"{stage}: {_reason(code, lines)}")
+        lines = self._patiently(stage, ["repro", *self._fetching(stage), "--single-item", stage], say)
+        return StageRun(stage, _outcome(lines), time.monotonic() - started, _note(lines))
+
+    def experiment(
+        self, name: str, overrides: Sequence[str], stages: Sequence[str], say: Callable[[str], object]
+    ) -> None:
+        """Run stages, and all they need, with other parameters in a folder of their own; the project stays as it is.
+
+        Args:
+            name: under which DVC keeps the result.
+            overrides: train.learning_rate=5e-05 and so on.
+            stages: as DVC addresses them.
+            say: receives every line as it comes.
+
+        Raises:
+            PipelineError: a stage failed; with its last words.
+        """
+        settings = [part for override in overrides for part in ("--set-param", override)]
+        self._patiently(name, ["exp", "run", "--temp", "--name", name, *settings, *stages], say)
 
     def stop(self) -> None:
         """Stop the stages that run, and start no more: each may save its state first."""
@@ -98,13 +108,25 @@ class DvcRunner:
         for pid in list(self._children):
             _stop_tree(pid)
 
-    def _once(self, stage: str, say: Callable[[str], object]) -> tuple[int, list[str]]:
+    def _patiently(self, what: str, arguments: Sequence[str], say: Callable[[str], object]) -> list[str]:
+        """Run DVC and return what it said, again and again while others work on the same files."""
+        for pause in _pauses(self.patience):
+            code, lines = self._once(what, arguments, say)
+            if code == 0:
+                return lines
+            if self._stopped.is_set() or not _is_busy(lines):
+                break
+            say(f"{what}: another process works on the same files; trying again in {pause:.0f} s")
+            self._sleep(pause)
+        raise PipelineError(f"{what}: {_reason(code, lines)}")
+
+    def _once(self, what: str, arguments: Sequence[str], say: Callable[[str], object]) -> tuple[int, list[str]]:
         if self._stopped.is_set():
-            raise PipelineError(f"{stage}: not started, the run was stopped; run it again")
+            raise PipelineError(f"{what}: not started, the run was stopped; run it again")
         lines: deque[str] = deque(maxlen=_KEPT_LINES)
         # The same session and process group on purpose: whoever stops the group stops the stage with it.
         with subprocess.Popen(
-            [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *self._fetching(stage), "--single-item", stage],
+            [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments],
             cwd=self.root,
             env=child_environment(),
             stdin=subprocess.DEVNULL,

@@ -1,4 +1,7 @@
-"""Find and erase what DVC keeps of one subject: objects by their hash and entries of the run cache, in all places."""
+"""Find and erase what DVC keeps of one subject, in all places: objects by their hash, entries of the run cache.
+
+And read one file as it was at a revision of git.
+"""
 
 import contextlib
 import json
@@ -69,6 +72,21 @@ def erase(root: Path, kept: Kept) -> list[str]:
             except Exception as error:  # every kind of remote has exceptions of its own
                 left.append(f"DVC {place.name}: {' '.join(str(error).split())}")
     return left
+
+
+def read_at(root: Path, revision: str, path: str) -> str:
+    """Return the text of a file at a revision, also of an output, which lies in the cache.
+
+    Raises:
+        PipelineError: it is not there, or not in the cache any more.
+    """
+    import dvc.api
+    from dvc.exceptions import DvcException
+
+    try:
+        return str(dvc.api.read(path, repo=str(root), rev=revision))
+    except (DvcException, OSError) as error:
+        raise PipelineError(f"{path} of {revision}: {error}; dvc exp remove it, then run it again") from None
 
 
 def forget_names(root: Path) -> None:

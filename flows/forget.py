@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from dreambooth import erasure, versions
+from dreambooth import erasure, sweeps, versions
 from dreambooth.errors import ParamsError, SubjectError
 from dreambooth.folders import scratch_folder, write_file
 from dreambooth.params import check_id, load_params
@@ -27,6 +27,7 @@ SCRATCH = (
 )  # fmt: skip
 OUT_OF_REACH = (
     "the history of git: the photos' hashes and the subject's id stand in old commits (git filter-repo)",
+    "experiments of sweeps, which are commits of git too (dvc exp remove --all-commits)",
     "clones, backups, and copies of exports, pictures and cards that left this machine",
     "runs in Weights & Biases, where tracking.report_to named it: delete them there",
     "caches of DVC in other clones: there, dreambooth forget as well",
@@ -132,6 +133,10 @@ def _paths(root: Path, subject_id: str) -> Iterator[Path]:
             yield path
     for pattern in SCRATCH:
         yield from scratch_folder(root).glob(pattern.format(id=subject_id))
+    for table in (root / "reports").glob("sweep-*.csv"):
+        if sweeps.is_about(table, subject_id):
+            beside = (table, table.with_suffix(".png"), scratch_folder(root) / f"{table.stem}.log")
+            yield from (path for path in beside if path.exists())
     for parcel in scratch_folder(root).glob("unsent/*/pending.json"):
         content = json.loads(parcel.read_text(encoding="utf-8"))
         if subject_id in (content.get("name"), content.get("tags", {}).get("subject")):

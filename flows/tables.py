@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from dreambooth.errors import shown
@@ -12,6 +12,7 @@ from flows.summary import Summary, rows
 
 if TYPE_CHECKING:
     from dreambooth.photos import PhotoReport
+    from dreambooth.sweeps import Result
 
 
 def photos_table(
@@ -47,6 +48,33 @@ def status_table(subjects: Iterable[tuple[Summary, Sequence[str], str, str]]) ->
         what = Text(", ".join(stale), "yellow") if stale else Text("nothing", "green")
         table.add_row(Text(one.subject_id), Text(one.class_noun), str(one.photos), what, identity, registered, age)
     return table
+
+
+def sweep_table(results: Sequence["Result"]) -> Table:
+    """Set experiments beside each other, a line an experiment and subject: what it changed, what it made, or a code."""
+    values = [path.rpartition(".")[2] for path in results[0].values]
+    names = ["experiment", "subject", *values, "identity gain", "prompt", "PRES rise", "copies", "training", "outcome"]
+    table = Table(*(Column(name, no_wrap=True) for name in names), box=None, pad_edge=False)
+    for one in results:
+        found, seconds = one.measures, one.train_seconds
+        table.add_row(
+            one.experiment,
+            one.subject_id,
+            *(Text(str(value)) for value in one.values.values()),
+            _with_interval(found, "identity"),
+            _with_interval(found, "prompt"),
+            f"{found['pres_rise']:+.3f}" if "pres_rise" in found else "-",
+            f"{found['copies']:.0%}" if "copies" in found else "-",
+            "-" if seconds is None else f"{seconds:.0f} s",
+            Text(one.error.partition(": ")[0], "red") if one.error else Text("done", "green"),
+        )
+    return table
+
+
+def _with_interval(found: Mapping[str, float], name: str) -> Text:
+    if f"{name}_gain" not in found:
+        return Text("-")
+    return Text(f"{found[f'{name}_gain']:+.3f} [{found[f'{name}_low']:+.3f}, {found[f'{name}_high']:+.3f}]")
 
 
 def age(seconds: float) -> str:

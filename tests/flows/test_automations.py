@@ -9,9 +9,13 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from toy_project import REPOSITORY, await_true, post, quiet
+import yaml
+from toy_project import REPOSITORY, SHIPPED, await_true, post, quiet
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+from flows.automations import SILENCE
+
+pytestmark = pytest.mark.timeout(600)
+JITTER = 1.3  # by which a worker of Prefect lengthens the time between two questions, at most
 
 
 @pytest.fixture
@@ -36,6 +40,26 @@ def webhook() -> Iterator[tuple[str, list[dict[str, str]]]]:
         thread.join()
 
 
+def test_a_lost_heartbeat_ends_no_run_and_a_dead_worker_is_replaced_within_75_seconds() -> None:
+    from prefect.settings import Settings
+
+    pool = yaml.safe_load((REPOSITORY / "prefect.yaml").read_text())["definitions"]["pool"]
+    every = float(pool["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+    assert 2 * every < SILENCE
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SHIPPED.items():
+            patch.setenv(name, value)
+        settings = Settings()
+    looks = settings.server.events.proactive_granularity.total_seconds()
+    assert SILENCE + looks + JITTER * settings.worker.query_seconds <= 75
+
+
+def test_the_page_for_operators_sets_what_these_tests_run_with() -> None:
+    page = (REPOSITORY / "docs/operations.md").read_text()
+    assert [name for name, value in SHIPPED.items() if f"export {name}={value}  " not in page] == []
+
+
+@pytest.mark.slow
 def test_one_command_applies_them_twice_the_same_and_a_failed_run_is_told(
     project: Path, prefect_home: Path, prefect_server: str, webhook: tuple[str, list[dict[str, str]]]
 ) -> None:
@@ -60,6 +84,7 @@ def test_one_command_applies_them_twice_the_same_and_a_failed_run_is_told(
     assert "there is no subject 'tom'" in received[0]["message"]
 
 
+@pytest.mark.slow
 def test_without_a_server_the_command_says_how_to_name_one(project: Path, prefect_home: Path) -> None:
     environment = {**quiet(prefect_home), "PREFECT_API_URL": "http://127.0.0.1:9/api", "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "flows.cli", "automations"]

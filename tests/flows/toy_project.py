@@ -21,6 +21,12 @@ from PIL import Image, ImageDraw
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
+# What docs/operations.md sets for server and worker, so that a dead worker is found out soon: docs/decisions/0063.
+SHIPPED = {
+    "PREFECT_SERVER_EVENTS_PROACTIVE_GRANULARITY": "PT1S",
+    "PREFECT_SERVER_SERVICES_REPOSSESSOR_LOOP_SECONDS": "5",
+    "PREFECT_WORKER_QUERY_SECONDS": "5",
+}
 
 
 def make_toy_project(root: Path, subjects: dict[str, str]) -> Path:
@@ -83,6 +89,7 @@ def quiet(prefect_home: Path) -> dict[str, str]:
     """Return an environment in which prefect keeps to one folder and reports nothing."""
     return {
         **os.environ,
+        **SHIPPED,
         "PREFECT_HOME": str(prefect_home),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",

@@ -1,0 +1,212 @@
+"""Lay out a sweep: the grid of its values, a name for each experiment, its results as rows, and the best of them."""
+
+import csv
+import io
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dreambooth.errors import ParamsError
+from dreambooth.folders import sha256_of
+from dreambooth.params import parse_params, with_values
+from dreambooth.yaml12 import YamlError, load_yaml
+
+Values = dict[str, Any]
+BEFORE_QUOTE = r"(\\*)('|\Z)"  # where a backslash of Hydra escapes: before a quote, and at the end
+MEASURES = (
+    "identity_gain", "identity_low", "identity_high", "prompt_gain", "prompt_low", "prompt_high", "pres_rise", "copies",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one experiment made of one subject."""
+
+    experiment: str
+    subject_id: str
+    values: Mapping[str, Any]
+    """Of the parameters that the sweep changes."""
+    measures: Mapping[str, float]
+    """By MEASURES, against the base model; what was not measured is missing."""
+    train_seconds: float | None = None
+    """None where the training was restored from the cache, which notes no time."""
+    error: str = ""
+
+
+def read_grid(settings: Sequence[str], content: Mapping[str, Any]) -> list[Values]:
+    """Return every combination of values, the last parameter changing fastest.
+
+    Args:
+        settings: train.learning_rate=5e-5,1e-4 and so on, the values in YAML 1.2.
+        content: params.yaml as plain values.
+
+    Raises:
+        ParamsError: with every parameter that there is not and every value that is refused.
+    """
+    faults: list[str] = []
+    grid: dict[str, list[Any]] = {}
+    for setting in settings:
+        path, _, text = setting.partition("=")
+        try:
+            values = load_yaml(f"[{text}]")
+        except YamlError as error:
+            faults.append(f"-S {setting}: cannot be read: {error}")
+            continue
+        faults += _faults_of(path, values, path in grid)
+        if values:  # else there is no combination, and no other fault would be found
+            grid[path] = values
+    if not settings:
+        faults.append("-S: nothing is to be changed; write -S train.learning_rate=5e-5,1e-4")
+    faults += _unknown(grid, content)
+    combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    faults += _refused(combinations, content)
+    if faults:
+        raise ParamsError(list(dict.fromkeys(faults)))
+    return combinations
+
+
+def name_of(subjects: Sequence[str], values: Mapping[str, Any], tree: str) -> str:
+    """Name an experiment after all that it is made from: the same name is the same experiment.
+
+    Args:
+        subjects: that it trains.
+        values: its parameters.
+        tree: hash of the files of the project as git knows them.
+    """
+    return f"sweep-{sha256_of({'subjects': list(subjects), 'values': dict(values), 'tree': tree})[:10]}"
+
+
+def override_of(path: str, value: Any) -> str:
+    """Write one parameter as `dvc exp run --set-param` reads it (the grammar of Hydra)."""
+    return f"{path}={_hydra(value)}"
+
+
+def in_words(values: Mapping[str, Any]) -> str:
+    """Say values by the last part of their names: learning_rate 5e-05, max_train_steps 200."""
+    return ", ".join(f"{path.rpartition('.')[2]} {value}" for path, value in values.items())
+
+
+def measures_of(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return what a sweep compares of metrics/<id>.json, without what was not measured."""
+    found: dict[str, float] = {}
+    for name in ("identity", "prompt"):
+        for key in ("gain", "low", "high"):
+            if name in metrics:
+                found[f"{name}_{key}"] = metrics[name][key]
+    if "prior" in metrics:
+        found["pres_rise"] = metrics["prior"]["rise"]
+    return found | {"copies": metrics["copying"]["rate"]}
+
+
+def best_of(results: Iterable[Result], drop: float) -> Result | None:
+    """Return the experiment with the most identity among those within `drop` of the best prompt fidelity.
+
+    Where the prompt fidelity was not measured everywhere, the identity alone decides. The first of equals; None if
+    nothing was measured.
+    """
+    done = [one for one in results if "identity_gain" in one.measures]
+    if all("prompt_gain" in one.measures for one in done):
+        least = max((one.measures["prompt_gain"] for one in done), default=0.0) - drop
+        done = [one for one in done if one.measures["prompt_gain"] >= least]
+    return max(done, key=lambda one: one.measures["identity_gain"], default=None)
+
+
+def csv_text(results: Sequence[Result]) -> str:
+    """Write a line a result."""
+    paths = list(results[0].values)
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["experiment", "subject", *paths, *MEASURES, "train_seconds", "error"])
+    for one in results:
+        seconds = "" if one.train_seconds is None else f"{one.train_seconds:.1f}"
+        measures = [one.measures.get(name, "") for name in MEASURES]
+        table.writerow([one.experiment, one.subject_id, *one.values.values(), *measures, seconds, one.error])
+    return text.getvalue()
+
+
+def read_seconds(path: Path) -> dict[tuple[str, str], float]:
+    """Return how long trainings took, by experiment and subject, from the CSV of an earlier call; empty without one."""
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8", newline="") as file:
+        return {
+            (row["experiment"], row["subject"]): float(row["train_seconds"])
+            for row in csv.DictReader(file)
+            if row.get("train_seconds")
+        }
+
+
+def is_about(path: Path, subject_id: str) -> bool:
+    """Tell whether the CSV of a sweep has a row of this subject."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return any(row.get("subject") == subject_id for row in csv.DictReader(file))
+
+
+def picture_of(results: Sequence[Result]) -> bytes | None:
+    """Plot identity gain against prompt difference, a labelled point a result: a PNG; None where neither is known."""
+    import pandas as pd
+
+    from dreambooth.curves import tradeoff_curve
+
+    shown = [one for one in results if {"identity_gain", "prompt_gain"} <= one.measures.keys()]
+    if not shown:
+        return None
+    several = len({one.subject_id for one in shown}) > 1
+    points = pd.DataFrame({"label": [_label(one, several) for one in shown]})
+    for name in ("identity", "prompt"):
+        points[name] = [one.measures[f"{name}_gain"] for one in shown]
+        points[f"{name}_error"] = [(one.measures[f"{name}_high"] - one.measures[f"{name}_low"]) / 2 for one in shown]
+    names = ", ".join(path.rpartition(".")[2] for path in shown[0].values)
+    subjects = ", ".join(dict.fromkeys(one.subject_id for one in shown))
+    axes = ("prompt fidelity, difference from the base", "identity, gain over the base")
+    return tradeoff_curve(points, *axes, title=f"{subjects}: {names}", in_order=False)
+
+
+def _faults_of(path: str, values: list[Any], known: bool) -> Iterator[str]:
+    if known:
+        yield f"{path}: stands there twice; write all its values after one -S"
+    if not values:
+        yield f"{path}: has no value; write -S {path or 'train.learning_rate'}=VALUE,VALUE"
+    texts = [repr(value) for value in values]
+    yield from (f"{path}: {text} stands there twice" for text in dict.fromkeys(texts) if texts.count(text) > 1)
+    yield from (f"{path}: should be a value, not a map (got {value})" for value in values if isinstance(value, dict))
+
+
+def _unknown(grid: dict[str, list[Any]], content: Mapping[str, Any]) -> Iterator[str]:
+    """Take the parameters that there are not out of a grid, and yield why."""
+    for path in list(grid):
+        try:
+            with_values(content, {path: None})
+        except ParamsError as error:
+            del grid[path]
+            yield from error.problems
+
+
+def _refused(combinations: Iterable[Values], content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield every fault of every combination, as often as it is found."""
+    for values in combinations:
+        try:
+            parse_params(with_values(content, values))
+        except ParamsError as error:
+            yield from (problem.removeprefix("params.yaml: ") for problem in error.problems)
+
+
+def _hydra(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_hydra, value))}]"
+    if isinstance(value, str):
+        return f"'{re.sub(BEFORE_QUOTE, _escaped, value)}'"
+    return json.dumps(value)  # null, true, numbers
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return 2 * found[1] + ("\\'" if found[2] else "")
+
+
+def _label(one: Result, several: bool) -> str:
+    values = ", ".join(str(value) for value in one.values.values())
+    return f"{one.subject_id}: {values}" if several else values

@@ -1,0 +1,210 @@
+"""Run a grid of parameters as experiments of DVC, one after the other, each in a folder of its own; compare them.
+
+Experiments see what git or DVC knows, changes without a commit included: docs/decisions/0068.
+"""
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+from dreambooth import sweeps
+from dreambooth.errors import ParamsError, PipelineError
+from dreambooth.folders import scratch_folder, write_file
+from dreambooth.params import Params
+from dreambooth.sweeps import Result, Values
+from flows.clones import ROBOT, git, share_folders
+from flows.dvcrun import DvcRunner
+from flows.dvcstore import read_at
+
+NAME = r"[a-z0-9][a-z0-9_.-]{0,60}"
+EXPERIMENTS = "refs/exps/"
+FOLDER = r"\S*\.dvc/tmp/exps/standalone/[^/\s]+/"  # of one experiment, gone when it has ended
+INPUTS = ("data", "dreambooth", "stages", "dvc.yaml", "params.yaml", ".dvc/config")
+LAST = "evaluate"  # report and export follow once one of them is taken over
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep has found."""
+
+    results: tuple[Result, ...]
+    files: tuple[Path, ...]
+    """The table, and the picture if there is one."""
+
+    @property
+    def failures(self) -> list[str]:
+        """A line an experiment that failed."""
+        lines = {one.experiment: f"{sweeps.in_words(one.values)}: {one.error}" for one in self.results if one.error}
+        return list(lines.values())
+
+    def in_words(self, drop: float) -> Iterator[str]:
+        """Yield how to take over the best experiment of each subject."""
+        for subject_id in dict.fromkeys(one.subject_id for one in self.results):
+            best = sweeps.best_of([one for one in self.results if one.subject_id == subject_id], drop)
+            if best is not None:
+                yield (
+                    f"{subject_id}: the most identity within {drop:g} of the best prompt: "
+                    f"{sweeps.in_words(best.values)}; "
+                    f"to take it over: dvc exp apply {best.experiment}, then dreambooth run {subject_id}"
+                )
+
+
+@dataclass
+class _Watch:
+    """Writes the lines of an experiment to a log, and takes the time of its trainings."""
+
+    log: TextIO
+    say: Callable[[str], object]
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By subject."""
+    _running: str = ""
+    _since: float = 0.0
+
+    def hear(self, line: str) -> None:
+        self.log.write(f"{line}\n")
+        self.log.flush()
+        begins = re.match(r"Running stage '(\S+)':", line)
+        if self._running and (begins or line.startswith("Updating lock file")):
+            self.seconds[self._running] = time.monotonic() - self._since
+            self._running = ""
+        if begins:
+            self.say(f"  {begins[1]}")
+            entry, _, key = begins[1].partition("@")
+            self._running, self._since = (key if entry == "train" else ""), time.monotonic()
+
+
+def sweep(
+    root: Path,
+    params: Params,
+    subjects: Sequence[str],
+    settings: Sequence[str],
+    name: str | None,
+    say: Callable[[str], object],
+) -> Sweep:
+    """Run every combination that did not run before; a failed one is a row with its error, and the others go on.
+
+    Args:
+        root: the project.
+        params: its parameters.
+        subjects: that each experiment trains.
+        settings: train.learning_rate=5e-5,1e-4 and so on.
+        name: of the table; None is made of subjects and parameters.
+        say: hears what is done.
+
+    Raises:
+        ParamsError: a parameter, a value or the name is refused; nothing was run.
+        PipelineError: there is no git, or something that the experiments need is known to nobody but this folder.
+    """
+    grid = sweeps.read_grid(settings, params.model_dump(mode="json"))
+    table = root / "reports" / f"sweep-{_table_name(name, subjects, grid[0])}.csv"
+    _require_known(root, params, subjects)
+    tree, known = _tree(root), _experiments(root)
+    names = [sweeps.name_of(subjects, values, tree) for values in grid]
+    share_folders(root)
+    table.parent.mkdir(exist_ok=True)
+    seconds, runner = sweeps.read_seconds(table), DvcRunner(root)
+    results: list[Result] = []
+    with (scratch_folder(root) / f"{table.stem}.log").open("a", encoding="utf-8") as log:
+        for number, (one, values) in enumerate(zip(names, grid, strict=True), 1):
+            say(f"{number}/{len(grid)} {one}: {sweeps.in_words(values)}{', ran before' if one in known else ''}")
+            watch = _Watch(log, say)
+            error = "" if one in known else _run(runner, one, values, subjects, watch.hear)
+            seconds |= {(one, subject_id): spent for subject_id, spent in watch.seconds.items()}
+            results += _results(root, one, values, subjects, seconds, error)
+            write_file(table, sweeps.csv_text(results).encode())
+    return Sweep(tuple(results), (table, *_write_picture(table, results)))
+
+
+def _table_name(name: str | None, subjects: Sequence[str], values: Values) -> str:
+    if name is None:
+        return "-".join([*subjects, *(path.rpartition(".")[2] for path in values)])[:60]
+    if not re.fullmatch(NAME, name):
+        raise ParamsError([f"--name: {name!r} should be a-z, 0-9, '_', '.' and '-', at most 61 of them"])
+    return name
+
+
+def _run(runner: DvcRunner, name: str, values: Values, subjects: Sequence[str], hear: Callable[[str], object]) -> str:
+    """Run one experiment; return its error, empty for none."""
+    overrides = [sweeps.override_of(path, value) for path, value in values.items()]
+    try:
+        runner.experiment(name, overrides, [f"{LAST}@{subject_id}" for subject_id in subjects], hear)
+    except PipelineError as error:
+        return re.sub(FOLDER, "", str(error).removeprefix(f"{name}: "))
+    return ""
+
+
+def _results(
+    root: Path,
+    name: str,
+    values: Values,
+    subjects: Sequence[str],
+    seconds: Mapping[tuple[str, str], float],
+    error: str,
+) -> Iterator[Result]:
+    for subject_id in subjects:
+        measures, fault = {}, error
+        if not error:
+            try:
+                revision = _experiments(root)[name]
+                measures = sweeps.measures_of(json.loads(read_at(root, revision, f"metrics/{subject_id}.json")))
+            except PipelineError as lost:
+                fault = str(lost)
+        yield Result(name, subject_id, values, measures, seconds.get((name, subject_id)), fault)
+
+
+def _write_picture(table: Path, results: Sequence[Result]) -> list[Path]:
+    picture, path = sweeps.picture_of(results), table.with_suffix(".png")
+    if picture is None:
+        path.unlink(missing_ok=True)  # of an earlier call, with other values
+        return []
+    write_file(path, picture)
+    return [path]
+
+
+def _require_known(root: Path, params: Params, subjects: Sequence[str]) -> None:
+    """Refuse what an experiment would not find: it begins with what git and DVC know of this folder.
+
+    DVC could copy such files, and would commit them: photos would stand in the history of git.
+    """
+    if not _has_commit(root):
+        raise PipelineError(
+            f"{root} has no commit of git, which experiments of DVC begin with; git init, git add, git commit"
+        )
+    loose = git(root, "ls-files", "--others", "--exclude-standard", "--directory", "--", *INPUTS).splitlines()
+    needed = [f"data/subjects/{subject_id}" for subject_id in subjects]
+    if (root / (base := params.base.pretrained_model_name_or_path)).is_dir():
+        needed.append(base)
+    loose += [path for path in needed if not _is_known(root, path) and path + "/" not in loose]
+    if loose:
+        raise PipelineError(
+            f"neither git nor DVC knows {', '.join(loose[:5])}{', ...' if len(loose) > 5 else ''}, so that no "
+            "experiment would see it; dvc add the photos and models, git add the rest (no commit is needed)"
+        )
+
+
+def _has_commit(root: Path) -> bool:
+    try:
+        git(root, "rev-parse", "--verify", "--quiet", "HEAD")
+    except PipelineError:
+        return False
+    return True
+
+
+def _is_known(root: Path, path: str) -> bool:
+    """Tell whether git has files of a folder, or the file by which DVC has it."""
+    return bool(git(root, "ls-files", "--", path, f"{path}.dvc"))
+
+
+def _tree(root: Path) -> str:
+    """Return the hash of all files as git would commit them now, those that it does not know left out."""
+    return git(root, "rev-parse", f"{git(root, *ROBOT, 'stash', 'create') or 'HEAD'}^{{tree}}")
+
+
+def _experiments(root: Path) -> dict[str, str]:
+    """Return the commit of each experiment by its name."""
+    lines = git(root, "for-each-ref", "--format=%(objectname) %(refname)", EXPERIMENTS).splitlines()
+    return {ref.rpartition("/")[2]: commit for commit, _, ref in (line.partition(" ") for line in lines)}

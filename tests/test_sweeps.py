@@ -1,0 +1,119 @@
+"""The grid of a sweep, the names of its experiments, and what is made of their results."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tiny_project import tiny_values
+
+from dreambooth import sweeps
+from dreambooth.errors import ParamsError
+from dreambooth.sweeps import Result
+from dreambooth.yaml12 import load_yaml
+
+
+def result(experiment: str, gain: float, prompt: float | None, seconds: float | None = None) -> Result:
+    measures = {"identity_gain": gain, "identity_low": gain - 0.01, "identity_high": gain + 0.01, "copies": 0.0}
+    if prompt is not None:
+        measures |= {"prompt_gain": prompt, "prompt_low": prompt - 0.02, "prompt_high": prompt + 0.02}
+    return Result(experiment, "biscuit", {"train.learning_rate": 5e-5, "train.seed": 1}, measures, seconds)
+
+
+def test_a_grid_holds_every_combination_and_the_last_parameter_changes_fastest() -> None:
+    grid = sweeps.read_grid(["train.learning_rate=5e-5,1e-4", "train.mixed_precision=no,bf16"], tiny_values())
+    assert [tuple(values.values()) for values in grid] == [(5e-5, "no"), (5e-5, "bf16"), (1e-4, "no"), (1e-4, "bf16")]
+
+
+def test_values_may_be_lists_and_null() -> None:
+    grid = sweeps.read_grid(["evaluate.seeds=[1,2],[3]", "train.snr_gamma=null,5.0"], tiny_values())
+    assert [values["evaluate.seeds"] for values in grid] == [[1, 2], [1, 2], [3], [3]]
+    assert [values["train.snr_gamma"] for values in grid[:2]] == [None, 5.0]
+
+
+def test_every_fault_of_a_grid_is_named_at_once() -> None:
+    settings = ["train.learning_rate=1e-4,fast", "train.learning_rat=1", "nothing.here=1", "train.seed=1,1"]
+    with pytest.raises(ParamsError) as refused:
+        sweeps.read_grid([*settings, "train.rank=", "train.lr_scheduler=[", "train.seed=2"], tiny_values())
+    said = "\n".join(refused.value.problems)
+    for fault in (
+        "train.learning_rate: should be a valid number (got 'fast')",
+        "train.learning_rat: there is no such parameter in params.yaml; did you mean train.learning_rate?",
+        "nothing.here: there is no such parameter in params.yaml",
+        "train.seed: 1 stands there twice",
+        "train.seed: stands there twice",
+        "train.rank: has no value",
+        "-S train.lr_scheduler=[: cannot be read",
+    ):
+        assert fault in said
+
+
+def test_values_that_contradict_each_other_are_refused_before_any_work() -> None:
+    with pytest.raises(ParamsError, match="lr_warmup_steps: 4 leave none of the 4 steps"):
+        sweeps.read_grid(["train.max_train_steps=4,8", "train.lr_warmup_steps=0,4"], tiny_values())
+
+
+def test_a_grid_of_nothing_is_refused() -> None:
+    with pytest.raises(ParamsError, match="-S: nothing is to be changed"):
+        sweeps.read_grid([], tiny_values())
+
+
+WORDS = ["no", 'it\'s a \\ "dog", {}', "ends with \\", "\\'", "null", ["a photo of {}", "b, c"]]
+
+
+@pytest.mark.parametrize("value", [5e-5, 3, True, None, [1, 2], *WORDS])
+def test_dvc_reads_an_override_as_the_value_that_it_was(value: Any, tmp_path: Path) -> None:
+    from dvc.utils.hydra import apply_overrides
+
+    file = tmp_path / "params.yaml"
+    file.write_text("train: {seed: 0}\n")
+    apply_overrides(str(file), [sweeps.override_of("train.seed", value)])
+    assert load_yaml(file.read_text()) == {"train": {"seed": value}}
+
+
+def test_the_name_of_an_experiment_changes_with_all_that_it_is_made_from() -> None:
+    names = {
+        sweeps.name_of(subjects, values, tree)
+        for subjects in (["biscuit"], ["biscuit", "rex"])
+        for values in ({"train.seed": 1}, {"train.seed": 2}, {"train.rank": 1})
+        for tree in ("a", "b")
+    }
+    assert len(names) == 12
+    assert sweeps.name_of(["biscuit"], {"train.seed": 1}, "a") in names
+
+
+@pytest.mark.parametrize(
+    ("results", "best"),
+    [
+        ([("low", 0.01, 0.0), ("high", 0.05, -0.02), ("lost", 0.09, -0.2)], "high"),
+        ([("low", 0.01, None), ("high", 0.05, -0.2)], "high"),
+        ([("first", 0.05, 0.0), ("second", 0.05, 0.0)], "first"),
+    ],
+)
+def test_the_best_has_the_most_identity_near_the_best_prompt(
+    results: list[tuple[str, float, float | None]], best: str
+) -> None:
+    found = sweeps.best_of([result(*one) for one in results], 0.03)
+    assert found is not None
+    assert found.experiment == best
+
+
+def test_of_failures_alone_none_is_the_best() -> None:
+    assert sweeps.best_of([Result("sweep-1", "biscuit", {"train.seed": 1}, {}, error="E_TRAIN: no")], 0.03) is None
+
+
+def test_the_table_gives_back_how_long_trainings_took(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.csv"
+    file.write_text(sweeps.csv_text([result("sweep-1", 0.01, 0.02, 12.34), result("sweep-2", 0.01, None)]))
+    assert sweeps.read_seconds(file) == {("sweep-1", "biscuit"): 12.3}
+    assert file.read_text().splitlines()[2].startswith("sweep-2,biscuit,5e-05,1,0.01,0.0,0.02,,,,,0.0,,")
+
+
+def test_the_picture_shows_what_was_measured_and_nothing_without_a_prompt_fidelity() -> None:
+    assert sweeps.picture_of([result("sweep-1", 0.01, None)]) is None
+    one, two = (sweeps.picture_of([result(str(x), x, x) for x in at]) for at in ([0.01], [0.01, 0.05]))
+    assert one is not None
+    assert two is not None
+    assert one != two
+    assert Image.open(io.BytesIO(two)).size == (605, 440)
