@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from itertools import compress
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +117,16 @@ def held_out(values: Recipe, drawn: Sprites) -> tuple[Sprites, list[Plan]]:
     return theirs, [compose.plan(own, theirs, section.seed, index) for index in range(section.held_out_rows)]
 
 
-def painted(
-    drawn: Sprites, todo: Sequence[Plan], size: int, seed: int, soft: bool = True, first: int = 0
-) -> Iterator[Image.Image]:
-    """Paint plans, most of them a little spoiled where they shall be `soft`; `first` is the number of the first."""
-    for index, plan in enumerate(todo, first):
-        pixels = compose.paint(drawn, plan, size)
-        yield Image.fromarray(soften(pixels, np.random.default_rng([seed, 1, index])) if soft else pixels)
+def softened(image: Image.Image, seed: int, index: int) -> Image.Image:
+    """Spoil the picture of a number a little, most often."""
+    return Image.fromarray(soften(np.asarray(image), np.random.default_rng([seed, 1, index])))
+
+
+def painted(drawn: Sprites, todo: Sequence[Plan], size: int, seed: int, soft: bool = True) -> Iterator[Image.Image]:
+    """Paint plans, most of them a little spoiled where they shall be `soft`."""
+    for index, plan in enumerate(todo):
+        image = Image.fromarray(compose.paint(drawn, plan, size))
+        yield softened(image, seed, index) if soft else image
 
 
 def spoiled(drawn: Sprites, todo: Sequence[Plan], vae: AutoencoderKL, values: Recipe) -> Iterator[Image.Image]:
@@ -131,15 +134,12 @@ def spoiled(drawn: Sprites, todo: Sequence[Plan], vae: AutoencoderKL, values: Re
 
     What the base model draws has the faults of its decoder; a judge that knows them does not take them for the subject.
     """
-    section, size = values.scorer, values.resolution
-    for first in range(0, len(todo), DECODED):
-        part = range(first, min(first + DECODED, len(todo)))
-        plans_of_part = [todo[index] for index in part]
-        share = [np.random.default_rng([section.seed, 7, index]).random() < section.decoded_share for index in part]
-        soft = list(painted(drawn, plans_of_part, size, section.seed, first=first))
-        sharp = [Image.fromarray(compose.paint(drawn, plan, size)) for plan in compress(plans_of_part, share)]
-        decoded = iter(autoencoder.as_decoded(vae, sharp))
-        yield from (next(decoded) if through else image for through, image in zip(share, soft, strict=True))
+    section, sharp = values.scorer, enumerate(painted(drawn, todo, values.resolution, values.scorer.seed, soft=False))
+    while part := list(islice(sharp, DECODED)):
+        share = [np.random.default_rng([section.seed, 7, index]).random() < section.decoded_share for index, _ in part]
+        decoded = iter(autoencoder.as_decoded(vae, [image for _, image in compress(part, share)]))
+        for (index, image), through in zip(part, share, strict=True):
+            yield next(decoded) if through else softened(image, section.seed, index)
 
 
 def features_of(images: list[Image.Image], folder: Path, mixed_precision: Precision) -> NDArray[np.float16]:
