@@ -57,7 +57,7 @@ def read_caption(path: Path) -> str:
 
 def class_prompt(class_noun: str) -> str:
     """Name the class: "a photo of a dog"."""
-    return f"a photo of {with_article(class_noun)}"
+    return fill(INSTANCE_TEMPLATE, with_article(class_noun))
 
 
 def class_prompts(class_noun: str, templates: Sequence[str]) -> list[str]:
