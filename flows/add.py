@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dreambooth.consent import PERSON, RECORD, read_consent, require_lasting
 from dreambooth.errors import ConsentError, ParamsError, PhotosError, PipelineError, SubjectError
-from dreambooth.folders import read_text, write_file
+from dreambooth.folders import read_text
 from dreambooth.identifiers import remarks_by_tokenizer
 from dreambooth.params import Params, Photos, check_id, load_params, parse_params
 from dreambooth.photos import (
@@ -29,7 +29,7 @@ from dreambooth.photos import (
 from dreambooth.prompts import read_caption
 from dreambooth.yaml12 import YamlError, dump_yaml, load_yaml
 from flows.dvcrun import child_environment
-from flows.project import PARAMS
+from flows.project import PARAMS, read_params_text, write_params_text
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -77,7 +77,7 @@ def add_subject(root: Path, wish: Wish, sources: Sequence[Path], force: bool = F
     if not force:
         _require_new(params, wish.subject_id, folder)
     class_id = class_of_noun(params, wish.class_noun)
-    text = with_subject((root / PARAMS).read_bytes().decode(), params, wish, class_id)
+    text = with_subject(read_params_text(root), params, wish, class_id)
     photos, ignored = collect(sources)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{wish.subject_id}.", dir=folder.parent) as temporary:
@@ -86,7 +86,7 @@ def add_subject(root: Path, wish: Wish, sources: Sequence[Path], force: bool = F
         _copy_consent(wish, place)
         with _replaced(folder, Path(temporary) / "old"):
             place.rename(folder)
-            write_file((root / PARAMS).resolve(), text.encode())  # where a link of that name leads
+            write_params_text(root, text)
     tokenizer = root / params.base.pretrained_model_name_or_path / "tokenizer/tokenizer.json"
     remarks = [str(remark)] if (remark := alike(reports, params.photos)) else []
     return Added(folder, class_id, reports, ignored, remarks + remarks_by_tokenizer(wish.identifier, tokenizer))

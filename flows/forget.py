@@ -17,7 +17,7 @@ from dreambooth.registry import alone
 from dreambooth.yaml12 import dump_yaml, load_yaml
 from flows import dvcstore, prefectstore, summary
 from flows.dvcstore import Kept
-from flows.project import PARAMS
+from flows.project import PARAMS, read_params_text, write_params_text
 
 FOLDERS = ("data/subjects/{id}", "build/{id}", "models/{id}", "export/{id}", "reports/{id}")
 FILES = ("data/subjects/{id}.dvc", "metrics/{id}.json", "reports/{id}.html")
@@ -188,18 +188,17 @@ def _forget_in_gitignore(root: Path, subject_id: str) -> None:
 
 
 def _forget_in_params(root: Path, subject_id: str) -> None:
-    path = (root / PARAMS).resolve()
-    text = path.read_bytes().decode()
+    text = read_params_text(root)
     shorter = without_subject(text, subject_id)
     if shorter == text:
         return
-    write_file(path, shorter.encode())
+    write_params_text(root, shorter)
     try:
-        gone = subject_id not in load_params(path).subjects
+        gone = subject_id not in load_params(root / PARAMS).subjects
     except ParamsError:
         gone = False
     if not gone:
-        write_file(path, text.encode())
+        write_params_text(root, text)
         raise ParamsError([f"{PARAMS}: subjects.{subject_id} cannot be taken out; delete it by hand, then go on"])
 
 

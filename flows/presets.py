@@ -11,10 +11,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from dreambooth.errors import ParamsError
-from dreambooth.folders import write_file
 from dreambooth.params import parse_params
 from dreambooth.yaml12 import YamlError, load_yaml
-from flows.project import PARAMS
+from flows.project import PARAMS, write_params_text
 
 FOLDER = "params"
 MAY_SAY = ("base", "evaluate", "export", "photos", "prior", "tracking", "train")  # not who is trained, nor who may pass
@@ -52,8 +51,7 @@ def apply(root: Path, presets: Sequence[str]) -> list[Change]:
     Raises:
         ParamsError: no such preset, one that says what a preset may not, or values that do not go together.
     """
-    path = root / PARAMS
-    text = path.read_text(encoding="utf-8")
+    text = (root / PARAMS).read_text(encoding="utf-8")
     changes: dict[str, Change] = {}
     for preset in presets:
         text, new = merge(text, read(root, preset))
@@ -63,7 +61,7 @@ def apply(root: Path, presets: Sequence[str]) -> list[Change]:
     parse_params(load_yaml(text))
     real = [change for change in changes.values() if change.before != change.after]
     if real:
-        write_file(path.resolve(), text.encode())
+        write_params_text(root, text)
     return real
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dreambooth.errors import PipelineError
+from dreambooth.folders import write_file
 from dreambooth.params import Params
 
 PARAMS = "params.yaml"
@@ -42,6 +43,16 @@ def choose_subjects(params: Params, wanted: Sequence[str]) -> list[str]:
     for subject_id in wanted:
         params.subject(subject_id)
     return list(dict.fromkeys(wanted)) or list(params.subjects)
+
+
+def read_params_text(root: Path) -> str:
+    """Return params.yaml letter by letter, with the line ends that it has."""
+    return (root / PARAMS).read_bytes().decode()
+
+
+def write_params_text(root: Path, text: str) -> None:
+    """Replace what params.yaml says; where a link of that name stands, the file that it leads to."""
+    write_file((root / PARAMS).resolve(), text.encode())
 
 
 def _is_project(folder: Path) -> bool:

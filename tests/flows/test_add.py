@@ -94,7 +94,7 @@ def test_a_disk_that_fails_at_the_last_write_leaves_nothing_behind(
     def full(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("flows.add.write_file", full)
+    monkeypatch.setattr("flows.project.write_file", full)
     make_photos(tmp_path / "camera", 3)
     before = everything(project)
     with pytest.raises(OSError, match="No space"):
