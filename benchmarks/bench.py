@@ -243,12 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     if given.class_images % given.sample_batch_size:
         parser.error("--class-images must be a multiple of --sample-batch-size: ours draws whole batches only")
     script = find_script(given.reference) if given.reference else None
-    recipe = Recipe(
-        given.base, given.photos, given.class_noun, given.resolution, given.steps, given.class_images,
-        given.train_batch_size, given.sample_batch_size, given.learning_rate, given.mixed_precision,
-        given.sampler_steps,
-    )  # fmt: skip
-    folder = Path(given.scratch) / _key(recipe, script)
+    recipe = recipe_of(given, given.mixed_precision)
+    folder = Path(given.scratch) / comparison_key(recipe, script)
     sides: list[Side] = [Ours(recipe, folder / "ours")]
     if script:
         sides.append(Reference(recipe, script, folder / "reference", given.reference_path))
@@ -267,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     return path
 
 
-def _key(recipe: Recipe, script: Path | None) -> str:
+def comparison_key(recipe: Recipe, script: Path | None) -> str:
     """Name the folder of a comparison: runs of another recipe, script or code are not its own."""
     values = {name: str(value) for name, value in asdict(recipe).items()}
     digest = hashlib.sha256(script.read_bytes()).hexdigest() if script else None
@@ -279,25 +275,38 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--reference", type=Path, help="train_dreambooth.py, or a checkout of diffusers; else ours alone"
     )
+    add_recipe_options(parser, steps=100, learning_rate=1e-5)
+    parser.add_argument("--scratch", type=Path, default=ROOT / ".scratch/bench", help="for runs, until the end")
+    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peak-size", type=int, help="side of the matrices that the peak is measured with")
+    return parser
+
+
+def add_recipe_options(parser: argparse.ArgumentParser, steps: int, learning_rate: float) -> None:
+    """Add what says how both sides train, and where results go."""
     parser.add_argument(
         "--reference-path", type=Path, nargs="*", default=[], help="PYTHONPATH of the reference alone, for torchvision"
     )
-    parser.add_argument("--scratch", type=Path, default=ROOT / ".scratch/bench", help="for runs, until the end")
     parser.add_argument("--base", type=Path, default=ROOT / "data/base/emoji64", help="see benchmarks/architectures.py")
     parser.add_argument("--photos", type=Path, default=ROOT / "data/subjects/biscuit")
     parser.add_argument("--class-noun", default="dog")
     parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--class-images", type=int, default=48)
     parser.add_argument("--train-batch-size", type=int, default=4)
     parser.add_argument("--sample-batch-size", type=int, default=16)
     parser.add_argument("--sampler-steps", type=int, default=20, help="of our class images")
-    parser.add_argument("--learning-rate", type=float, default=1e-5)
-    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--peak-size", type=int, help="side of the matrices that the peak is measured with")
+    parser.add_argument("--learning-rate", type=float, default=learning_rate)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
-    return parser
+
+
+def recipe_of(given: argparse.Namespace, mixed_precision: str) -> Recipe:
+    """Return the recipe that the options say."""
+    return Recipe(
+        given.base, given.photos, given.class_noun, given.resolution, given.steps, given.class_images,
+        given.train_batch_size, given.sample_batch_size, given.learning_rate, mixed_precision, given.sampler_steps,
+    )  # fmt: skip
 
 
 def _ratio(one: float, other: float) -> str:

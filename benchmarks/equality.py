@@ -17,17 +17,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from benchmarks.bench import hardware
+from benchmarks.bench import add_recipe_options, comparison_key, hardware, recipe_of
 from benchmarks.recipe import ROOT, SUBJECT, Ours, Recipe, Reference, find_script
 from dreambooth import evaluation
-from dreambooth.folders import sha256_of, write_file
+from dreambooth.folders import write_file
 from dreambooth.models import model_hash
 from dreambooth.params import load_params
 from stages import evaluate
@@ -160,12 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     """Train, score, write benchmarks/results/<date>-equality.md, and return its path."""
     given = _parser().parse_args(arguments)
     script = find_script(given.reference)
-    recipe = Recipe(
-        given.base, given.photos, given.class_noun, given.resolution, given.steps, given.class_images,
-        given.train_batch_size, given.sample_batch_size, given.learning_rate, "no", given.sampler_steps,
-    )  # fmt: skip
-    about: dict[str, Any] = {name: str(getattr(recipe, name)) for name in recipe.__dataclass_fields__}
-    folder = Path(given.scratch) / sha256_of(about)[:16]
+    recipe = recipe_of(given, "no")
+    folder = Path(given.scratch) / comparison_key(recipe, script)
     ours, reference, identity = [], [], []
     for seed in given.seeds:
         place, own = folder / f"seed-{seed}", replace(recipe, seed=seed)
@@ -184,20 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, required=True, help="train_dreambooth.py, or a checkout of diffusers")
-    parser.add_argument("--reference-path", type=Path, nargs="*", default=[], help="PYTHONPATH of the reference alone")
+    add_recipe_options(parser, steps=250, learning_rate=5e-5)
     parser.add_argument("--scratch", type=Path, default=ROOT / ".scratch/equality", help="for runs, until the end")
-    parser.add_argument("--base", type=Path, default=ROOT / "data/base/emoji64")
-    parser.add_argument("--photos", type=Path, default=ROOT / "data/subjects/biscuit")
-    parser.add_argument("--class-noun", default="dog")
-    parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--class-images", type=int, default=48)
-    parser.add_argument("--train-batch-size", type=int, default=4)
-    parser.add_argument("--sample-batch-size", type=int, default=16)
-    parser.add_argument("--sampler-steps", type=int, default=20, help="of our class images")
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     return parser
 
 

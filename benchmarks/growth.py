@@ -51,6 +51,10 @@ class Place:
 
     def run(self, root: Path, *command: str) -> Usage:
         """Run a module of this repository in a project."""
+        return self.python(root, "-m", *command)
+
+    def python(self, root: Path, *arguments: str) -> Usage:
+        """Run Python in a project."""
         own = {
             "PYTHONPATH": str(ROOT),
             "DREAMBOOTH_CACHE": str(root / ".cache"),
@@ -61,7 +65,7 @@ class Place:
         }
         environment = {**os.environ, **own}
         environment.pop("DREAMBOOTH_TRACKING", None)
-        return usage.run([sys.executable, "-m", *command], root, environment, self.log)
+        return usage.run([sys.executable, *arguments], root, environment, self.log)
 
 
 def photos(place: Place, largest: int) -> Iterator[Row]:
@@ -121,8 +125,8 @@ def versions(place: Place, largest: int) -> Iterator[Row]:
     script.write_text(program)
 
     for count in _up_to(largest, 1, 10, 100):
-        module = [str(script), str(ROOT / "tests"), str(place.base), str(before), str(count)]
-        cost = _script(place, root, module)
+        arguments = (str(ROOT / "tests"), str(place.base), str(before), str(count))
+        cost = place.python(root, str(script), *arguments)
         yield count, f"register {count - before} more", cost
         before = count
         yield count, "versions", place.run(root, "flows.cli", "versions", SUBJECT)
@@ -164,12 +168,6 @@ def _many(place: Place, name: str, count: int) -> Path:
 
 def _train(count: int, values: dict[str, Any]) -> None:
     values["train"] |= {"max_train_steps": count}
-
-
-def _script(place: Place, root: Path, words: Sequence[str]) -> Usage:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true"}
-    environment.pop("DREAMBOOTH_TRACKING", None)
-    return usage.run([sys.executable, *words], root, environment, place.log)
 
 
 def _up_to(largest: int, *counts: int) -> list[int]:

@@ -21,12 +21,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks import usage
+from benchmarks.recipe import ROOT
 from dreambooth import tracking
 from dreambooth.folders import content_hash, new_folder
 from dreambooth.versions import HASH_TAG
 from dreambooth.yaml12 import dump_yaml, load_yaml
 
-ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 5
 OUTPUTS = ("build/{}/instance", "models/{}", "build/{}/evaluation", "reports/{}", "export/{}")
 RETRAIN = "from flows.retrain import retrain; state = retrain(return_state=True); print(state.name, state.message)"
