@@ -21,7 +21,7 @@ demo: .venv/ready          ## photos -> evaluated, exported and registered model
 	$(BIN)/dreambooth run
 
 test: .venv/ready          ## all tests, the slow ones too
-	$(BIN)/python -m pytest --numprocesses auto --dist loadscope
+	$(BIN)/python -m pytest --numprocesses auto --dist loadscope --no-loadscope-reorder
 
 check: .venv/ready         ## ruff and mypy
 	$(BIN)/ruff check .

@@ -2,11 +2,16 @@
 
 import json
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import FlowRun
 
 # The tables whose rows belong to a run; a deployment is made by a person, and is named instead of deleted.
 TABLES = (
@@ -14,6 +19,7 @@ TABLES = (
     "flow_run_state", "flow_run", "event_resources", "events",
 )  # fmt: skip
 TEXT = ("CHAR", "TEXT", "JSON", "UUID")
+FAILED = ("FAILED", "CRASHED")
 
 
 def count(subject_id: str) -> int:
@@ -27,7 +33,8 @@ def count(subject_id: str) -> int:
 def erase(subject_id: str) -> list[str]:
     """Erase the flow runs that name a subject, with all that hangs on them; return what could not be reached.
 
-    A run of several subjects goes as a whole: its log names all of them.
+    A run of several subjects goes as a whole: its log names all of them. So does a run that failed with a reason that
+    names the subject: one for an unknown subject lists those that are known.
     """
     if _server():
         return _erase_on_server(subject_id)
@@ -79,10 +86,12 @@ def _database_file() -> Path | None:
 
 
 def _runs(connection: sqlite3.Connection, subject_id: str) -> list[str]:
-    """Return the ids of the flow runs whose parameters, task runs or artifacts name a subject; an id has no quotes."""
+    """Return the ids of the flow runs whose parameters, task runs, artifacts or reasons to fail name a subject."""
     if "flow_run" not in _tables(connection):
         return []
     found = {row[0] for row in connection.execute("SELECT id, parameters FROM flow_run") if _says(row[1], subject_id)}
+    failed = f"SELECT flow_run_id, message FROM flow_run_state WHERE type IN {FAILED}"
+    found |= {run for run, message in connection.execute(failed) if _is_in(message, subject_id)}
     names = f"SELECT flow_run_id FROM task_run WHERE name LIKE '%@{subject_id}' OR name LIKE '% {subject_id}'"
     keys = f"SELECT flow_run_id FROM artifact WHERE key IN ({', '.join(map(repr, _keys(subject_id)))})"
     # A table of a retraining is JSON inside JSON, so its quotes have backslashes.
@@ -108,8 +117,14 @@ def _erase_events(connection: sqlite3.Connection, subject_id: str) -> None:
 
 
 def _says(parameters: str, subject_id: str) -> bool:
+    """Tell whether the parameters of a run name a subject; an id has no quotes."""
     told = json.dumps(json.loads(parameters or "{}"))
     return f'"{subject_id}"' in told or f'"subject.{subject_id}"' in told
+
+
+def _is_in(message: str | None, subject_id: str) -> bool:
+    """Tell whether an id stands in a text, alone and not as part of another."""
+    return re.search(rf"(?<![\w-]){re.escape(subject_id)}(?![\w-])", message or "") is not None
 
 
 def _task_runs(connection: sqlite3.Connection, runs: list[str]) -> list[str]:
@@ -141,9 +156,15 @@ def _runs_of_server(subject_id: str) -> list[str]:
     with get_client(sync_client=True) as client:
         found, offset = [], 0
         while page := client.read_flow_runs(offset=offset, limit=200):
-            found += [str(run.id) for run in page if _says(json.dumps(run.parameters, default=str), subject_id)]
+            found += [str(run.id) for run in page if _names(run, subject_id)]
             offset += len(page)
     return found
+
+
+def _names(run: "FlowRun", subject_id: str) -> bool:
+    failed = run.state is not None and run.state.type.value in FAILED
+    reason = run.state.message if run.state and failed else None
+    return _says(json.dumps(run.parameters, default=str), subject_id) or _is_in(reason, subject_id)
 
 
 def _erase_on_server(subject_id: str) -> list[str]:

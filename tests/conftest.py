@@ -20,6 +20,18 @@ os.environ.setdefault("DREAMBOOTH_TRACKING", "off")  # a new database takes seco
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models lose more to the threads' meetings than they win
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One more than there are cores: half of the time of a slow test it waits for a server or a process."""
+    return (os.cpu_count() or 1) + 1
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files of slow tests first, so that at the end no core waits for the last of them."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep every test out of the user's caches and settings."""

@@ -9,7 +9,15 @@ from typing import Any
 
 # A server imports what takes seconds once; every process is forked from it, and from no thread of the tests.
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["dreambooth.training", "dreambooth.drawings", "stages.train"])
+FORKED.set_forkserver_preload(
+    [
+        "dreambooth.training", "dreambooth.drawings", "stages.train",
+        # and what these import where they need it
+        "diffusers.models.autoencoders.autoencoder_kl", "diffusers.models.unets.unet_2d_condition",
+        "diffusers.schedulers.scheduling_ddim", "diffusers.schedulers.scheduling_dpmsolver_multistep",
+        "transformers.models.clip.modeling_clip", "transformers.models.clip.tokenization_clip", "peft", "torch._dynamo",
+    ]
+)  # fmt: skip
 
 
 def kill_this_process_in(place: Any, name: str, call: int, number: signal.Signals = signal.SIGKILL) -> None:

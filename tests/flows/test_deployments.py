@@ -127,7 +127,8 @@ def test_a_batch_draws_with_the_champion(site: tuple[Path, dict[str, str], str])
 @pytest.mark.fault(35)
 def test_of_many_missed_runs_of_the_schedule_one_is_made_up_for(site: tuple[Path, dict[str, str], str]) -> None:
     _, _, api = site
-    deployment = next(one["id"] for one in post(api, "deployments/filter", {}) if one["name"] == "nightly")
+    of_the_pool = {"work_pools": {"name": {"any_": ["dreambooth"]}}}  # other tests have deployments of their own
+    deployment = next(one["id"] for one in post(api, "deployments/filter", of_the_pool) if one["name"] == "nightly")
     missed = []
     for hours in range(6, 0, -1):
         due = (datetime.now(UTC) - timedelta(hours=hours)).isoformat()
@@ -137,6 +138,13 @@ def test_of_many_missed_runs_of_the_schedule_one_is_made_up_for(site: tuple[Path
         missed.append(post(api, f"deployments/{deployment}/create_flow_run", body)["id"])
     how = [ended(api, run) for run in missed]
     assert len([one for one in how if one not in ("CaughtUp", "Cancelled")]) == 1, how
+
+
+def test_a_run_for_an_unknown_subject_says_which_are_known(site: tuple[Path, dict[str, str], str]) -> None:
+    _, environment, api = site
+    run = start(environment, "personalize/local", subject="tom")
+    assert ended(api, run) == "Failed"
+    assert "known: biscuit" in state(api, run)[1]
 
 
 def test_forgetting_erases_what_events_approvals_and_retrainings_say_of_a_subject(

@@ -218,8 +218,8 @@ def test_flow_runs_without_a_server_and_exits_with_the_code_of_the_failure(proje
 
 def test_a_cron_deployment_yields_scheduled_runs(environment: dict[str, str], prefect_server: str) -> None:
     program = (
-        "from flows.personalize import personalize;personalize.to_deployment(name='nightly', cron='0 3 * * *').apply()"
+        "from flows.personalize import personalize;personalize.to_deployment(name='by-cron', cron='0 3 * * *').apply()"
     )
     subprocess.run([sys.executable, "-c", program], env=environment, cwd=HERE.parents[1], check=True)
-    wanted = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}, "deployments": {"name": {"any_": ["nightly"]}}}
+    wanted = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}, "deployments": {"name": {"any_": ["by-cron"]}}}
     await_true(lambda: len(post(prefect_server, "flow_runs/filter", wanted)) > 0)
