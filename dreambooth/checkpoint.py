@@ -35,7 +35,7 @@ WEIGHTS, MOMENTS, PLAIN, RECORDS = "weights.safetensors", "moments.safetensors",
 BEST = "best.json"
 BYTES_PER_WEIGHT = 12  # the weight and both moments of Adam in float32
 KEEP = 2  # the newest may be found torn by a dying disk; the one before it is the way back
-MAY_CHANGE = ("device", "versions")  # between a stop and a resume: a warning, for the bits may differ then
+MAY_CHANGE = ("device", "threads", "versions")  # between a stop and a resume: a warning, for the bits may differ then
 _TORN = "torn-"
 _MARGIN = 1 << 16  # bytes for the small files and the folder itself
 _LOWEST_PRIORITY = 19
@@ -210,7 +210,7 @@ class Checkpoints:
         return self.folder / f"step-{step:07d}"
 
     def _compare(self, path: Path, saved: Mapping[str, Any]) -> list[str]:
-        """Refuse a checkpoint of other inputs; warn of other libraries and another device, and return these."""
+        """Refuse a checkpoint of other inputs; warn of other libraries, threads and device, and return these."""
         differences = {name: f"{name} was {was!r}, is {now!r}" for name, was, now in _differences(saved, self._inputs)}
         faults = [line for name, line in differences.items() if name.split(".")[0] not in MAY_CHANGE]
         if faults:

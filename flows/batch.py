@@ -41,7 +41,7 @@ def generate(
         complete, nameless = full_prompts(load_params(project / PARAMS), subject, prompts)
         for prompt in nameless:
             get_run_logger().warning("%r does not name %s; write {} where it should stand", prompt, subject)
-        with gpu(turn_of_gpu(), get_run_logger().warning):
+        with gpu(turn_of_gpu(1), get_run_logger().warning):
             drawn = draw_registered(
                 project, subject, complete, count, {"seed": seed}, version, Path(folder) if folder else None
             )

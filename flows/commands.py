@@ -87,17 +87,19 @@ def plan(
     context: typer.Context,
     subject_ids: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Subjects; all if none.")] = None,
     price: Annotated[float | None, typer.Option(min=0, help="Of an hour of this machine, in your currency.")] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Stages on a GPU that run at a time.")] = 1,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Stages that compute at a time; else as here.")] = None,
 ) -> None:
     """Say what a run would do before it starts: stages, time, space and cost, by what earlier runs took here."""
     from dreambooth.params import load_params
     from flows.graph import Graph
+    from flows.lanes import Lanes, lanes_of
     from flows.plan import make_plan, plan_table
     from flows.project import choose_subjects
 
     root = find_root(context.obj)
     params = load_params(root / PARAMS)
-    made = make_plan(root, params, Graph.load(root).select(choose_subjects(params, subject_ids or [])), gpus)
+    graph = Graph.load(root).select(choose_subjects(params, subject_ids or []))
+    made = make_plan(root, params, graph, Lanes(gpus) if gpus else lanes_of(root, params, graph))
     out.print(plan_table(made))
     for line in made.in_words(price):
         _say(line)

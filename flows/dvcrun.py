@@ -65,6 +65,7 @@ class DvcRunner:
         wanted: Collection[str] | None = None,
     ) -> None:
         self.root = root
+        self.threads: int | None = None
         self.wanted = wanted
         self.patience = patience
         self._sleep = sleep
@@ -128,7 +129,7 @@ class DvcRunner:
         with subprocess.Popen(
             [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments],
             cwd=self.root,
-            env=child_environment(),
+            env=child_environment(self.threads),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -154,11 +155,17 @@ class DvcRunner:
         return ["--pull"] if stage.partition("@")[0] in self.wanted else ["--pull", "--allow-missing"]
 
 
-def child_environment() -> dict[str, str]:
-    """Return the environment of DVC and its stages: `python` is this one, lines come at once, nothing is reported."""
+def child_environment(threads: int | None = None) -> dict[str, str]:
+    """Return the environment of DVC and its stages: `python` is this one, lines come at once, nothing is reported.
+
+    Args:
+        threads: that a stage may compute with, if the user has not said it himself; None: as many as there are cores.
+    """
     here = str(Path(sys.executable).parent)
     path = os.pathsep.join([here, os.environ.get("PATH", os.defpath)])
-    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "DVC_NO_ANALYTICS": "1"}
+    share = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    fixed = {"PATH": path, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "DVC_NO_ANALYTICS": "1"}
+    return {**share, **os.environ, **fixed}
 
 
 def _lines(child: "subprocess.Popen[str]") -> Iterator[str]:

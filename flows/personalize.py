@@ -23,6 +23,7 @@ from dreambooth.params import Params, load_params
 from flows import plan, summary
 from flows.dvcrun import DvcRunner, StageRun
 from flows.graph import GPU_ENTRIES, Graph
+from flows.lanes import Lanes, lanes_of
 from flows.project import PARAMS, choose_subjects, find_root
 from flows.turns import Turn, gpu, turn_of_gpu
 
@@ -92,16 +93,18 @@ def personalize(subject: str | list[str] | None = None, root: str | None = None)
 
 def carry_out(params: Params, subjects: Sequence[str], graph: Graph, runner: DvcRunner) -> tuple[Futures, Futures]:
     """Run the stale stages of a graph and register the subjects; return what became of both, by stage and subject."""
-    _announce(runner.root, params, graph)
+    lanes = lanes_of(runner.root, params, graph)
+    _announce(runner.root, params, graph, lanes)
+    runner.threads = lanes.threads
     try:
-        stages, limit = _submit_stages(graph, runner), params.registry.max_logged_bytes
+        stages, limit = _submit_stages(graph, runner, lanes), params.registry.max_logged_bytes
         versions = {one: _submit_registration(one, runner.root, graph, stages, limit) for one in subjects}
         wait([*stages.values(), *versions.values()])
     except BaseException:
         runner.stop()
         raise
     ran = [future.result() for future in stages.values() if future.state.is_completed()]
-    plan.note(runner.root, params, [(one.stage, one.seconds) for one in ran if one.outcome == "ran"])
+    plan.note(runner.root, params, [(one.stage, one.seconds) for one in ran if one.outcome == "ran"], lanes)
     return stages, versions
 
 
@@ -133,7 +136,7 @@ def run(subjects: Sequence[str], root: Path) -> Outcome:
     )
 
 
-def _announce(root: Path, params: Params, graph: Graph) -> None:
+def _announce(root: Path, params: Params, graph: Graph, lanes: Lanes) -> None:
     """Log what will run and why, how long it may take, and the class images that are there already."""
     logger = get_run_logger()
     for stage in graph.stages:
@@ -143,12 +146,12 @@ def _announce(root: Path, params: Params, graph: Graph) -> None:
         logger.info("%s: %s", stage.name, ", ".join(stage.reasons) or "a stage above it is out of date")
     if not graph.stale:
         logger.info("all %d stages are up to date", len(graph.stages))
-    for line in plan.make_plan(root, params, graph).in_words(None) if graph.stale else ():
+    for line in plan.make_plan(root, params, graph, lanes).in_words(None) if graph.stale else ():
         logger.info("plan: %s", line)
 
 
-def _submit_stages(graph: Graph, runner: DvcRunner) -> Futures:
-    gpu_turn = turn_of_gpu() if graph.stale else "none"
+def _submit_stages(graph: Graph, runner: DvcRunner, lanes: Lanes) -> Futures:
+    gpu_turn: Turn = turn_of_gpu(lanes.count) if graph.stale else "none"
     futures: Futures = {}
     for stage in graph.stale:
         turn: Turn = gpu_turn if stage.entry in GPU_ENTRIES else "none"

@@ -18,6 +18,7 @@ from dreambooth.folders import scratch_folder
 from dreambooth.params import Params
 from dreambooth.schedule import max_train_steps
 from flows.graph import GPU_ENTRIES, Graph, Stage
+from flows.lanes import Lanes
 from flows.summary import count_photos
 
 RATES = "rates.jsonl"
@@ -62,7 +63,8 @@ class Plan:
 
     lines: tuple[Line, ...]
     stages: int
-    gpus: int
+    at_once: int
+    """Stages that compute at a time."""
     free: int
     """Bytes where the project lies."""
     remark: str | None = None
@@ -70,8 +72,8 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """From start to end: stages on a GPU take turns on as many as there are, the others run beside them."""
-        on_gpu = sum(line.seconds for line in self.lines if line.on_gpu) / self.gpus
+        """From start to end: stages that compute take turns, the others run beside them."""
+        on_gpu = sum(line.seconds for line in self.lines if line.on_gpu) / self.at_once
         return max(on_gpu, sum(line.seconds for line in self.lines if not line.on_gpu))
 
     @property
@@ -84,9 +86,9 @@ class Plan:
         if not self.lines:
             return [f"Nothing would run: all {self.stages} stages are up to date."]
         room = f"{self.size / 1e9:.2f} GB of {self.free / 1e9:.1f} free"
-        said = [f"{duration(self.seconds)} with {self.gpus} at a time, {room}"]
+        said = [f"{duration(self.seconds)} with {self.at_once} at a time, {room}"]
         if price is not None:
-            said.append(f"cost: {self.seconds / 3600 * self.gpus * price:.2f} at {price:g} an hour each")
+            said.append(f"cost: {self.seconds / 3600 * self.at_once * price:.2f} at {price:g} an hour each")
         if guessed := [line.entry for line in self.lines if not line.measured]:
             said.append(f"not measured here yet, so by defaults that may be wrong tenfold: {', '.join(guessed)}")
         if self.remark is not None:
@@ -96,16 +98,17 @@ class Plan:
         return said
 
 
-def note(root: Path, params: Params, runs: Iterable[tuple[str, float]]) -> None:
+def note(root: Path, params: Params, runs: Iterable[tuple[str, float]], lanes: Lanes) -> None:
     """Keep how long stages took, for the next plan.
 
     Args:
         root: the project.
         params: they ran with.
         runs: stage and seconds of each that really ran.
+        lanes: they ran in.
     """
     found = [
-        Measurement(entry, work_of(entry, params), units_of(entry, key, params, root), seconds)
+        Measurement(entry, work_of(entry, params, lanes), units_of(entry, key, params, root), seconds)
         for stage, seconds in runs
         for entry, _, key in [stage.partition("@")]
         if entry in DEFAULT_SECONDS
@@ -125,14 +128,14 @@ def read_measurements(root: Path) -> list[Measurement]:
     return found
 
 
-def make_plan(root: Path, params: Params, graph: Graph, gpus: int = 1) -> Plan:
+def make_plan(root: Path, params: Params, graph: Graph, lanes: Lanes) -> Plan:
     """Return what the stale stages of a graph would take.
 
     Args:
         root: the project.
         params: its parameters.
         graph: its stages.
-        gpus: how many stages on a GPU may run at a time.
+        lanes: how many stages may compute at a time.
     """
     known: dict[tuple[str, str], list[Measurement]] = defaultdict(list)
     for one in read_measurements(root):
@@ -143,11 +146,11 @@ def make_plan(root: Path, params: Params, graph: Graph, gpus: int = 1) -> Plan:
             by_entry[stage.entry].append(stage)
     sizes = _sizes(graph)
     lines = [
-        _line(entry, stages, params, root, known[entry, work_of(entry, params)], sizes)
+        _line(entry, stages, params, root, known[entry, work_of(entry, params, lanes)], sizes)
         for entry, stages in by_entry.items()
     ]
     remark = params.idle_prior if "train" in by_entry else None
-    return Plan(tuple(lines), len(graph.stages), gpus, shutil.disk_usage(root).free, remark)
+    return Plan(tuple(lines), len(graph.stages), lanes.count, shutil.disk_usage(root).free, remark)
 
 
 def seconds_of(units: int, measurements: Sequence[Measurement], default: float) -> float:
@@ -173,10 +176,12 @@ def units_of(entry: str, key: str, params: Params, root: Path) -> int:
     return 1
 
 
-def work_of(entry: str, params: Params) -> str:
+def work_of(entry: str, params: Params, lanes: Lanes) -> str:
     """Return what the seconds of a unit depend on."""
     base = params.base
     about = [base.pretrained_model_name_or_path, str(base.resolution)]
+    if lanes.threads is not None and entry in GPU_ENTRIES:
+        about.append(f"{lanes.threads} threads")
     if entry == "train":
         train = params.train
         about += [train.mixed_precision, str(train.train_text_encoder), str(train.gradient_checkpointing)]

@@ -1,4 +1,4 @@
-"""Take turns on the GPU: a slot of the server's limit `gpu`, or a lock of this process where the server has no limit.
+"""Take turns on the GPU: a slot of the server's limit `gpu`, or of this process where the server has no limit.
 
 A slot is lent for LEASE seconds and kept by asking for it again and again, so that the slot of a killed process comes
 free by itself. A server that is away for a while costs nobody his work: docs/decisions/0065.
@@ -20,22 +20,25 @@ LEASE = 60.0  # seconds, the least that Prefect allows
 RENEWAL = 15.0  # seconds: three may fail before the lease has run out
 PAUSE = 5.0  # seconds between two questions for a slot
 LOCKED, GONE = 423, 410  # HTTP: all slots are taken; this lease has run out
-Turn = Literal["server", "process", "none"]
-_local_gpu = threading.Lock()
+Turn = Literal["server", "none"] | threading.Semaphore
 
 
-def turn_of_gpu() -> Turn:
-    """Say who gives out the GPU: the server's limit if it has one, else this process."""
+def turn_of_gpu(lanes: int) -> Turn:
+    """Return who says when a stage may compute: the server's limit if it has one, else this process.
+
+    Args:
+        lanes: how many stages of this process may compute at a time.
+    """
     with get_client(sync_client=True) as client:
         try:
             client.read_global_concurrency_limit_by_name(GPU)
         except ObjectNotFound:
-            return "process"
+            return threading.BoundedSemaphore(lanes)
     return "server"
 
 
 def gpu(turn: Turn, say: Callable[[str], object]) -> AbstractContextManager[Any]:
-    """Return what waits for the GPU; the slot of a process that was killed is free again after LEASE seconds.
+    """Return what waits for a turn; the slot of a process that was killed is free again after LEASE seconds.
 
     Args:
         turn: from `turn_of_gpu`; none waits for nothing.
@@ -43,7 +46,7 @@ def gpu(turn: Turn, say: Callable[[str], object]) -> AbstractContextManager[Any]
     """
     if turn == "server":
         return _slot(say)
-    return _local_gpu if turn == "process" else nullcontext()
+    return nullcontext() if turn == "none" else turn
 
 
 class _AwayError(Exception):

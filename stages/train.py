@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from PIL import Image
 
 from dreambooth import launcher, methods, processes, prompts
@@ -151,7 +152,7 @@ def _save_records(history: History, folder: Path) -> None:
 def _checkpoints(subject_id: str, root: Path, inputs: dict[str, Any], resume_from: Path | None) -> Checkpoints:
     """Open the checkpoints of the training with these inputs; other ones have another folder.
 
-    Device and libraries are left out of its name: a training goes on after an update, with a warning.
+    Device, threads and libraries are left out of its name: a training goes on after an update, with a warning.
     """
     key = sha256_of({name: value for name, value in inputs.items() if name not in MAY_CHANGE})
     folder = scratch_folder(root) / "checkpoints" / f"{subject_id}-{key[:16]}"
@@ -208,6 +209,7 @@ def _inputs(params: Params, subject_id: str, root: Path, base_hash: str, device:
         "processes": processes.count(),
         "code": code_hash(),
         "device": device,
+        "threads": torch.get_num_threads(),
         "versions": library_versions(),
         "captions": read_captions(folders["instance"]),
         **{name: sha256_of(read_manifest(folder)["files"]) for name, folder in folders.items()},

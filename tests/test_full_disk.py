@@ -86,7 +86,9 @@ def database(small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     from mlflow.tracking import MlflowClient
 
     file = small_disk / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{file}").create_experiment("dreambooth")
+    MlflowClient(tracking_uri=f"sqlite:///{file}").create_experiment(
+        "dreambooth", artifact_location=(tmp_path / "mlartifacts").as_uri()
+    )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{file}")
     monkeypatch.delenv("DREAMBOOTH_TRACKING", raising=False)
     return file

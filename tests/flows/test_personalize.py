@@ -13,6 +13,7 @@ import pytest
 import yaml
 from toy_project import await_true, dvc, make_toy_project, post, quiet, ran
 
+from flows import lanes
 from flows.graph import Graph
 
 pytestmark = pytest.mark.slow
@@ -183,8 +184,26 @@ def test_gpu_stages_take_turns_without_a_limit_on_the_server(project: Path, envi
         '        Path("training").unlink()\n'
     )
     (project / "toy.py").write_text(text.replace('    sys.stderr.write("\\r', check + '    sys.stderr.write("\\r'))
-    outcome, _ = personalize(project, environment)
+    outcome, _ = personalize(project, environment | {"DREAMBOOTH_AT_ONCE": "1"})
     assert outcome["failures"] == []
+
+
+def test_without_a_gpu_two_subjects_are_trained_side_by_side_with_a_share_of_the_cores(
+    project: Path, environment: dict[str, str]
+) -> None:
+    text = (project / "toy.py").read_text()
+    meet = (
+        '    if stage == "train":\n'
+        '        Path(f"training-{key}").write_text(os.environ["OMP_NUM_THREADS"])\n'
+        "        while len(list(Path().glob('training-*'))) < 2: time.sleep(0.1)\n"
+    )
+    (project / "toy.py").write_text(text.replace('    sys.stderr.write("\\r', meet + '    sys.stderr.write("\\r'))
+    environment = {name: value for name, value in environment.items() if name != "OMP_NUM_THREADS"}
+    outcome, log = personalize(project, environment | {"DREAMBOOTH_AT_ONCE": "2"})
+    assert outcome["failures"] == []
+    assert "with 2 at a time" in log
+    share = str(max(1, lanes._cores() // 2))
+    assert {path.read_text() for path in project.glob("training-*")} == {share}
 
 
 def test_cancelling_leaves_no_process_behind(project: Path, environment: dict[str, str]) -> None:

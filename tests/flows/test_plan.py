@@ -7,6 +7,7 @@ from toy_project import dvc
 from dreambooth.folders import scratch_folder
 from dreambooth.params import Params, load_params
 from flows.graph import Graph, Stage
+from flows.lanes import Lanes
 from flows.plan import (
     RATES,
     START,
@@ -44,8 +45,8 @@ def test_units_follow_the_parameters(project: Path, params: Params) -> None:
 
 
 def test_a_plan_counts_what_is_stale_and_says_what_it_guesses(project: Path, params: Params) -> None:
-    note(project, params, [("train@rex", 100.0), ("data/subjects/rex.dvc", 1.0)])
-    plan = make_plan(project, params, Graph.load(project))
+    note(project, params, [("train@rex", 100.0), ("data/subjects/rex.dvc", 1.0)], Lanes())
+    plan = make_plan(project, params, Graph.load(project), Lanes())
     by_entry = {line.entry: line for line in plan.lines}
     assert {entry: line.stages for entry, line in by_entry.items()} == {
         "prior": 1, "validate": 2, "train": 2, "evaluate": 2, "report": 2, "export": 2,
@@ -56,14 +57,21 @@ def test_a_plan_counts_what_is_stale_and_says_what_it_guesses(project: Path, par
     words = plan.in_words(price=3600.0)
     assert any("by defaults" in line and "prior" in line and "train" not in line for line in words)
     assert f"cost: {plan.seconds:.2f} at 3600 an hour each" in words
-    half = make_plan(project, params, Graph.load(project), gpus=2)
+    half = make_plan(project, params, Graph.load(project), Lanes(2))
     assert half.seconds == pytest.approx(plan.seconds / 2)
+
+
+def test_what_was_measured_with_all_cores_says_nothing_of_a_share_of_them(project: Path, params: Params) -> None:
+    note(project, params, [("train@rex", 100.0), ("report@rex", 5.0)], Lanes())
+    shared = {line.entry: line for line in make_plan(project, params, Graph.load(project), Lanes(2, 1)).lines}
+    assert not shared["train"].measured
+    assert shared["report"].measured
 
 
 def test_a_prior_without_effect_is_said_and_its_rows_are_not_counted(project: Path, params: Params) -> None:
     word = params.model_copy(update={"train": params.train.model_copy(update={"method": "textual_inversion"})})
     assert 2 * units_of("train", "biscuit", word, project) == units_of("train", "biscuit", params, project)
-    said = [make_plan(project, one, Graph.load(project)).in_words(None) for one in (params, word)]
+    said = [make_plan(project, one, Graph.load(project), Lanes()).in_words(None) for one in (params, word)]
     remark = "train.method textual_inversion reads no class rows: prior.kind images has no effect on it"
     assert [sum(line.startswith(remark) for line in lines) for lines in said] == [0, 1]
 
@@ -71,18 +79,18 @@ def test_a_prior_without_effect_is_said_and_its_rows_are_not_counted(project: Pa
 def test_after_a_run_nothing_is_planned_and_sizes_are_known(project: Path, params: Params) -> None:
     dvc(project, "repro")
     graph = Graph.load(project)
-    assert make_plan(project, params, graph).in_words(None) == [
+    assert make_plan(project, params, graph, Lanes()).in_words(None) == [
         f"Nothing would run: all {len(graph.stages)} stages are up to date."
     ]
     size = graph["export@rex"].size
     assert size == sum(path.stat().st_size for path in (project / "export/rex").iterdir())
     stale = Graph((*graph.stages, Stage("export@tom", stale=True, reasons=("never ran",))))
-    (line,) = make_plan(project, params, stale).lines
+    (line,) = make_plan(project, params, stale, Lanes()).lines
     assert line.size == pytest.approx(size, abs=2)  # like those of the others; names differ in length
 
 
 def test_a_torn_line_of_rates_is_passed_over(project: Path, params: Params) -> None:
-    note(project, params, [("export@rex", 5.0)])
+    note(project, params, [("export@rex", 5.0)], Lanes())
     with (scratch_folder(project) / RATES).open("a") as file:
         file.write('{"entry": "tr')
     (only,) = read_measurements(project)

@@ -1,0 +1,85 @@
+"""How many stages may compute at a time on this machine, and with how many threads: docs/decisions/0099.
+
+A stage on a GPU has it alone. Without a GPU a stage uses all cores, but a third of its time it imports, loads and waits
+on one of them: subjects side by side, each with its share of the cores, are done sooner than one after the other.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from dreambooth.errors import PipelineError
+from dreambooth.params import Params
+from flows.graph import GPU_ENTRIES, Graph
+
+AT_ONCE = "DREAMBOOTH_AT_ONCE"
+DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of NVIDIA, of WSL, of AMD
+BYTES_OF_LIBRARIES = 1_500_000_000
+PER_BYTE_OF_BASE = 10  # float32 weights, gradients and moments of a model in float16, and room for activations
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """What a stage that computes gets of the machine."""
+
+    count: int = 1
+    """Stages at a time."""
+    threads: int | None = None
+    """Of each; None: all cores."""
+
+
+def lanes_of(root: Path, params: Params, graph: Graph) -> Lanes:
+    """Return the lanes for the stale stages of a graph: no more than have work, cores and memory.
+
+    Raises:
+        PipelineError: DREAMBOOTH_AT_ONCE is no number from 1.
+    """
+    wanted = _wanted()
+    if wanted is None and has_gpu():
+        return Lanes()
+    cores = _cores()
+    count = max(1, min(_chains(graph), wanted or min(cores, _by_memory(root, params))))
+    return Lanes(count, max(1, cores // count)) if count > 1 else Lanes()
+
+
+def has_gpu() -> bool:
+    """Say whether a stage may find a GPU; to ask torch would take seconds."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return not hidden and any(Path(driver).exists() for driver in DRIVERS)
+
+
+def _wanted() -> int | None:
+    given = os.environ.get(AT_ONCE)
+    if given is None:
+        return None
+    if not given.isdecimal() or int(given) < 1:
+        raise PipelineError(f"{AT_ONCE}: is {given!r}, should be a number from 1: how many stages compute at a time")
+    return int(given)
+
+
+def _cores() -> int:
+    """Count the cores this process may use; two threads of one core share its arithmetic."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, psutil.cpu_count(logical=False) or usable)
+
+
+def _chains(graph: Graph) -> int:
+    """Count what can be computed side by side: subjects, or classes where only class images are drawn."""
+    stale = [stage for stage in graph.stale if stage.entry in GPU_ENTRIES]
+    return max(len({stage.key for stage in stale if stage.is_prior is prior}) for prior in (True, False))
+
+
+def _by_memory(root: Path, params: Params) -> int:
+    """Count how many models of this size fit; a base from the hub is large, and is trained alone."""
+    folder = root / params.base.pretrained_model_name_or_path
+    if not folder.is_dir():
+        return 1
+    need = BYTES_OF_LIBRARIES + PER_BYTE_OF_BASE * _size((*folder.rglob("*.safetensors"), *folder.rglob("*.bin")))
+    return int(psutil.virtual_memory().available // need)
+
+
+def _size(files: Sequence[Path]) -> int:
+    return sum(path.stat().st_size for path in files)

@@ -1,0 +1,76 @@
+"""How many stages compute at a time: by subjects, cores and memory."""
+
+import shutil
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dreambooth.errors import PipelineError
+from dreambooth.params import Params, load_params
+from flows import lanes
+from flows.graph import Graph
+from flows.lanes import Lanes, lanes_of
+
+CHAIN = {"prior@dog": [], "train@biscuit": ["prior@dog"], "train@rex": ["prior@dog"], "export@rex": ["train@rex"]}
+
+
+@pytest.fixture
+def params(project: Path) -> Params:
+    """Of a project with a small base model."""
+    params = load_params(project / "params.yaml")
+    place = project / params.base.pretrained_model_name_or_path / "unet"
+    place.mkdir(parents=True)
+    (place / "diffusion_pytorch_model.safetensors").touch()
+    return params
+
+
+@pytest.fixture(autouse=True)
+def _eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(lanes.AT_ONCE, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(lanes, "_cores", lambda: 8)
+
+
+def graph(*stale: str) -> Graph:
+    return Graph.of(CHAIN, {name: ["changed"] if name in stale else [] for name in CHAIN})
+
+
+def test_two_stale_subjects_share_the_cores(project: Path, params: Params) -> None:
+    assert lanes_of(project, params, graph("prior@dog")) == Lanes(2, 4)
+    assert lanes_of(project, params, graph("train@rex")) == Lanes(1, None)
+    assert lanes_of(project, params, graph("export@rex")) == Lanes(1, None)
+    assert lanes_of(project, params, graph()) == Lanes(1, None)
+
+
+def test_no_more_than_fit_into_the_memory(project: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = project / params.base.pretrained_model_name_or_path / "unet"
+    with (place / "diffusion_pytorch_model.safetensors").open("wb") as file:
+        file.truncate(psutil.virtual_memory().available // 15)  # times ten it fits once, not twice
+    assert lanes_of(project, params, graph("prior@dog")) == Lanes(1, None)
+
+
+def test_a_base_from_the_hub_is_trained_alone(project: Path, params: Params) -> None:
+    shutil.rmtree(project / params.base.pretrained_model_name_or_path)
+    assert lanes_of(project, params, graph("prior@dog")) == Lanes(1, None)
+
+
+def test_a_gpu_is_for_one_at_a_time(
+    project: Path, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "DRIVERS", (str(tmp_path),))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert lanes_of(project, params, graph("prior@dog")) == Lanes(1, None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden
+    assert lanes_of(project, params, graph("prior@dog")) == Lanes(2, 4)
+
+
+def test_the_user_has_the_last_word(project: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes, "_cores", lambda: 1)
+    monkeypatch.setenv(lanes.AT_ONCE, "2")
+    assert lanes_of(project, params, graph("prior@dog")) == Lanes(2, 1)
+    monkeypatch.setenv(lanes.AT_ONCE, "1")
+    assert lanes_of(project, params, graph("prior@dog")) == Lanes(1, None)
+    monkeypatch.setenv(lanes.AT_ONCE, "all")
+    with pytest.raises(PipelineError, match=r"^DREAMBOOTH_AT_ONCE: is 'all', should be a number from 1"):
+        lanes_of(project, params, graph("prior@dog"))
