@@ -6,13 +6,14 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: demo test check bench faults clean
+.PHONY: demo test nightly check bench faults clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:
 	@echo "make demo    personalise the demo subjects on the bundled model (minutes, no GPU, no network)"
 	@echo "make test    pass the tests"
+	@echo "make nightly pass these and the tests that take minutes each"
 	@echo "make check   style and types"
 	@echo "make bench   time and memory of the whole recipe; REFERENCE=train_dreambooth.py compares with diffusers' script"
 	@echo "make faults  every fault and threat with the tests that prove it"
@@ -20,8 +21,11 @@ help:
 demo: .venv/ready          ## photos -> evaluated, exported and registered model
 	$(BIN)/dreambooth run
 
-test: .venv/ready          ## all tests, the slow ones too
+test: .venv/ready          ## real servers, processes and kills too
 	$(BIN)/python -m pytest --numprocesses auto --dist loadscope --no-loadscope-reorder
+
+nightly: .venv/ready       ## these, and the ones that take minutes each
+	$(BIN)/python -m pytest --numprocesses auto --dist loadscope --no-loadscope-reorder -m ""
 
 check: .venv/ready         ## ruff and mypy
 	$(BIN)/ruff check .

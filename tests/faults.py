@@ -118,7 +118,7 @@ def collect() -> Proofs:
     """Return the tests that say they prove a row, by (kind, number); in a process that may import every test."""
     collector, said = _Collector(), io.StringIO()
     with contextlib.redirect_stdout(said):
-        code = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "-n", "0"], plugins=[collector])
+        code = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "-n", "0", "-m", ""], plugins=[collector])
     if code or collector.unknown:
         raise SystemExit("\n".join(collector.unknown) or said.getvalue())
     return collector.proofs

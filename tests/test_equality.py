@@ -56,6 +56,7 @@ def test_losses_of_the_script_are_read_in_the_order_of_steps(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_both_sides_are_trained_and_scored_at_toy_size(tmp_path: Path, tiny_model_folder: Path) -> None:
     (tmp_path / "train_dreambooth.py").write_text(TELLING)
     add_photos(tmp_path / "photos", 3)
@@ -82,7 +83,16 @@ def test_each_one_more_is_told_from_the_row_before() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("table", ["photos", "steps", "class-images", "subjects", "versions", "together"])
+@pytest.mark.parametrize(
+    "table",
+    [
+        "steps",
+        *(
+            pytest.param(name, marks=pytest.mark.nightly)
+            for name in ("photos", "class-images", "subjects", "versions", "together")
+        ),
+    ],
+)
 def test_every_table_of_growth_runs_at_its_smallest(table: str, tmp_path: Path) -> None:
     largest = {"photos": 3, "steps": 10, "class-images": 16}.get(table, 1)
     text = growth.main([table, "--largest", str(largest), "--out", str(tmp_path)]).read_text()

@@ -386,7 +386,9 @@ def await_true(condition: Any, what: str, seconds: float = 300) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("shell", ["bash", "sh"])  # bash makes way for the stage, the dash of Debian stays above it
+@pytest.mark.parametrize(
+    "shell", ["bash", pytest.param("sh", marks=pytest.mark.nightly)]
+)  # bash makes way for the stage, the dash of Debian stays above it
 @pytest.mark.fault(24)
 def test_a_killed_dvc_repro_leaves_no_process_and_the_next_one_continues(
     tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, shell: str

@@ -14,6 +14,7 @@ from dreambooth.yaml12 import load_yaml
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_table_and_a_picture_of_two_methods_of_which_the_done_one_is_read_again(
     tmp_path: Path, tiny_model_folder: Path
 ) -> None:

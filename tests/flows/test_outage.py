@@ -15,7 +15,7 @@ from toy_project import REPOSITORY, await_true, post, prefect, quiet, worker
 
 from dreambooth import tracking, versions
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(1800)]
 STEPS = 600
 CURVES = ("loss", "loss_instance", "loss_prior", "grad_norm", "learning_rate")
 
