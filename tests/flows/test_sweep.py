@@ -63,6 +63,7 @@ def trainings(root: Path) -> int:
     return log.read_text().count("Running stage 'train@biscuit'")
 
 
+@pytest.mark.nightly
 def test_a_sweep_goes_on_after_a_failure_compares_the_rest_and_runs_nothing_twice(repository: Path) -> None:
     with (repository / "params.yaml").open("a") as file:
         file.write("# not committed\n")  # an experiment begins with what lies here
