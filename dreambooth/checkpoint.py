@@ -20,7 +20,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dreambooth import cores
 from dreambooth.errors import TrainingError
 from dreambooth.folders import (
     DiskFullError,
@@ -284,8 +283,7 @@ def _differences(one: Mapping[str, Any], two: Mapping[str, Any], path: str = "")
 
 
 def _step_back() -> None:
-    """Give the thread that calls this every core and the lowest priority: it works in the gaps of the training."""
-    cores.unbind()
+    """Give the thread that calls this the lowest priority: it works in the gaps that the training leaves."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dreambooth import cores
 from dreambooth.interruption import on_stop
 
 PATIENCE = 30.0  # seconds that the others get to stop in good order when one has failed
@@ -34,9 +33,7 @@ def start_all(command: Sequence[str], number: int, folder: Path) -> int:
         port = probe.getsockname()[1]
     world = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     # Without it each process would take every core, and they would wait for one another.
-    world["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or max(1, cores.count() // number)
-    world["OMP_PROC_BIND"] = "false"  # else all of them on the first cores
-    cores.unbind()
+    world["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // number)
     children = []
     for rank_ in range(number):
         own = {**world, "RANK": rank_, "LOCAL_RANK": rank_}

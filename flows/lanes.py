@@ -11,12 +11,12 @@ from pathlib import Path
 
 import psutil
 
-from dreambooth import cores
 from dreambooth.errors import PipelineError
 from dreambooth.params import Params
 from flows.graph import GPU_ENTRIES, Graph
 
 AT_ONCE = "DREAMBOOTH_AT_ONCE"
+DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of NVIDIA, of WSL, of AMD
 BYTES_OF_LIBRARIES = 1_500_000_000
 PER_BYTE_OF_BASE = 10  # float32 weights, gradients and moments of a model in float16, and room for activations
 
@@ -38,10 +38,17 @@ def lanes_of(root: Path, params: Params, graph: Graph) -> Lanes:
         PipelineError: DREAMBOOTH_AT_ONCE is no number from 1.
     """
     wanted = _wanted()
-    if wanted is None and cores.has_gpu():
+    if wanted is None and has_gpu():
         return Lanes()
-    count = max(1, min(_chains(graph), wanted or min(cores.count(), _by_memory(root, params))))
-    return Lanes(count, max(1, cores.count() // count)) if count > 1 else Lanes()
+    cores = _cores()
+    count = max(1, min(_chains(graph), wanted or min(cores, _by_memory(root, params))))
+    return Lanes(count, max(1, cores // count)) if count > 1 else Lanes()
+
+
+def has_gpu() -> bool:
+    """Say whether a stage may find a GPU; to ask torch would take seconds."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return not hidden and any(Path(driver).exists() for driver in DRIVERS)
 
 
 def _wanted() -> int | None:
@@ -51,6 +58,12 @@ def _wanted() -> int | None:
     if not given.isdecimal() or int(given) < 1:
         raise PipelineError(f"{AT_ONCE}: is {given!r}, should be a number from 1: how many stages compute at a time")
     return int(given)
+
+
+def _cores() -> int:
+    """Count the cores this process may use; two threads of one core share its arithmetic."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, psutil.cpu_count(logical=False) or usable)
 
 
 def _chains(graph: Graph) -> int:

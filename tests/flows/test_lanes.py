@@ -6,7 +6,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dreambooth import cores
 from dreambooth.errors import PipelineError
 from dreambooth.params import Params, load_params
 from flows import lanes
@@ -30,7 +29,7 @@ def params(project: Path) -> Params:
 def _eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(lanes.AT_ONCE, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(cores, "count", lambda: 8)
+    monkeypatch.setattr(lanes, "_cores", lambda: 8)
 
 
 def graph(*stale: str) -> Graph:
@@ -59,7 +58,7 @@ def test_a_base_from_the_hub_is_trained_alone(project: Path, params: Params) -> 
 def test_a_gpu_is_for_one_at_a_time(
     project: Path, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cores, "DRIVERS", (str(tmp_path),))
+    monkeypatch.setattr(lanes, "DRIVERS", (str(tmp_path),))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert lanes_of(project, params, graph("prior@dog")) == Lanes(1, None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden
@@ -67,7 +66,7 @@ def test_a_gpu_is_for_one_at_a_time(
 
 
 def test_the_user_has_the_last_word(project: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cores, "count", lambda: 1)
+    monkeypatch.setattr(lanes, "_cores", lambda: 1)
     monkeypatch.setenv(lanes.AT_ONCE, "2")
     assert lanes_of(project, params, graph("prior@dog")) == Lanes(2, 1)
     monkeypatch.setenv(lanes.AT_ONCE, "1")

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from toy_project import await_true, dvc, make_toy_project, post, quiet, ran
 
-from dreambooth import cores
+from flows import lanes
 from flows.graph import Graph
 
 pytestmark = pytest.mark.slow
@@ -203,7 +203,7 @@ def test_without_a_gpu_two_subjects_are_trained_side_by_side_with_a_share_of_the
     outcome, log = personalize(project, environment | {"DREAMBOOTH_AT_ONCE": "2"})
     assert outcome["failures"] == []
     assert "with 2 at a time" in log
-    share = str(max(1, cores.count() // 2))
+    share = str(max(1, lanes._cores() // 2))
     assert {path.read_text() for path in project.glob("training-*")} == {share}
 
 
