@@ -1,6 +1,7 @@
 # What people and CI call. Each target makes .venv itself when it is missing or older than pyproject.toml.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadscope --no-loadscope-reorder
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
@@ -22,10 +23,10 @@ demo: .venv/ready          ## photos -> evaluated, exported and registered model
 	$(BIN)/dreambooth run
 
 test: .venv/ready          ## real servers, processes and kills too
-	$(BIN)/python -m pytest --numprocesses auto --dist loadscope --no-loadscope-reorder
+	$(PYTEST)
 
 nightly: .venv/ready       ## these, and the ones that take minutes each
-	$(BIN)/python -m pytest --numprocesses auto --dist loadscope --no-loadscope-reorder -m ""
+	$(PYTEST) -m ""
 
 check: .venv/ready         ## ruff and mypy
 	$(BIN)/ruff check .

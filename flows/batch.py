@@ -12,7 +12,7 @@ from dreambooth.params import load_params
 from flows.generate import draw_registered, full_prompts
 from flows.project import PARAMS, find_root
 from flows.summary import picture_uri
-from flows.turns import gpu, turn_of_gpu
+from flows.turns import gpu, has_limit
 
 
 @flow(name="generate", persist_result=False)
@@ -41,7 +41,7 @@ def generate(
         complete, nameless = full_prompts(load_params(project / PARAMS), subject, prompts)
         for prompt in nameless:
             get_run_logger().warning("%r does not name %s; write {} where it should stand", prompt, subject)
-        with gpu(turn_of_gpu(1), get_run_logger().warning):
+        with gpu("server" if has_limit() else "none", get_run_logger().warning):
             drawn = draw_registered(
                 project, subject, complete, count, {"seed": seed}, version, Path(folder) if folder else None
             )

@@ -65,7 +65,7 @@ class DvcRunner:
         wanted: Collection[str] | None = None,
     ) -> None:
         self.root = root
-        self.threads: int | None = None
+        self.threads: int | None = None  # of each stage, see `child_environment`
         self.wanted = wanted
         self.patience = patience
         self._sleep = sleep

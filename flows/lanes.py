@@ -1,7 +1,7 @@
 """How many stages may compute at a time on this machine, and with how many threads: docs/decisions/0099.
 
-A stage on a GPU has it alone. Without a GPU a stage uses all cores, but a third of its time it imports, loads and waits
-on one of them: subjects side by side, each with its share of the cores, are done sooner than one after the other.
+A stage on a GPU has it alone. Without a GPU a stage imports and loads on one core, and twice the threads do not halve
+a step: subjects side by side, each with its share of the cores, are done sooner than one after the other.
 """
 
 import os

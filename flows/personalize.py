@@ -25,7 +25,7 @@ from flows.dvcrun import DvcRunner, StageRun
 from flows.graph import GPU_ENTRIES, Graph
 from flows.lanes import Lanes, lanes_of
 from flows.project import PARAMS, choose_subjects, find_root
-from flows.turns import Turn, gpu, turn_of_gpu
+from flows.turns import Turn, gpu, has_limit
 
 if TYPE_CHECKING:
     from dreambooth.versions import RegisteredVersion
@@ -93,11 +93,13 @@ def personalize(subject: str | list[str] | None = None, root: str | None = None)
 
 def carry_out(params: Params, subjects: Sequence[str], graph: Graph, runner: DvcRunner) -> tuple[Futures, Futures]:
     """Run the stale stages of a graph and register the subjects; return what became of both, by stage and subject."""
-    lanes = lanes_of(runner.root, params, graph)
+    limited = bool(graph.stale) and has_limit()  # by the server: a stage that has its turn gets the whole machine
+    lanes = Lanes() if limited else lanes_of(runner.root, params, graph)
+    turn: Turn = "server" if limited else threading.BoundedSemaphore(lanes.count)
     _announce(runner.root, params, graph, lanes)
     runner.threads = lanes.threads
     try:
-        stages, limit = _submit_stages(graph, runner, lanes), params.registry.max_logged_bytes
+        stages, limit = _submit_stages(graph, runner, turn), params.registry.max_logged_bytes
         versions = {one: _submit_registration(one, runner.root, graph, stages, limit) for one in subjects}
         wait([*stages.values(), *versions.values()])
     except BaseException:
@@ -150,8 +152,7 @@ def _announce(root: Path, params: Params, graph: Graph, lanes: Lanes) -> None:
         logger.info("plan: %s", line)
 
 
-def _submit_stages(graph: Graph, runner: DvcRunner, lanes: Lanes) -> Futures:
-    gpu_turn: Turn = turn_of_gpu(lanes.count) if graph.stale else "none"
+def _submit_stages(graph: Graph, runner: DvcRunner, gpu_turn: Turn) -> Futures:
     futures: Futures = {}
     for stage in graph.stale:
         turn: Turn = gpu_turn if stage.entry in GPU_ENTRIES else "none"

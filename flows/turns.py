@@ -23,25 +23,21 @@ LOCKED, GONE = 423, 410  # HTTP: all slots are taken; this lease has run out
 Turn = Literal["server", "none"] | threading.Semaphore
 
 
-def turn_of_gpu(lanes: int) -> Turn:
-    """Return who says when a stage may compute: the server's limit if it has one, else this process.
-
-    Args:
-        lanes: how many stages of this process may compute at a time.
-    """
+def has_limit() -> bool:
+    """Say whether the server gives out the GPU; else each process does so for itself."""
     with get_client(sync_client=True) as client:
         try:
             client.read_global_concurrency_limit_by_name(GPU)
         except ObjectNotFound:
-            return threading.BoundedSemaphore(lanes)
-    return "server"
+            return False
+    return True
 
 
 def gpu(turn: Turn, say: Callable[[str], object]) -> AbstractContextManager[Any]:
     """Return what waits for a turn; the slot of a process that was killed is free again after LEASE seconds.
 
     Args:
-        turn: from `turn_of_gpu`; none waits for nothing.
+        turn: the server, what this process counts its own stages with, or none, which waits for nothing.
         say: hears of a server that is away.
     """
     if turn == "server":

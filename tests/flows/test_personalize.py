@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from toy_project import await_true, dvc, make_toy_project, post, quiet, ran
+from toy_project import await_true, dvc, make_toy_project, post, prefect, quiet, ran
 
 from flows import lanes
 from flows.graph import Graph
@@ -205,6 +205,20 @@ def test_without_a_gpu_two_subjects_are_trained_side_by_side_with_a_share_of_the
     assert "with 2 at a time" in log
     share = str(max(1, lanes._cores() // 2))
     assert {path.read_text() for path in project.glob("training-*")} == {share}
+
+
+def test_a_stage_that_has_its_turn_from_the_server_gets_every_core(project: Path, environment: dict[str, str]) -> None:
+    text = (project / "toy.py").read_text()
+    tell = '    Path(f"threads-{stage}-{key}").write_text(os.environ.get("OMP_NUM_THREADS", "all"))\n'
+    (project / "toy.py").write_text(text.replace('    sys.stderr.write("\\r', tell + '    sys.stderr.write("\\r'))
+    environment = {name: value for name, value in environment.items() if name != "OMP_NUM_THREADS"}
+    prefect(environment, "gcl", "create", "gpu", "--limit", "1")
+    try:
+        outcome, _ = personalize(project, environment | {"DREAMBOOTH_AT_ONCE": "2"})
+    finally:
+        prefect(environment, "gcl", "delete", "gpu")
+    assert outcome["failures"] == []
+    assert {path.read_text() for path in project.glob("threads-*")} == {"all"}
 
 
 def test_cancelling_leaves_no_process_behind(project: Path, environment: dict[str, str]) -> None:
