@@ -38,6 +38,7 @@ def site(
     for name in ("DVC_SITE_CACHE_DIR", "DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR", "DREAMBOOTH_CACHE"):
         environment[name] = str(folder / name)
     prefect(environment, "work-pool", "create", "dreambooth", "--type", "process", "--overwrite")
+    prefect(environment, "work-pool", "set-concurrency-limit", "dreambooth", "4")
     prefect(environment, "deploy", "--all")
     with worker(environment, folder / "worker.log", "one"):
         yield root, environment, prefect_server

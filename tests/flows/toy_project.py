@@ -110,7 +110,7 @@ def post(api: str, path: str, body: dict[str, Any]) -> Any:
     )
     for _ in range(9):
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with urllib.request.urlopen(request, timeout=150) as answer:  # it waits a minute for its database itself
                 return json.loads(answer.read() or b"null")
         except urllib.error.HTTPError as error:
             if error.code != 503:  # its database is locked for a moment; Prefect's own client tries again as well
@@ -129,11 +129,11 @@ def prefect(environment: dict[str, str], *arguments: str, folder: Path = REPOSIT
 
 @contextmanager
 def worker(
-    environment: dict[str, str], log: Path, name: str, pool: str = "dreambooth", limit: int = 4
+    environment: dict[str, str], log: Path, name: str, pool: str = "dreambooth", limit: int | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a worker in a process group of its own."""
+    """Run a worker in a process group of its own; with `limit`, resuming a suspended run at once ends it (0100)."""
     command = [sys.executable, "-m", "prefect", "--no-prompt", "worker", "start", "--pool", pool, "--name", name]
-    command += ["--type", "process", "--install-policy", "never", "--limit", str(limit)]
+    command += ["--type", "process", "--install-policy", "never", *(["--limit", str(limit)] if limit else [])]
     with (
         log.open("a") as out,
         subprocess.Popen(
