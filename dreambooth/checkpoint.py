@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +30,23 @@ from dreambooth.folders import (
     require_space,
     write_file,
 )
+from dreambooth.memory import free_memory
 
 WEIGHTS, MOMENTS, PLAIN, RECORDS = "weights.safetensors", "moments.safetensors", "plain.json", "records.json"
 BEST = "best.json"
+SHARD = 1 << 30  # bytes of a file at most, unless one tensor is larger: what is written without a copy of all
 BYTES_PER_WEIGHT = 12  # the weight and both moments of Adam in float32
 KEEP = 2  # the newest may be found torn by a dying disk; the one before it is the way back
 MAY_CHANGE = ("device", "threads", "versions")  # between a stop and a resume: a warning, for the bits may differ then
 _TORN = "torn-"
+_SPARE = 1 << 28  # bytes of memory that a copy leaves for the rest
 _MARGIN = 1 << 16  # bytes for the small files and the folder itself
 _LOWEST_PRIORITY = 19
 
 
 @dataclass(frozen=True)
 class State:
-    """A training after `step` optimizer steps."""
+    """A training after `step` optimizer steps; its tensors may be the training's own."""
 
     step: int
     weights: Mapping[str, Tensor]
@@ -59,6 +62,13 @@ class State:
     def size(self) -> int:
         """Bytes of its tensors."""
         return sum(tensor.nbytes for tensor in [*self.weights.values(), *self.moments.values()])
+
+    def copied(self) -> "State":
+        """Return it in the memory of the CPU, apart from what the next steps change."""
+        weights, moments = (
+            {name: _apart(tensor) for name, tensor in tensors.items()} for tensors in (self.weights, self.moments)
+        )
+        return replace(self, weights=weights, moments=moments)
 
 
 class Checkpoints:
@@ -87,10 +97,12 @@ class Checkpoints:
         self._written: Future[Path] | None = None
 
     def begin_save(self, state: State, score: float | None = None) -> None:
-        """Write a checkpoint beside the training; `finish`, and the next call, raise what went wrong.
+        """Write a checkpoint beside the training, from a copy; `finish`, and the next call, raise what went wrong.
+
+        Where the memory has no room for a copy, it is written before this returns.
 
         Args:
-            state: apart from the training's own tensors (`trainer.capture`).
+            state: the training's own (`trainer.capture`).
             score: makes it the best one; it is then kept until a better one comes.
 
         Raises:
@@ -98,7 +110,14 @@ class Checkpoints:
         """
         self.finish()
         self._require_space(state)
-        self._written = self._writer.submit(self._write, state, score)
+        if state.size + _SPARE > free_memory():
+            self._say(
+                f"the training stands still for a checkpoint: a copy of {state.size / 1e9:.1f} GB to write beside it "
+                f"does not fit into {free_memory() / 1e9:.1f} GB of free memory"
+            )
+            self._write(state, score)
+        else:
+            self._written = self._writer.submit(self._write, state.copied(), score)
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written; raise what went wrong with it."""
@@ -153,8 +172,8 @@ class Checkpoints:
     def _read(self, path: Path, manifest: Mapping[str, Any]) -> State:
         return State(
             step=manifest["step"],
-            weights=safetensors.torch.load_file(path / WEIGHTS),
-            moments=safetensors.torch.load_file(path / MOMENTS),
+            weights=_load_sharded(path / WEIGHTS),
+            moments=_load_sharded(path / MOMENTS),
             plain=json.loads((path / PLAIN).read_text(encoding="utf-8")),
             records=json.loads((path / RECORDS).read_text(encoding="utf-8")),
         )
@@ -182,8 +201,8 @@ class Checkpoints:
         path = self._path(state.step)
         try:
             with new_folder(path, self._about(state, score)) as temporary:
-                safetensors.torch.save_file(dict(state.weights), temporary / WEIGHTS)
-                safetensors.torch.save_file(dict(state.moments), temporary / MOMENTS)
+                _save_sharded(state.weights, temporary / WEIGHTS)
+                _save_sharded(state.moments, temporary / MOMENTS)
                 (temporary / PLAIN).write_text(json.dumps(state.plain), encoding="utf-8")
                 (temporary / RECORDS).write_text(json.dumps(state.records), encoding="utf-8")
             self._point_to(path, read_manifest(path))
@@ -270,6 +289,39 @@ def restore_weights(modules: Mapping[str, torch.nn.Module], weights: Mapping[str
                 f"the checkpoint has {name} of {tuple(weights[name].shape)}, the model {tuple(parameter.shape)}"
             )
         parameter.copy_(weights[name])
+
+
+def _save_sharded(tensors: Mapping[str, Tensor], first: Path) -> None:
+    """Write tensors, wherever they are, to `first` and as many numbered files beside it as they fill."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > SHARD:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    for number, shard in enumerate(shards):
+        path = first if number == 0 else first.with_stem(f"{first.stem}-{number}")
+        safetensors.torch.save_file({name: _in_order_of_files(tensor) for name, tensor in shard.items()}, path)
+
+
+def _load_sharded(first: Path) -> dict[str, Tensor]:
+    """Read what `_save_sharded` wrote."""
+    files = [first, *first.parent.glob(f"{first.stem}-*{first.suffix}")]
+    return {name: tensor for path in files for name, tensor in safetensors.torch.load_file(path).items()}
+
+
+def _in_order_of_files(tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU, row after row, whatever its memory format is."""
+    return tensor.detach().cpu().contiguous()
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """Return a copy on the CPU that no step changes."""
+    if tensor.device.type == "cpu":
+        return tensor.detach().clone(memory_format=torch.contiguous_format)
+    return _in_order_of_files(tensor)
 
 
 def _differences(one: Mapping[str, Any], two: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -223,21 +223,21 @@ def _collate(trainer: Trainer, rows: Sequence[Row], step: int, instances: int) -
 
 
 def capture(trainer: Trainer, step: int, records: Mapping[str, Any]) -> State:
-    """Copy the state after `step` optimizer steps to the memory of the CPU, apart from what the next steps change."""
+    """Return the state after `step` optimizer steps, in the trainer's own tensors, which the next step changes."""
     moments: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
     for name, parameter in named_weights(trainer.trained):
         for key, value in trainer.optimizer.state[parameter].items():
             if isinstance(value, Tensor):
-                moments[f"{name}/{key}"] = _snapshot(value)
+                moments[f"{name}/{key}"] = value
             else:
                 plain[f"{name}/{key}"] = value
     if trainer.average is not None:
-        moments |= {f"{name}/{_AVERAGE}": _snapshot(value) for name, value in trainer.average.values.items()}
+        moments |= {f"{name}/{_AVERAGE}": value for name, value in trainer.average.values.items()}
     scaler = trainer.accelerator.scaler
     return State(
         step=step,
-        weights={name: _snapshot(weight) for name, weight in named_weights(trainer.trained)},
+        weights=dict(named_weights(trainer.trained)),
         moments=moments,
         plain={
             "optimizer": plain,
@@ -323,13 +323,6 @@ def _require_halving(trainer: Trainer, reason: str, step: int) -> None:
 def _numbers(group: Mapping[str, Any]) -> dict[str, float]:
     """Return what an optimizer counts in a group besides tensors: Prodigy keeps its rate there."""
     return {key: value for key, value in group.items() if type(value) in (int, float) and key != "lr"}
-
-
-def _snapshot(tensor: Tensor) -> Tensor:
-    """Copy a tensor to the CPU, in the order that a file has: row after row, whatever its memory format is."""
-    if tensor.device.type == "cpu":
-        return tensor.detach().clone(memory_format=torch.contiguous_format)
-    return tensor.detach().cpu().contiguous()
 
 
 def _means(step_loss: Tensor, losses: Tensor, is_instance: Tensor) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from dreambooth.errors import PipelineError
+from dreambooth.memory import free_memory
 from dreambooth.params import Params
 from flows.graph import GPU_ENTRIES, Graph
 
@@ -78,7 +79,7 @@ def _by_memory(root: Path, params: Params) -> int:
     if not folder.is_dir():
         return 1
     need = BYTES_OF_LIBRARIES + PER_BYTE_OF_BASE * _size((*folder.rglob("*.safetensors"), *folder.rglob("*.bin")))
-    return int(psutil.virtual_memory().available // need)
+    return free_memory() // need
 
 
 def _size(files: Sequence[Path]) -> int:

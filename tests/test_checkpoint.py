@@ -185,6 +185,55 @@ def test_a_checkpoint_of_other_weights_is_refused(tiny_model_folder: Path, tmp_p
         run(load_model(tiny_model_folder, device="cpu"), Checkpoints(tmp_path))
 
 
+def test_without_memory_for_a_copy_the_checkpoint_is_whole_before_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(checkpoint, "free_memory", lambda: checkpoint._SPARE + 11)
+    checkpoints = Checkpoints(tmp_path, say=said.append)
+    weight = torch.tensor([1.0])
+    checkpoints.begin_save(state(1, weights={"unet.w": weight}))  # 4 bytes and 8 of the moments: 12 in all
+    weight += 1
+    assert [line.partition(":")[0] for line in said] == ["the training stands still for a checkpoint"]
+    found = Checkpoints(tmp_path).newest()
+    assert found is not None
+    assert found.weights["unet.w"].tolist() == [1.0]
+
+
+def test_a_training_without_memory_for_copies_resumes_exactly(
+    tiny_model_folder: Path,
+    straight: tuple[dict[str, torch.Tensor], History],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checkpoint, "free_memory", lambda: 0)
+    monkeypatch.setattr(checkpoint, "SHARD", 1 << 14)
+    run(load_model(tiny_model_folder, device="cpu"), Checkpoints(tmp_path), max_train_steps=4)
+    assert len(list((tmp_path / "step-0000003").glob("moments-*.safetensors"))) > 1
+    model = load_model(tiny_model_folder, device="cpu")
+    assert run(model, Checkpoints(tmp_path)) == straight[1]
+    assert largest_difference(weights(model), straight[0]) == 0
+
+
+@pytest.mark.fault(16)
+def test_what_fills_several_files_is_read_as_one_and_each_is_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "SHARD", 8)
+    tensors = {name: torch.full((size,), float(size)) for name, size in {"a": 1, "b": 1, "c": 5, "d": 2}.items()}
+    path = Checkpoints(tmp_path).save(state(1, weights=tensors))
+    assert sorted(file.name for file in path.glob("weights*")) == [
+        "weights-1.safetensors", "weights-2.safetensors", "weights.safetensors",
+    ]  # fmt: skip
+    found = Checkpoints(tmp_path).newest()
+    assert found is not None
+    assert {name: tensor.tolist() for name, tensor in found.weights.items()} == {
+        name: tensor.tolist() for name, tensor in tensors.items()
+    }
+    (path / "weights-2.safetensors").unlink()
+    assert Checkpoints(tmp_path).newest() is None
+
+
 def test_weights_and_moments_keep_their_order_in_memory(tiny_model_folder: Path, tmp_path: Path) -> None:
     """The fused kernel reads a weight and its moments in the order of memory, whatever their strides say."""
     seen: list[tuple[Any, Any]] = []
