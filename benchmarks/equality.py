@@ -2,11 +2,11 @@
 
     python -m benchmarks.equality --reference ~/diffusers [--seeds 0 1 2] [--steps 250]
 
-For each seed both sides train on the same photos, prompt, batch, rate and schedule, without weights of their own choice
-(no min-SNR). Of each curve the last half counts. Its losses are nearly independent, so the standard error of a side is
-their deviation over the root of their number; the curves differ if the interval of the difference leaves zero out. Both
-final models draw the same prompts from the same noise and are scored by the same encoders. Finished trainings are kept
-in --scratch, so that the same command goes on after a stop.
+For each seed both sides train on the same photos, class images (those that ours drew), prompt, batch, rate and
+schedule, without weights of their own choice (no min-SNR). Of each curve the last half counts. Its losses are nearly
+independent, so the standard error of a side is their deviation over the root of their number; the curves differ if the
+interval of the difference leaves zero out. Both final models draw the same prompts from the same noise and are scored
+by the same encoders. Finished trainings are kept in --scratch, so that the same command goes on after a stop.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from benchmarks.bench import add_recipe_options, comparison_key, hardware, recipe_of
-from benchmarks.recipe import ROOT, SUBJECT, Ours, Recipe, Reference, find_script
+from benchmarks.recipe import CLASS, ROOT, SUBJECT, Ours, Recipe, Reference, find_script
 from dreambooth import evaluation
 from dreambooth.folders import write_file
 from dreambooth.models import model_hash
@@ -80,18 +80,23 @@ def read_reference(folder: Path) -> Losses:
 
 
 def train_both(recipe: Recipe, script: Path, folder: Path, path: Sequence[Path]) -> None:
-    """Train both sides with one seed, unless that was done before."""
-    shared = folder.parent / "class-images"  # neither side draws them twice
+    """Train both sides with one seed, unless that was done before: on the same class images, those that ours drew."""
     ours, reference = Ours(recipe, folder / "ours"), Reference(recipe, script, folder / "reference", path)
     reference.more = ["--report_to", "tensorboard", "--logging_dir", "logs"]
-    for side, cache in ((ours, "cache"), (reference, "class")):
-        if (folder / side.name / "done").exists():
-            continue
-        if (shared / cache).exists():
-            shutil.copytree(shared / cache, folder / side.name / cache, dirs_exist_ok=True)
-        side.run("warm")
-        shutil.copytree(folder / side.name / cache, shared / cache, dirs_exist_ok=True)
-        (folder / side.name / "done").touch()
+    drawn = folder.parent / "cache"  # of one seed for all: class images do not depend on that of the training
+    if not (folder / "ours/done").exists():
+        if drawn.exists():
+            shutil.copytree(drawn, folder / "ours/cache", dirs_exist_ok=True)
+        ours.run("warm")
+        shutil.copytree(folder / "ours/cache", drawn, dirs_exist_ok=True)
+        (folder / "ours/done").touch()
+    if not (folder / "reference/done").exists():
+        given = folder / "reference/class"
+        given.mkdir(exist_ok=True)  # the script draws none where there are enough
+        for picture in (folder / f"ours/project/build/classes/{CLASS}").glob("*.png"):
+            shutil.copyfile(picture, given / picture.name)
+        reference.run("warm")
+        (folder / "reference/done").touch()
 
 
 def score_both(recipe: Recipe, folder: Path) -> dict[str, float]:
@@ -150,8 +155,8 @@ def report(recipe: Recipe, seeds: Sequence[int], losses: Difference, identity: S
 |---|---|---|---|---|
 {chr(10).join(rows)}
 
-Each side drew its class images once, as it does: the reference by {recipe.class_images} x 50 steps of the base's
-scheduler, ours by DPM-Solver++ 2M with {recipe.sampler_steps}.
+Both sides trained on the same class images, which ours drew (DPM-Solver++ 2M, {recipe.sampler_steps} steps), and each
+made its own noise, timesteps and order of rows.
 """
 
 

@@ -20,6 +20,7 @@ TELLING = SCRIPT.replace(
 ).replace(
     "pathlib.Path(given.output_dir).mkdir()",
     "import shutil\n"
+    "assert len(list(pathlib.Path(given.class_data_dir).glob('*.png'))) == given.num_class_images\n"  # handed to it
     "from torch.utils.tensorboard import SummaryWriter\n"
     "shutil.copytree(given.pretrained_model_name_or_path, given.output_dir)\n"
     'with SummaryWriter(pathlib.Path(given.output_dir) / given.logging_dir / "dreambooth") as told:\n'
