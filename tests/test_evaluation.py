@@ -285,7 +285,7 @@ def test_altered_copies_of_photos_are_found_and_pictures_of_another_subject_are_
 ) -> None:
     ours, others = (
         [Image.open(path).convert("RGB") for path in sorted((REPOSITORY / "data/subjects" / name).glob("*.png"))]
-        for name in ("biscuit", "rucksack")
+        for name in ("biscuit", "chime")
     )
     encoders = Encoders(Lite0Encoder(), None)
     photos, altered = reference(ours, encoders), [change(photo) for photo in ours]

@@ -208,8 +208,8 @@ def test_image_rows_by_hand() -> None:
 
 CONTEXTS = {
     "biscuit": ("dog", ["on a blue background", "in a park", "on a beach", "on a yellow background", "in a city"]),
-    "rucksack": (
-        "backpack",
+    "chime": (
+        "clock",
         ["on a green background", "in space", "on a white background", "on a snowy mountain", "on a purple background"],
     ),
 }
