@@ -34,7 +34,7 @@ from dreambooth.memory import free_memory
 
 WEIGHTS, MOMENTS, PLAIN, RECORDS = "weights.safetensors", "moments.safetensors", "plain.json", "records.json"
 BEST = "best.json"
-SHARD = 1 << 30  # bytes of a file at most, unless one tensor is larger: what is written without a copy of all
+SHARD = 1 << 28  # bytes of a file at most, unless one tensor is larger: what is written without a copy of all
 BYTES_PER_WEIGHT = 12  # the weight and both moments of Adam in float32
 KEEP = 2  # the newest may be found torn by a dying disk; the one before it is the way back
 MAY_CHANGE = ("device", "threads", "versions")  # between a stop and a resume: a warning, for the bits may differ then

@@ -102,6 +102,17 @@ def new_folder(path: Path, about: Mapping[str, Any] | None = None) -> Iterator[P
         raise
 
 
+def work_folder(root: Path, work: str, subject_id: str) -> "tempfile.TemporaryDirectory[str]":
+    """Return a folder in the scratch folder that goes away; its name tells whose it is, should the process be killed.
+
+    Args:
+        root: of the project.
+        work: one word for what is done in it.
+        subject_id: whose files lie there; `dreambooth forget` finds them by it.
+    """
+    return tempfile.TemporaryDirectory(prefix=f"{work}-{subject_id}-", dir=scratch_folder(root))
+
+
 def remove_leftovers(path: Path) -> None:
     """Remove what killed writers of a folder left beside it; only for the one process that may write it."""
     for leftover in path.parent.glob(f".{path.name}.*"):

@@ -18,6 +18,7 @@ from dreambooth.identifiers import identifier_fault
 from dreambooth.redaction import looks_secret, redact
 from dreambooth.yaml12 import YamlError, load_yaml
 
+RESERVED_IDS = ("classes",)  # build/classes has the class images
 ID_PATTERN = r"^[a-z0-9][a-z0-9-]{0,40}$"
 MAX_BYTES = 1 << 20
 
@@ -440,6 +441,8 @@ def parse_params(values: Mapping[str, Any], source: str = "params.yaml") -> Para
 
 def check_id(value: str) -> str:
     """Return a subject or class id, or raise SubjectError: only such an id may become a path or a command line."""
+    if value in RESERVED_IDS:
+        raise SubjectError(f"{value!r} is no id of a subject: build/{value} is of all; choose another name")
     if not re.fullmatch(ID_PATTERN, value):
         raise SubjectError(
             f"{value!r} is not an id; use 1 to 41 of a-z, 0-9 and '-', not starting with '-' (for example: biscuit)"
@@ -514,6 +517,8 @@ def _contradictions(params: Params) -> Iterator[str]:
     """Faults that no single field shows."""
     for subject_id, subject in params.subjects.items():
         where = f"subjects.{subject_id}"
+        if subject_id in RESERVED_IDS:
+            yield f"{where}: build/{subject_id} is of all subjects; choose another name"
         if subject.class_id not in params.classes:
             yield f"{where}.class_id: " + _unknown("class", subject.class_id, params.classes, "add it to classes:")
         elif fault := identifier_fault(subject.identifier, params.classes[subject.class_id].class_noun):

@@ -12,6 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from dreambooth.errors import ModelError
 from dreambooth.folders import TornFolderError, content_hash, scratch_folder, write_file
 
@@ -88,14 +90,17 @@ def _is_whole(folder: Path, export_hash: str) -> bool:
 def _from_cache(root: Path, about: dict[str, Any]) -> Path | None:
     """Lay links to the files in DVC's cache out as the folder was; None if one is missing or damaged."""
     place: Path = scratch_folder(root) / "pipelines" / str(about["hash"])
-    if _is_whole(place, about["hash"]):
-        return place
+    place.parent.mkdir(mode=0o700, exist_ok=True)
+    with FileLock(place.with_suffix(".lock")):  # several processes of one server may ask at once
+        return place if _is_whole(place, about["hash"]) else _laid_out(root, about, place)
+
+
+def _laid_out(root: Path, about: dict[str, Any], place: Path) -> Path | None:
     try:
         entries = json.loads(_object(root, about["md5"]).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     shutil.rmtree(place, ignore_errors=True)
-    place.parent.mkdir(mode=0o700, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=place.parent))
     inside = _lay_out(root, entries, temporary)
     if not inside or not _is_whole(temporary, about["hash"]):

@@ -1,7 +1,6 @@
 """Promote a version to champion through the gate, go back to the one before, and finish what was interrupted."""
 
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 from dreambooth import aliases
 from dreambooth.consent import PERSON, Consent, require_consent, require_lasting
 from dreambooth.errors import EvaluationError, GateError, RegistryError
-from dreambooth.folders import TornFolderError, read_manifest, scratch_folder
+from dreambooth.folders import TornFolderError, read_manifest, work_folder
 from dreambooth.gate import Scorecard, decide, read_scorecard
 from dreambooth.params import Params, check_id
 from dreambooth.pointer import resolve
@@ -236,8 +235,8 @@ def _scored_again(
     """Evaluate challenger and champion in one run, with the evaluator of today."""
     name, source = champion.name, client.get_model_version_download_uri(champion.name, str(champion.version))
     with (
-        downloaded(root, source) as folder,
-        tempfile.TemporaryDirectory(prefix="scores-", dir=scratch_folder(root)) as target,
+        downloaded(root, source, name) as folder,
+        work_folder(root, "scores", name) as target,
     ):
         parts, place = resolve(folder / "artifacts" / name), Path(target) / "evaluation"
         rescore(params, name, root, parts, champion.tags[FINGERPRINT_TAG], place)
@@ -252,6 +251,6 @@ def _scorecard(root: Path, client: "MlflowClient", version: "ModelVersion", mode
             f"version {version.version} of {version.name} was registered without an evaluation; evaluate and register "
             f"its export again: dreambooth run {version.name}"
         )
-    with tempfile.TemporaryDirectory(prefix="scores-", dir=scratch_folder(root)) as target:
+    with work_folder(root, "scores", version.name) as target:
         folder = client.download_artifacts(version.run_id, f"evaluation/{key}", target)
         return read_scorecard(Path(folder), model)

@@ -6,7 +6,6 @@ A version is made only after its files were uploaded, listed, compared with the 
 import json
 import shutil
 import subprocess
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,15 @@ from filelock import FileLock, Timeout
 from dreambooth import __version__
 from dreambooth.aliases import move, settle
 from dreambooth.errors import RegistryError
-from dreambooth.folders import MANIFEST, TornFolderError, content_hash, read_manifest, scratch_folder, sha256_of
+from dreambooth.folders import (
+    MANIFEST,
+    TornFolderError,
+    content_hash,
+    read_manifest,
+    scratch_folder,
+    sha256_of,
+    work_folder,
+)
 from dreambooth.params import check_id
 from dreambooth.pointer import POINTER, resolve, write_pointer
 from dreambooth.tracking import connect, database_file, ensure_run, hide_password, tracking_uri
@@ -220,7 +227,7 @@ def _upload(client: "MlflowClient", root: Path, model: "LoggedModel", export: Ex
 
     if not export.is_pointed_to:
         _require_space(root, export)
-    with tempfile.TemporaryDirectory(prefix="upload-", dir=scratch_folder(root)) as staging:
+    with work_folder(root, "upload", export.subject) as staging:
         source = export.folder
         if export.is_pointed_to:
             source = Path(staging) / "pointer" / export.subject
@@ -269,7 +276,7 @@ def _verify(client: "MlflowClient", root: Path, model: "LoggedModel", export: Ex
     faults = _faults(client, model, export)
     try:
         if not faults:
-            with downloaded(root, model.artifact_location) as folder:
+            with downloaded(root, model.artifact_location, export.subject) as folder:
                 if content_hash(resolve(folder / "artifacts" / export.subject)) != export.hash:
                     faults = ["the files are those of another export"]
                 load_folder(folder)

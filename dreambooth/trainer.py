@@ -28,6 +28,7 @@ from dreambooth.teacher import Teacher
 from dreambooth.texts import TextSource
 
 _ADVICE = "lower train_batch_size and raise gradient_accumulation_steps, or set gradient_checkpointing (train: ...)"
+_ADVICE_OPTIMIZER = "train fewer weights (train.method: lora), or with smaller moments (train.optimizer: adamw8bit)"
 _AVERAGE = "average"
 _CPU_ALLOCATOR = "can't allocate memory"  # of c10/core/impl/alloc_cpu.cpp, a plain RuntimeError
 
@@ -157,13 +158,29 @@ def train_step(trainer: Trainer, rows: Sequence[Row], step: int, learning_rate: 
     parts = dataset.micro_batches(rows, trainer.parts * trainer.processes)
     own = parts[trainer.accelerator.process_index :: trainer.processes]
     results = [_accumulate(trainer, part, step, len(own), number == len(own) - 1) for number, part in enumerate(own)]
-    grad_norm = trainer.accelerator.clip_grad_norm_(trainer.trainable, trainer.settings.max_grad_norm)
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad(set_to_none=True)
+    grad_norm = _update(trainer, step)
     if trainer.average is not None:
         trainer.average.update(dict(named_weights(trainer.trained)), step)
     means = {name: torch.stack([result[name] for result in results]).mean() for name in results[0]}
     return means | {"grad_norm": grad_norm}
+
+
+def _update(trainer: Trainer, step: int) -> Tensor:
+    """Clip the gradients, move the weights, and return the norm from before.
+
+    Raises:
+        OutOfMemoryError: some weights may have moved, so that the step cannot be taken again.
+    """
+    try:
+        grad_norm: Tensor = trainer.accelerator.clip_grad_norm_(trainer.trainable, trainer.settings.max_grad_norm)
+        trainer.optimizer.step()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise OutOfMemoryError(f"{reason} in the optimizer at step {step}; {_ADVICE_OPTIMIZER}") from error
+    trainer.optimizer.zero_grad(set_to_none=True)
+    return grad_norm
 
 
 def _accumulate(trainer: Trainer, part: Sequence[Row], step: int, share: int, is_last: bool) -> dict[str, Tensor]:

@@ -2,8 +2,7 @@
 
 import json
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from dreambooth.errors import ModelError, RegistryError
-from dreambooth.folders import MANIFEST, TornFolderError, content_hash, scratch_folder, sha256_of
+from dreambooth.folders import MANIFEST, TornFolderError, content_hash, sha256_of, work_folder
 from dreambooth.params import check_id
 from dreambooth.pointer import POINTER, resolve
 from dreambooth.tracking import connect, database_file, explain, hide_password, tracking_uri
@@ -113,7 +112,7 @@ def load_found(root: Path, found: RegisteredVersion) -> "PyFuncModel":
     remedy = f"its files come back when the same export is registered again: dreambooth register {name}"
     with explained(root, f"load version {found.version} of {name}", remedy):
         source = client_of(root).get_model_version_download_uri(name, str(found.version))
-        with downloaded(root, source) as folder:
+        with downloaded(root, source, name) as folder:
             return load_folder(folder)
 
 
@@ -146,16 +145,20 @@ def rows(root: Path, subject_id: str, limit: int | None = 20, deep: bool = False
         ]
 
 
-def in_words(root: Path, subject_id: str) -> list[str]:
-    """Return the versions of a subject in words, the newest first: "v2 @champion"; none where nothing is registered."""
+def in_words(root: Path, subjects: Iterable[str]) -> dict[str, str]:
+    """Return the versions of each subject in words, the newest first: "v2 @champion, v1"; none where there is none."""
     if not is_there(root):
-        return []
-    with explained(root, f"list the versions of {subject_id}", "try again when it answers"):
+        return dict.fromkeys(subjects, "")
+    with explained(root, "list the versions", "try again when it answers"):
         client = client_of(root)
-        named: dict[int, str] = {}
-        for alias, number in sorted(aliases_of(client, check_id(subject_id)).items()):
-            named[number] = f"{named.get(number, '')} @{alias}"
-        return [f"v{one.version}{named.get(int(one.version), '')}" for one in all_versions(client, subject_id)]
+        return {subject_id: _in_words(client, check_id(subject_id)) for subject_id in subjects}
+
+
+def _in_words(client: "MlflowClient", subject_id: str) -> str:
+    named: dict[int, str] = {}
+    for alias, number in sorted(aliases_of(client, subject_id).items()):
+        named[number] = f"{named.get(number, '')} @{alias}"
+    return ", ".join(f"v{one.version}{named.get(int(one.version), '')}" for one in all_versions(client, subject_id))
 
 
 def check_files(root: Path, client: "MlflowClient", version: "ModelVersion", deep: bool = True) -> list[str]:
@@ -173,7 +176,7 @@ def check_files(root: Path, client: "MlflowClient", version: "ModelVersion", dee
     try:
         source = client.get_model_version_download_uri(name, str(version.version))
         if deep:
-            with downloaded(root, source) as folder:
+            with downloaded(root, source, name) as folder:
                 actual = content_hash(resolve(folder / "artifacts" / name))
         else:
             actual = _shallow_hash(root, client, version, source)
@@ -241,7 +244,7 @@ def explained(root: Path, what: str, remedy: str) -> Iterator[None]:
 
 
 @contextmanager
-def downloaded(root: Path, source: str) -> Iterator[Path]:
+def downloaded(root: Path, source: str, subject_id: str) -> Iterator[Path]:
     """Yield a local folder with the files of a version: the stored one, or a copy that goes away."""
     from mlflow.artifacts import download_artifacts
 
@@ -249,7 +252,7 @@ def downloaded(root: Path, source: str) -> Iterator[Path]:
     if urlsplit(source).scheme in ("", "file"):
         yield Path(download_artifacts(artifact_uri=source, tracking_uri=uri))
         return
-    with tempfile.TemporaryDirectory(prefix="download-", dir=scratch_folder(root)) as target:
+    with work_folder(root, "download", subject_id) as target:
         yield Path(download_artifacts(artifact_uri=source, dst_path=target, tracking_uri=uri))
 
 
@@ -283,11 +286,11 @@ def _shallow_hash(root: Path, client: "MlflowClient", version: "ModelVersion", s
     folder = f"artifacts/{version.name}"
     present = {path.removeprefix(f"{folder}/"): size for path, size in listing(client, version.tags[MODEL_TAG], folder)}
     if POINTER in present:
-        with downloaded(root, source) as place:
+        with downloaded(root, source, version.name) as place:
             return content_hash(resolve(place / folder))
     if MANIFEST not in present:
         raise TornFolderError(f"{folder}/{MANIFEST} is missing")
-    with downloaded(root, f"{source}/{folder}/{MANIFEST}") as file:
+    with downloaded(root, f"{source}/{folder}/{MANIFEST}", version.name) as file:
         files = json.loads(file.read_text(encoding="utf-8"))["files"]
     wrong = [
         f"{name} has {present.get(name, 'no')} bytes, not {entry['size']}"

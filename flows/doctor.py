@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
@@ -27,6 +28,7 @@ CEILINGS = {"fastapi": "0.151", "sqlalchemy": "2.1"}
 LOW_BYTES = 2e9  # of free disk
 EVERYWHERE = frozenset({"0.0.0.0", "::", ""})
 SOON = 30  # days before a consent ends
+IDLE_DAYS = 7  # of a training that nobody continues
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,19 @@ def _scratch(root: Path, params: Params | None) -> Iterator[Finding]:
     stale = [path.name for path in folder.glob("checkpoints/*") if path.name.rsplit("-", 1)[0] not in known]
     if params and stale:
         yield Finding("warning", "checkpoints", f"of subjects that are no more: {', '.join(stale)}", "remove them")
+    idle = [path for path in folder.glob("checkpoints/*") if path.name not in stale and _days_idle(path) > IDLE_DAYS]
+    if params and idle:
+        named = ", ".join(f"{path.name} ({_bytes_of(path) / 1e9:.1f} GB)" for path in sorted(idle))
+        remedy = "continue them with the parameters they began with, or remove their folders"
+        yield Finding("warning", "checkpoints", f"of trainings stopped over {IDLE_DAYS} days ago: {named}", remedy)
+
+
+def _days_idle(folder: Path) -> float:
+    return (time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir()))) / 86400
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _servers(found: list[tuple[str, int, str]], environment: dict[str, str]) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -65,7 +65,8 @@ class DvcRunner:
         wanted: Collection[str] | None = None,
     ) -> None:
         self.root = root
-        self.threads: int | None = None  # of each stage, see `child_environment`
+        self.threads: Mapping[str, int] = {}
+        """Of the stages of an entry, where they do not get all cores; see `child_environment`."""
         self.wanted = wanted
         self.patience = patience
         self._sleep = sleep
@@ -106,8 +107,7 @@ class DvcRunner:
     def stop(self) -> None:
         """Stop the stages that run, and start no more: each may save its state first."""
         self._stopped.set()
-        for pid in list(self._children):
-            _stop_tree(pid)
+        _stop_trees(list(self._children))
 
     def _patiently(self, what: str, arguments: Sequence[str], say: Callable[[str], object]) -> list[str]:
         """Run DVC and return what it said, again and again while others work on the same files."""
@@ -129,7 +129,7 @@ class DvcRunner:
         with subprocess.Popen(
             [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments],
             cwd=self.root,
-            env=child_environment(self.threads),
+            env=child_environment(self.threads.get(what.partition("@")[0])),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -138,12 +138,14 @@ class DvcRunner:
         ) as child:
             self._children.add(child.pid)
             try:
+                if self._stopped.is_set():  # between the look above and this line: `stop` may not have seen it
+                    raise PipelineError(f"{what}: the run was stopped; run it again")
                 for line in _lines(child):
                     lines.append(line)
                     say(line)
                 child.wait()
             except BaseException:
-                _stop_tree(child.pid)
+                _stop_trees([child.pid])
                 raise
             finally:
                 self._children.discard(child.pid)
@@ -212,16 +214,17 @@ def _reason(code: int, lines: list[str]) -> str:
     return f"{' | '.join(codes or own[-1:] or told[-1:] or ['it said nothing'])} (exit {exited})"
 
 
-def _stop_tree(pid: int) -> None:
-    """End a child and all below it: the stage first, so that DVC sees it end and frees its locks."""
-    try:
-        parent = psutil.Process(pid)
-        below = parent.children(recursive=True)
-    except psutil.NoSuchProcess:
-        return
-    for process in below or [parent]:
-        _signal(process.terminate)
-    _, alive = psutil.wait_procs([*below, parent], timeout=_GRACE)
+def _stop_trees(pids: Iterable[int]) -> None:
+    """End children and all below them: stages first, so that DVC sees them end; all are told before one is awaited."""
+    told: list[psutil.Process] = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(pid)
+            below = parent.children(recursive=True)
+            for process in below or [parent]:
+                _signal(process.terminate)
+            told += [*below, parent]
+    _, alive = psutil.wait_procs(told, timeout=_GRACE)
     for process in alive:
         _signal(process.kill)
 

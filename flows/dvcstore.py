@@ -114,6 +114,16 @@ def remotes(root: Path) -> dict[str, str | None]:
     return found
 
 
+def being_written(root: Path) -> dict[Path, int]:
+    """Return the files and folders that stages write now, each with the process; one that was killed left its name."""
+    file = root / ".dvc" / "tmp" / "rwlock"
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):  # no stage ran yet; torn by a crash, DVC says what to do about it
+        return {}
+    return {Path(path): int(who["pid"]) for path, who in held.get("write", {}).items()}
+
+
 @contextmanager
 def _places(root: Path) -> Iterator[list[_Place]]:
     from dvc.exceptions import DvcException

@@ -4,27 +4,33 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
+
 from dreambooth import erasure, sweeps, versions
 from dreambooth.errors import ParamsError, SubjectError
 from dreambooth.folders import scratch_folder, write_file
+from dreambooth.locks import AlreadyRunningError, only_one
 from dreambooth.params import check_id, load_params
 from dreambooth.registry import alone
 from dreambooth.yaml12 import dump_yaml, load_yaml
 from flows import dvcstore, prefectstore, summary
-from flows.dvcstore import Kept
+from flows.dvcstore import Kept, being_written
 from flows.project import PARAMS, read_params_text, write_params_text
 
 FOLDERS = ("data/subjects/{id}", "build/{id}", "models/{id}", "export/{id}", "reports/{id}")
-FILES = ("data/subjects/{id}.dvc", "metrics/{id}.json", "reports/{id}.html")
+FILES = ("data/subjects/{id}.dvc", "metrics/{id}.json")
+LEFTOVERS = ("data/subjects", "models", "export", "reports")  # of killed writers beside their folder: `new_folder`
+HEX = "[0-9a-f]"  # exactly as many as a name has: rex must not take what is of rex-2
 SCRATCH = (
-    "check", "checkpoints/{id}-*", "latents/{id}", "locks/train-{id}.*", "pipelines", "register-{id}.lock",
-    "trackers/{id}",
+    "check", f"checkpoints/{{id}}-{16 * HEX}", "evaluation/{id}", "latents/{id}", "pipelines", "trackers/{id}",
+    *(f"{work}-{{id}}-{8 * '[a-z0-9_]'}" for work in ("upload", "download", "scores")),
 )  # fmt: skip
+LOCKS = ("locks/train-{id}.*", "register-{id}.lock")
 OUT_OF_REACH = (
     "the history of git: the photos' hashes and the subject's id stand in old commits (git filter-repo)",
     "experiments of sweeps, which are commits of git too (dvc exp remove --all-commits)",
@@ -75,9 +81,15 @@ def inventory(root: Path, subject_id: str) -> Inventory:
 
 
 def erase(root: Path, found: Inventory) -> Path:
-    """Erase all of it, what is elsewhere first, so that an interruption loses no trace; return the receipt."""
+    """Erase all of it, what is elsewhere first, so that an interruption loses no trace; return the receipt.
+
+    Raises:
+        AlreadyRunningError: a stage of the subject is computing, and would write again what is erased.
+    """
     subject_id = found.subject_id
-    with alone(root, subject_id):
+    training = only_one(scratch_folder(root) / "locks", f"train-{subject_id}", f"the training of {subject_id}")
+    with training, alone(root, subject_id):
+        _refuse_beside_stages(root, subject_id)
         _write_journal(root, found)
         found.out_of_reach += erasure.erase(root, subject_id)
         found.out_of_reach += prefectstore.erase(subject_id)
@@ -89,11 +101,11 @@ def erase(root: Path, found: Inventory) -> Path:
         _forget_in_gitignore(root, subject_id)
         _forget_in_params(root, subject_id)
         others = load_params(root / PARAMS).subjects
-        summary.write_index(root, {one: ", ".join(versions.in_words(root, one)) for one in others})
+        summary.write_index(root, versions.in_words(root, others))
         if (root / ".dvc").is_dir():
             dvcstore.forget_names(root)
         receipt = _write_receipt(root, found)
-    for path in _paths(root, subject_id):  # the lock of this erasure too
+    for path in [*_paths(root, subject_id), *_in_scratch(root, subject_id, LOCKS)]:  # those of this erasure too
         _remove(path)
     _journal(root, subject_id).unlink(missing_ok=True)
     return receipt
@@ -131,8 +143,9 @@ def _paths(root: Path, subject_id: str) -> Iterator[Path]:
         path = root / pattern.format(id=subject_id)
         if path.exists() or path.is_symlink():
             yield path
-    for pattern in SCRATCH:
-        yield from scratch_folder(root).glob(pattern.format(id=subject_id))
+    for place in LEFTOVERS:
+        yield from (root / place).glob(f".{subject_id}.{8 * HEX}")
+    yield from _in_scratch(root, subject_id, SCRATCH)
     for table in (root / "reports").glob("sweep-*.csv"):
         if sweeps.is_about(table, subject_id):
             beside = (table, table.with_suffix(".png"), scratch_folder(root) / f"{table.stem}.log")
@@ -141,6 +154,18 @@ def _paths(root: Path, subject_id: str) -> Iterator[Path]:
         content = json.loads(parcel.read_text(encoding="utf-8"))
         if subject_id in (content.get("name"), content.get("tags", {}).get("subject")):
             yield parcel.parent
+
+
+def _in_scratch(root: Path, subject_id: str, patterns: Sequence[str]) -> Iterator[Path]:
+    for pattern in patterns:
+        yield from scratch_folder(root).glob(pattern.format(id=subject_id))
+
+
+def _refuse_beside_stages(root: Path, subject_id: str) -> None:
+    """Refuse while DVC writes what a stage of the subject makes; one that died left its name and no process."""
+    for written, pid in being_written(root).items():
+        if subject_id in written.relative_to(root).parts[:3] and psutil.pid_exists(pid):
+            raise AlreadyRunningError(f"{written} is being computed: pid {pid}; wait for it, or stop it")
 
 
 def _files(path: Path) -> Iterator[Path]:

@@ -5,8 +5,8 @@ a step: subjects side by side, each with its share of the cores, are done sooner
 """
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -17,6 +17,7 @@ from dreambooth.params import Params
 from flows.graph import GPU_ENTRIES, Graph
 
 AT_ONCE = "DREAMBOOTH_AT_ONCE"
+MOST = 16  # lanes of one run
 DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of NVIDIA, of WSL, of AMD
 BYTES_OF_LIBRARIES = 1_500_000_000
 PER_BYTE_OF_BASE = 10  # float32 weights, gradients and moments of a model in float16, and room for activations
@@ -28,8 +29,8 @@ class Lanes:
 
     count: int = 1
     """Stages at a time."""
-    threads: int | None = None
-    """Of each; None: all cores."""
+    threads: Mapping[str, int] = field(default_factory=dict)
+    """Of a stage, by its entry; one that is not named here has all cores."""
 
 
 def lanes_of(root: Path, params: Params, graph: Graph) -> Lanes:
@@ -42,8 +43,16 @@ def lanes_of(root: Path, params: Params, graph: Graph) -> Lanes:
     if wanted is None and has_gpu():
         return Lanes()
     cores = _cores()
-    count = max(1, min(_chains(graph), wanted or min(cores, _by_memory(root, params))))
-    return Lanes(count, max(1, cores // count)) if count > 1 else Lanes()
+    count = max(1, min(_chains(graph), MOST, wanted or min(cores, _by_memory(root, params))))
+    return Lanes(count, dict(_shares(graph, cores, count))) if count > 1 else Lanes()
+
+
+def _shares(graph: Graph, cores: int, lanes: int) -> Iterator[tuple[str, int]]:
+    """Share the cores: all subjects wait for the class images of a class, which are few, and drawn with more cores."""
+    for entry in sorted(GPU_ENTRIES):
+        beside = min(lanes, sum(stage.entry == entry for stage in graph.stale))
+        if beside > 1:
+            yield entry, max(1, cores // beside)
 
 
 def has_gpu() -> bool:

@@ -5,7 +5,7 @@ Without a server: python -m flows.personalize biscuit
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,14 +23,15 @@ from dreambooth.params import Params, load_params
 from flows import plan, summary
 from flows.dvcrun import DvcRunner, StageRun
 from flows.graph import GPU_ENTRIES, Graph
-from flows.lanes import Lanes, lanes_of
+from flows.lanes import MOST, Lanes, lanes_of
 from flows.project import PARAMS, choose_subjects, find_root
 from flows.turns import Turn, gpu, has_limit
 
 if TYPE_CHECKING:
     from dreambooth.versions import RegisteredVersion
 
-AT_ONCE = 8  # stages that wait or run at a time; those of GPU_ENTRIES take turns
+AT_ONCE = 4 * MOST  # tasks that wait or run: Prefect's wait for those above them in their thread, four of a subject
+OTHERS_AT_ONCE = 8  # stages beside GPU_ENTRIES: they copy and look at files
 Futures = dict[str, PrefectFuture[Any]]
 _registering = threading.Lock()  # the first one migrates MLflow's database, and two at once would crash
 
@@ -86,7 +87,7 @@ def personalize(subject: str | list[str] | None = None, root: str | None = None)
     except DreamboothError as error:
         return Failed(message=f"{error.code}: {error}")
     stages, versions = carry_out(params, subjects, graph, DvcRunner(project))
-    summary.write_index(project, {one: ", ".join(_versions(project, one)) for one in params.subjects})
+    summary.write_index(project, _versions(project, params.subjects))
     publish(project, params, stages, versions)
     return [future.state for future in (*stages.values(), *versions.values())]
 
@@ -98,8 +99,9 @@ def carry_out(params: Params, subjects: Sequence[str], graph: Graph, runner: Dvc
     turn: Turn = "server" if limited else threading.BoundedSemaphore(lanes.count)
     _announce(runner.root, params, graph, lanes)
     runner.threads = lanes.threads
+    others = threading.BoundedSemaphore(OTHERS_AT_ONCE)
     try:
-        stages, limit = _submit_stages(graph, runner, turn), params.registry.max_logged_bytes
+        stages, limit = _submit_stages(graph, runner, turn, others), params.registry.max_logged_bytes
         versions = {one: _submit_registration(one, runner.root, graph, stages, limit) for one in subjects}
         wait([*stages.values(), *versions.values()])
     except BaseException:
@@ -152,10 +154,10 @@ def _announce(root: Path, params: Params, graph: Graph, lanes: Lanes) -> None:
         logger.info("plan: %s", line)
 
 
-def _submit_stages(graph: Graph, runner: DvcRunner, gpu_turn: Turn) -> Futures:
+def _submit_stages(graph: Graph, runner: DvcRunner, gpu_turn: Turn, other_turn: Turn) -> Futures:
     futures: Futures = {}
     for stage in graph.stale:
-        turn: Turn = gpu_turn if stage.entry in GPU_ENTRIES else "none"
+        turn: Turn = gpu_turn if stage.entry in GPU_ENTRIES else other_turn
         above = [futures[name] for name in stage.upstream if name in futures]
         futures[stage.name] = bring_up_to_date.submit(stage.name, runner, turn, wait_for=above, return_state=False)
     return futures
@@ -194,14 +196,15 @@ def _registered(future: PrefectFuture[Any]) -> str:
     return f"{version.name} version {version.version}"
 
 
-def _versions(root: Path, subject_id: str) -> list[str]:
+def _versions(root: Path, subjects: Iterable[str]) -> dict[str, str]:
+    """Return the registered versions of subjects in words: by one client, for a registry that is away costs seconds."""
     from dreambooth import versions
 
     try:
-        return versions.in_words(root, subject_id)
+        return versions.in_words(root, subjects)
     except DreamboothError as error:  # the index is worth less than the run
         get_run_logger().warning("%s: %s", error.code, error)
-        return []
+        return dict.fromkeys(subjects, "")
 
 
 def main() -> int:

@@ -180,8 +180,8 @@ def work_of(entry: str, params: Params, lanes: Lanes) -> str:
     """Return what the seconds of a unit depend on."""
     base = params.base
     about = [base.pretrained_model_name_or_path, str(base.resolution)]
-    if lanes.threads is not None and entry in GPU_ENTRIES:
-        about.append(f"{lanes.threads} threads")
+    if entry in lanes.threads:
+        about.append(f"{lanes.threads[entry]} threads")
     if entry == "train":
         train = params.train
         about += [train.mixed_precision, str(train.train_text_encoder), str(train.gradient_checkpointing)]

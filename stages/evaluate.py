@@ -67,7 +67,9 @@ def beside_champion(
     model, encoders = read_manifest(trained)["fingerprint"], encoders_of(params, root)
     models = {"champion": (champion, fingerprint), "personalised": (trained, model)}
     with new_folder(target, {"model": model, "champion": fingerprint}) as folder:
-        write_comparison(folder, compare(params, subject_id, root, models, encoders))
+        found = compare(params, subject_id, root, models, encoders)
+        write_comparison(folder, found)
+    shutil.rmtree(found.models["personalised"].store)  # only a drawing that was stopped needs it
 
 
 def compare(

@@ -1,7 +1,10 @@
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from registered import write_project
 
 from flows.doctor import Finding, _libraries, _servers, examine
@@ -50,6 +53,21 @@ def test_what_killed_processes_left_is_named(root: Path) -> None:
     assert "dreambooth.tracking" in about(findings, "metrics").remedy
     assert "rex-0123" in about(findings, "checkpoints").found
     assert about(findings, "forget rex").remedy == "dreambooth forget rex --yes"
+
+
+def test_checkpoints_of_a_training_that_nobody_continues_are_named_with_their_size(root: Path) -> None:
+    params = yaml.safe_load((root / "params.yaml").read_text())
+    subject = next(iter(params["subjects"]))
+    for name, age in (("old", 8), ("new", 6)):
+        folder = root / f".scratch/checkpoints/{subject}-{name}/step-0000001"
+        folder.mkdir(parents=True)
+        with (folder / "moments.safetensors").open("wb") as file:
+            file.truncate(250_000_000)
+        for path in (folder, folder.parent):
+            os.utime(path, (time.time() - 86400 * age,) * 2)
+    assert about(examine(root), "checkpoints").found == (
+        f"of trainings stopped over 7 days ago: {subject}-old (0.2 GB)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from toy_project import REPOSITORY, dvc, make_photos, quiet
 
-from flows.forget import without_subject
+from dreambooth.locks import AlreadyRunningError, only_one
+from flows.forget import _refuse_beside_stages, without_subject
 
 SUBJECT, IN_NAME, IN_BYTES = "zq7canary", "kanarienvogel", b"CANARY-5d1f0e"
 MARKS = (SUBJECT.encode(), IN_NAME.encode(), IN_BYTES)
@@ -53,6 +54,33 @@ def forget(root: Path, home: Path, *arguments: str, before: str = "") -> "subpro
     program = f"import sys, os, signal\n{before}\nfrom flows.cli import main\nmain()\n"
     command = [sys.executable, "-c", program, "forget", SUBJECT, *arguments]
     return subprocess.run(command, cwd=root, env=quiet(home), capture_output=True, text=True, check=False)
+
+
+def leave_behind(root: Path, subject_id: str) -> list[Path]:
+    """Make what killed processes leave of a subject; return the folders."""
+    hidden = [f"{place}/.{subject_id}.0123abcd" for place in ("data/subjects", "models", "export", "reports")]
+    working = [f".scratch/{work}-{subject_id}-a1_b2c3d" for work in ("upload", "download", "scores")]
+    kept = [f".scratch/checkpoints/{subject_id}-{'0123456789abcdef'}", f".scratch/evaluation/{subject_id}"]
+    folders = [root / name for name in (*hidden, *working, *kept)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "content").write_bytes(IN_BYTES)
+    return folders
+
+
+def test_what_a_stage_is_writing_is_not_erased_and_what_a_killed_one_wrote_is(project: Path) -> None:
+    """DVC notes who writes what; a process that died cannot take its name back."""
+    notes = project / ".dvc/tmp/rwlock"
+    notes.parent.mkdir(parents=True, exist_ok=True)
+    written = str(project / "build/rex/evaluation")
+    notes.write_text(json.dumps({"write": {written: {"pid": os.getpid(), "cmd": "dvc repro"}}}))
+    with pytest.raises(AlreadyRunningError, match=f"build/rex/evaluation is being computed: pid {os.getpid()}"):
+        _refuse_beside_stages(project, "rex")
+    _refuse_beside_stages(project, "biscuit")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    notes.write_text(json.dumps({"write": {written: {"pid": ended.pid, "cmd": "dvc repro"}}}))
+    _refuse_beside_stages(project, "rex")
 
 
 @pytest.mark.slow
@@ -102,6 +130,8 @@ def test_nothing_of_a_forgotten_subject_is_left_and_the_other_champion_still_loa
         aliases.move(tracking.connect(project)[0], name, "promote", "champion", None, 1)
     everywhere = (project, remote, home, caches)
     assert all(list(found_in(folder)) for folder in everywhere[:3])
+    others = leave_behind(project, f"{SUBJECT}-2")
+    leave_behind(project, SUBJECT)
     before = {path: path.stat().st_mtime_ns for path in project.rglob("*") if ".scratch" not in path.parts}
 
     shared = {path.name: path.read_bytes() for path in (project / "build/classes/dog").iterdir()}
@@ -116,8 +146,15 @@ def test_nothing_of_a_forgotten_subject_is_left_and_the_other_champion_still_loa
         die = f"import flows.forget as f; f.{step} = lambda *a: os.kill(os.getpid(), signal.SIGKILL)"
         assert forget(project, home, "--yes", before=die).returncode == -signal.SIGKILL
         assert list(found_in(project)), step  # at the last one the journal alone
+    with only_one(project / ".scratch/locks", f"train-{SUBJECT}", "a training"):
+        busy = forget(project, home, "--yes")
+    assert busy.returncode == AlreadyRunningError.exit_code
+    assert f"the training of {SUBJECT} is already running: pid {os.getpid()}" in busy.stderr
     done = forget(project, home, "--yes")
     assert done.returncode == 0, done.stderr
+    assert all(path.exists() for path in others)  # of a subject whose id begins alike
+    for path in others:
+        shutil.rmtree(path)
     assert "not reached: the history of git" in done.stdout
     assert [line for folder in everywhere for line in found_in(folder)] == []
     (receipt,) = (project / "receipts").iterdir()

@@ -37,22 +37,30 @@ def graph(*stale: str) -> Graph:
 
 
 def test_two_stale_subjects_share_the_cores(project: Path, params: Params) -> None:
-    assert lanes_of(project, params, graph("prior@dog")) == Lanes(2, 4)
-    assert lanes_of(project, params, graph("train@rex")) == Lanes(1, None)
-    assert lanes_of(project, params, graph("export@rex")) == Lanes(1, None)
-    assert lanes_of(project, params, graph()) == Lanes(1, None)
+    assert lanes_of(project, params, graph("prior@dog")) == Lanes(2, {"train": 4})
+    assert lanes_of(project, params, graph("train@rex")) == Lanes(1)
+    assert lanes_of(project, params, graph("export@rex")) == Lanes()
+    assert lanes_of(project, params, graph()) == Lanes()
+
+
+def test_one_class_is_drawn_with_all_cores_and_two_share_them(project: Path, params: Params) -> None:
+    chain = {"prior@dog": [], "prior@cup": [], "train@biscuit": ["prior@dog"], "train@mug": ["prior@cup"]}
+    both = Graph.of(chain, {name: ["changed"] for name in chain})
+    assert lanes_of(project, params, both) == Lanes(2, {"prior": 4, "train": 4})
+    one = Graph.of(chain, {name: ["changed"] if name != "prior@cup" else [] for name in chain})
+    assert lanes_of(project, params, one) == Lanes(2, {"train": 4})
 
 
 def test_no_more_than_fit_into_the_memory(project: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     place = project / params.base.pretrained_model_name_or_path / "unet"
     with (place / "diffusion_pytorch_model.safetensors").open("wb") as file:
         file.truncate(psutil.virtual_memory().available // 15)  # times ten it fits once, not twice
-    assert lanes_of(project, params, graph("prior@dog")) == Lanes(1, None)
+    assert lanes_of(project, params, graph("prior@dog")) == Lanes()
 
 
 def test_a_base_from_the_hub_is_trained_alone(project: Path, params: Params) -> None:
     shutil.rmtree(project / params.base.pretrained_model_name_or_path)
-    assert lanes_of(project, params, graph("prior@dog")) == Lanes(1, None)
+    assert lanes_of(project, params, graph("prior@dog")) == Lanes()
 
 
 def test_a_gpu_is_for_one_at_a_time(
@@ -60,17 +68,17 @@ def test_a_gpu_is_for_one_at_a_time(
 ) -> None:
     monkeypatch.setattr(lanes, "DRIVERS", (str(tmp_path),))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert lanes_of(project, params, graph("prior@dog")) == Lanes(1, None)
+    assert lanes_of(project, params, graph("prior@dog")) == Lanes()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden
-    assert lanes_of(project, params, graph("prior@dog")) == Lanes(2, 4)
+    assert lanes_of(project, params, graph("prior@dog")) == Lanes(2, {"train": 4})
 
 
 def test_the_user_has_the_last_word(project: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lanes, "_cores", lambda: 1)
     monkeypatch.setenv(lanes.AT_ONCE, "2")
-    assert lanes_of(project, params, graph("prior@dog")) == Lanes(2, 1)
+    assert lanes_of(project, params, graph("prior@dog")) == Lanes(2, {"train": 1})
     monkeypatch.setenv(lanes.AT_ONCE, "1")
-    assert lanes_of(project, params, graph("prior@dog")) == Lanes(1, None)
+    assert lanes_of(project, params, graph("prior@dog")) == Lanes()
     monkeypatch.setenv(lanes.AT_ONCE, "all")
     with pytest.raises(PipelineError, match=r"^DREAMBOOTH_AT_ONCE: is 'all', should be a number from 1"):
         lanes_of(project, params, graph("prior@dog"))

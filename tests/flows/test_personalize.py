@@ -196,21 +196,24 @@ def test_gpu_stages_take_turns_without_a_limit_on_the_server(project: Path, envi
     assert outcome["failures"] == []
 
 
-def test_without_a_gpu_two_subjects_are_trained_side_by_side_with_a_share_of_the_cores(
-    project: Path, environment: dict[str, str]
+def test_without_a_gpu_four_subjects_are_trained_side_by_side_with_a_share_of_the_cores(
+    tmp_path: Path, environment: dict[str, str]
 ) -> None:
+    """Each training waits for the others: it ends only if all four are let in. The class images have all cores."""
+    project = make_toy_project(tmp_path / "four", dict.fromkeys(("ann", "ben", "cem", "dora"), "dog"))
     text = (project / "toy.py").read_text()
     meet = (
+        '    if stage == "prior": assert "OMP_NUM_THREADS" not in os.environ\n'
         '    if stage == "train":\n'
         '        Path(f"training-{key}").write_text(os.environ["OMP_NUM_THREADS"])\n'
-        "        while len(list(Path().glob('training-*'))) < 2: time.sleep(0.1)\n"
+        "        while len(list(Path().glob('training-*'))) < 4: time.sleep(0.1)\n"
     )
     (project / "toy.py").write_text(text.replace('    sys.stderr.write("\\r', meet + '    sys.stderr.write("\\r'))
     environment = {name: value for name, value in environment.items() if name != "OMP_NUM_THREADS"}
-    outcome, log = personalize(project, environment | {"DREAMBOOTH_AT_ONCE": "2"})
+    outcome, log = personalize(project, environment | {"DREAMBOOTH_AT_ONCE": "4"})
     assert outcome["failures"] == []
-    assert "with 2 at a time" in log
-    share = str(max(1, lanes._cores() // 2))
+    assert "with 4 at a time" in log
+    share = str(max(1, lanes._cores() // 4))
     assert {path.read_text() for path in project.glob("training-*")} == {share}
 
 

@@ -63,7 +63,9 @@ def test_a_plan_counts_what_is_stale_and_says_what_it_guesses(project: Path, par
 
 def test_what_was_measured_with_all_cores_says_nothing_of_a_share_of_them(project: Path, params: Params) -> None:
     note(project, params, [("train@rex", 100.0), ("report@rex", 5.0)], Lanes())
-    shared = {line.entry: line for line in make_plan(project, params, Graph.load(project), Lanes(2, 1)).lines}
+    shared = {
+        line.entry: line for line in make_plan(project, params, Graph.load(project), Lanes(2, {"train": 1})).lines
+    }
     assert not shared["train"].measured
     assert shared["report"].measured
 
