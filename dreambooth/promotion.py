@@ -101,13 +101,13 @@ def promote(
     return Promotion(subject_id, number, champion, verdict, reason)
 
 
-def rollback(root: Path, subject_id: str, params: Params | None = None, force: str | None = None) -> Promotion:
+def rollback(root: Path, params: Params, subject_id: str, force: str | None = None) -> Promotion:
     """Make the champion before this one the champion again; those whose files are not whole are passed over.
 
     Args:
         root: of the project.
+        params: of the project, to ask for the consent of a person.
         subject_id: of the subject.
-        params: to ask for the consent of a person.
         force: why a champion is left whose files are gone, instead of getting them back.
 
     Raises:
@@ -126,8 +126,7 @@ def rollback(root: Path, subject_id: str, params: Params | None = None, force: s
         if force is None:
             _require_champion(root, client, subject_id, champion)
         target, passed_over = _newest_whole(root, client, subject_id, [one for one in earlier if one != champion])
-        if params is not None:
-            _require_consent_of(params, root, target)
+        _require_consent_of(params, root, target)
         number = int(target.version)
         reason = "; ".join([force or "asked for", *passed_over])
         aliases.move(client, subject_id, "rollback", CHAMPION, champion, number, "rollback", reason)

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock, Timeout
 
@@ -58,13 +58,6 @@ for _name, _value in _ENVIRONMENT.items():
 _log = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-
-
-class Picture(Protocol):
-    """What `Run.picture` needs of a PIL image."""
-
-    def save(self, fp: Any, format: str | None = None) -> None:
-        """Write the image to a path."""
 
 
 def tracking_uri(root: Path) -> str:
@@ -105,11 +98,6 @@ def connect(root: Path) -> "tuple[MlflowClient, str]":
             return client, _experiment(client, root, uri)
     except SQLAlchemyError as error:  # of the first migration, which MLflow does not put into words of its own
         raise OSError(str(error.__cause__ or error)) from error
-
-
-def prepare(root: Path) -> None:
-    """Make the database and the experiment, once, before several processes use them."""
-    connect(root)
 
 
 def ensure_run(client: "MlflowClient", experiment: str, key: str, name: str) -> str:
@@ -233,10 +221,6 @@ class Run:
         self._parcel.tags |= {_name_for_mlflow(name): _clip(value)}
         self._wake.set()
 
-    def metric(self, name: str, value: float, step: int = 0) -> None:
-        """Note one value of a curve; NaN stays NaN, and an infinity becomes the largest float."""
-        self.metrics({name: value}, step)
-
     def metrics(self, values: Mapping[str, float | None], step: int = 0) -> None:
         """Note one point of several curves: costs microseconds, sent within FLUSH_SECONDS."""
         if self._off:
@@ -250,16 +234,14 @@ class Run:
         if len(waiting) >= FLUSH_ENTRIES and self._error is None:
             self._wake.set()
 
-    def picture(self, picture: Picture | Path, name: str) -> None:
-        """Note a picture (a PIL image or a file) under pictures/<name>, as it is now."""
-        if isinstance(picture, Path):
-            self._keep(name, "pictures", lambda target: shutil.copyfile(picture, target))
-        else:
-            self._keep(name, "pictures", lambda target: picture.save(target, format="PNG"))
-
     def file(self, path: Path, folder: str = "") -> None:
         """Note a file as it is now: it may be changed or moved afterwards."""
-        self._keep(path.name, folder, lambda target: shutil.copyfile(path, target))
+        if self._off:
+            return
+        kept = Path(tempfile.mkdtemp(dir=self._own_folder())) / path.name
+        shutil.copyfile(path, kept)
+        self._parcel.files.append((str(kept), folder))
+        self._wake.set()
 
     def close(self, status: Status = "FINISHED") -> None:
         """Send the rest for at most CLOSE_SECONDS; say in one line what could not be sent, and keep that.
@@ -279,14 +261,6 @@ class Run:
             shutil.rmtree(self._folder, ignore_errors=True)
         if self._lost:
             _log.warning("%d metrics of %r were dropped: MLflow did not answer", self._lost, self._parcel.name)
-
-    def _keep(self, name: str, folder: str, write: Any) -> None:
-        if self._off:
-            return
-        path = Path(tempfile.mkdtemp(dir=self._own_folder())) / Path(name).name
-        write(path)
-        self._parcel.files.append((str(path), folder))
-        self._wake.set()
 
     def _own_folder(self) -> Path:
         if self._folder is None:

@@ -44,7 +44,7 @@ def rollback(context: typer.Context, subject_id: SubjectId, force: Force = None)
     from dreambooth.params import load_params
 
     root = find_root(context.obj)
-    _say_promotion(promotion.rollback(root, subject_id, load_params(root / PARAMS), force))
+    _say_promotion(promotion.rollback(root, load_params(root / PARAMS), subject_id, force))
 
 
 def versions(

@@ -366,6 +366,29 @@ def test_a_step_that_does_not_fit_stops_with_advice_and_keeps_the_state(
     assert newest.step == 1
 
 
+@pytest.mark.fault(21)
+def test_a_lack_of_memory_in_the_optimizer_is_not_tried_again(tiny_model_folder: Path, tmp_path: Path) -> None:
+    """Some weights may have moved, and AdamW keeps a state that it has begun to make."""
+    steps: list[int] = []
+    original = torch.optim.AdamW.step
+
+    def step(self: Any, *arguments: Any, **named: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+        return original(self, *arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        with pytest.raises(TrainingError, match=r"allocate 20 MiB in the optimizer at step 1; train fewer") as stopped:
+            run(load_model(tiny_model_folder, device="cpu"), Checkpoints(tmp_path))
+    assert stopped.value.code == "E_OUT_OF_MEMORY"
+    assert len(steps) == 2
+    newest = Checkpoints(tmp_path).newest()
+    assert newest is not None
+    assert newest.step == 1
+
+
 def test_a_mistake_of_ours_is_not_taken_for_a_lack_of_memory(tiny_model_folder: Path) -> None:
     def fail(*arguments: Any) -> Any:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

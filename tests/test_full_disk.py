@@ -102,7 +102,7 @@ def test_a_database_without_room_costs_one_warning_and_nothing_is_lost(
     ballast = fill(database.parent, 0)
     with tracking.open_run(tmp_path, key="a" * 64, name="train biscuit") as run:
         for step in range(5000):
-            run.metric("loss", 1.0, step)
+            run.metrics({"loss": 1.0}, step)
     (line,) = [record.getMessage() for record in caplog.records if record.name == "dreambooth.tracking"]
     assert "did not take all of 'train biscuit'" in line
     assert "full" in line

@@ -92,6 +92,15 @@ def test_an_unknown_key_is_refused_at_the_top_and_inside_a_subject(values: dict[
     ]
 
 
+def test_a_subject_is_not_named_like_the_folder_of_all_class_images(values: dict[str, Any]) -> None:
+    values["subjects"]["classes"] = dict(values["subjects"]["biscuit"])
+    assert problems_of(values) == [
+        "params.yaml: subjects.classes: build/classes is of all subjects; choose another name"
+    ]
+    with pytest.raises(SubjectError, match="build/classes is of all"):
+        check_id("classes")
+
+
 def test_a_subject_of_an_unknown_class_is_refused(values: dict[str, Any]) -> None:
     values["subjects"]["biscuit"]["class_id"] = "dgo"
     assert problems_of(values) == [

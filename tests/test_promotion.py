@@ -126,9 +126,9 @@ def test_force_needs_a_reason_and_records_it(root: Path, params: Params) -> None
 def test_promote_promote_rollback_rollback(root: Path, params: Params) -> None:
     promote(root, params, BISCUIT, 1)
     promote(root, params, BISCUIT, 2)
-    assert rollback(root, BISCUIT).champion == champion(root) == 1
+    assert rollback(root, params, BISCUIT).champion == champion(root) == 1
     with pytest.raises(RegistryError, match="has no champion before version 1; promote another"):
-        rollback(root, BISCUIT)
+        rollback(root, params, BISCUIT)
     assert champion(root) == 1
     assert [(entry.action, entry.before, entry.after) for entry in log(root)] == [
         ("promote", None, 1), ("promote", 1, 2), ("rollback", 2, 1),
@@ -138,9 +138,9 @@ def test_promote_promote_rollback_rollback(root: Path, params: Params) -> None:
 
 
 @pytest.mark.fault(34)
-def test_what_was_never_promoted_cannot_be_rolled_back(root: Path) -> None:
+def test_what_was_never_promoted_cannot_be_rolled_back(root: Path, params: Params) -> None:
     with pytest.raises(RegistryError, match="has no champion before any"):
-        rollback(root, BISCUIT)
+        rollback(root, params, BISCUIT)
 
 
 @pytest.mark.fault(31)
@@ -150,7 +150,7 @@ def test_with_the_files_of_the_champion_gone_promote_and_rollback_refuse_and_doc
     promote(root, params, BISCUIT, 1)
     promote(root, params, BISCUIT, 3, force="to have two")
     lose_files(root, 3)
-    for refused in (lambda: promote(root, params, BISCUIT, 2), lambda: rollback(root, BISCUIT)):
+    for refused in (lambda: promote(root, params, BISCUIT, 2), lambda: rollback(root, params, BISCUIT)):
         with pytest.raises(RegistryError, match=r"the champion, version 3 of biscuit, is not whole: .*unet/.*missing"):
             refused()
     assert champion(root) == 3
@@ -159,7 +159,7 @@ def test_with_the_files_of_the_champion_gone_promote_and_rollback_refuse_and_doc
     (line,) = [line for line in seen.stdout.splitlines() if "@champion" in line]
     assert line.startswith("broken")
     assert "biscuit version 3" in line
-    assert rollback(root, BISCUIT, force="the files are lost").champion == champion(root) == 1
+    assert rollback(root, params, BISCUIT, force="the files are lost").champion == champion(root) == 1
 
 
 def test_a_version_whose_files_are_gone_is_not_promoted_even_by_force(root: Path, params: Params) -> None:
@@ -173,11 +173,11 @@ def test_rollback_passes_over_what_cannot_be_served(root: Path, params: Params) 
     for number in (1, 2, 3):
         promote(root, params, BISCUIT, number, force="one after the other")
     lose_files(root, 2)
-    done = rollback(root, BISCUIT)
+    done = rollback(root, params, BISCUIT)
     assert done.champion == champion(root) == 1
     assert "version 2 passed over" in done.reason
     with pytest.raises(RegistryError, match="no champion before"):
-        rollback(root, BISCUIT)
+        rollback(root, params, BISCUIT)
 
 
 @pytest.mark.fault(32)
@@ -247,7 +247,7 @@ def test_an_alias_moved_by_hand_is_taken_over_into_the_log(root: Path, params: P
     aliases.recover(root, BISCUIT)
     assert champion(root) == 3
     assert (log(root)[-1].action, log(root)[-1].before, log(root)[-1].after) == ("found", 2, 3)
-    assert rollback(root, BISCUIT).champion == 2
+    assert rollback(root, params, BISCUIT).champion == 2
 
 
 def test_an_alias_that_was_deleted_comes_back_from_the_log(root: Path, params: Params) -> None:
@@ -360,7 +360,7 @@ def up():
 
 
 def down():
-    return rollback(root, "biscuit").champion
+    return rollback(root, params, "biscuit").champion
 """
 
 

@@ -120,7 +120,7 @@ def test_an_upload_that_is_cut_registers_nothing_and_its_repetition_once(root: P
     params = load_params(root / "params.yaml")
     assert promote(root, params, BISCUIT).champion == 1
     with pytest.raises(RegistryError, match="no champion before version 1"):
-        rollback(root, BISCUIT)
+        rollback(root, params, BISCUIT)
     assert rows(root, BISCUIT)[0].faults == ()
 
 

@@ -46,6 +46,13 @@ def root(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
+def grid(tmp_path: Path) -> Path:
+    """A picture to keep."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "grid.png")
+    return tmp_path / "grid.png"
+
+
+@pytest.fixture
 def dead_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -105,15 +112,15 @@ def curve(root: Path, name: str, key: str = KEY) -> list[tuple[int, float]]:
     return sorted((point.step, point.value) for point in history)
 
 
-def test_parameters_curves_pictures_and_files_arrive(root: Path, tmp_path: Path) -> None:
+def test_parameters_curves_pictures_and_files_arrive(root: Path, tmp_path: Path, grid: Path) -> None:
     table = tmp_path / "loss.csv"
     table.write_text("step,loss\n")
     with open_run(root, key=KEY, name="train biscuit", tags={"subject": "biscuit"}) as run:
         run.params({"train.learning_rate": 5e-6, "train.seeds": [1, 2]})
         for step in range(1200):
             run.metrics({"loss": step / 2, "grad_norm": 1.0}, step)
-        run.metric("total", 3)
-        run.picture(Image.new("RGB", (4, 4)), "grid.png")
+        run.metrics({"total": 3})
+        run.file(grid, "pictures")
         run.file(table, "tables")
         table.unlink()  # it was taken as it was
     stored = stored_run(root)
@@ -133,9 +140,9 @@ def test_parameters_curves_pictures_and_files_arrive(root: Path, tmp_path: Path)
 
 def test_stages_of_one_model_share_one_run(root: Path) -> None:
     with open_run(root, key=KEY, name="biscuit") as run:
-        run.metric("loss", 1.0, 1)
+        run.metrics({"loss": 1.0}, 1)
     with open_run(root, key=KEY, name="biscuit", tags={"stage": "evaluate"}) as run:
-        run.metric("identity", 0.5)
+        run.metrics({"identity": 0.5})
     assert stored_run(root).data.metrics == {"loss": 1.0, "identity": 0.5}
     assert stored_run(root).data.tags["stage"] == "evaluate"
 
@@ -151,8 +158,8 @@ def test_a_parameter_that_changed_becomes_a_tag(root: Path) -> None:
 def test_runs_of_one_process_do_not_mix(root: Path) -> None:
     with open_run(root, key="one", name="one") as one, open_run(root, key="two", name="two") as two:
         for step in range(10):
-            one.metric("loss", 1, step)
-            two.metric("loss", 2, step)
+            one.metrics({"loss": 1}, step)
+            two.metrics({"loss": 2}, step)
     assert curve(root, "loss", "one") == [(step, 1) for step in range(10)]
     assert curve(root, "loss", "two") == [(step, 2) for step in range(10)]
 
@@ -163,7 +170,7 @@ def test_runs_of_one_process_do_not_mix(root: Path) -> None:
 def test_the_status_says_how_it_ended(root: Path, error: BaseException, status: str) -> None:
     def train() -> None:
         with open_run(root, key=KEY, name="biscuit") as run:
-            run.metric("loss", 1, 1)
+            run.metrics({"loss": 1}, 1)
             raise error
 
     with pytest.raises(type(error)):
@@ -187,14 +194,14 @@ def test_values_that_mlflow_does_not_take_are_made_fit(root: Path) -> None:
 
 @pytest.mark.fault(28)
 def test_a_dead_server_costs_one_warning_and_the_next_run_sends_the_rest(
-    root: Path, dead_port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    root: Path, dead_port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, grid: Path
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@127.0.0.1:{dead_port}")
     start = time.monotonic()
     with open_run(root, key=KEY, name="train biscuit", tags={"subject": "biscuit"}) as run:
         run.params({"seed": 1})
         run.metrics({"loss": math.nan, "norm": 2.0}, 1)
-        run.picture(Image.new("RGB", (4, 4)), "grid.png")
+        run.file(grid, "pictures")
     assert time.monotonic() - start < 10
     (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     for part in ("train biscuit", "Connection refused", "2 metrics", "1 files", "***@127.0.0.1", "unsent"):
@@ -216,7 +223,7 @@ def test_what_is_sent_twice_stands_there_once(root: Path, monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(tracking, "connect", lambda root: (_ for _ in ()).throw(OSError(111, "Connection refused")))
         with open_run(root, key=KEY, name="biscuit") as run:
-            run.metric("loss", 1, 1)
+            run.metrics({"loss": 1}, 1)
     (pending,) = (root / ".scratch/unsent").glob("*/pending.json")
     kept = pending.parent.with_name("copy")
     shutil.copytree(pending.parent, kept)
@@ -233,7 +240,7 @@ def test_a_server_that_says_no_is_named_and_not_asked_again(
     monkeypatch.setattr(tracking, "FLUSH_SECONDS", 0.05)
     server.status = status
     with open_run(root, key=KEY, name="train biscuit") as run:
-        run.metric("loss", 1, 1)
+        run.metrics({"loss": 1}, 1)
         time.sleep(1)
     assert len([path for path in server.requests if path.startswith("/api")]) == 1
     assert f"HTTP {status}; set MLFLOW_TRACKING_USERNAME" in caplog.text
@@ -247,7 +254,7 @@ def test_a_server_with_errors_is_asked_again_a_few_times(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
     with open_run(root, key=KEY, name="train biscuit") as run:
-        run.metric("loss", 1, 1)
+        run.metrics({"loss": 1}, 1)
     assert 3 <= len([path for path in server.requests if path.startswith("/api")]) <= 6
     assert "too many 500 error responses" in caplog.text
 
@@ -276,7 +283,7 @@ def test_who_is_told_to_stop_does_not_wait_for_mlflow(
 
     def train() -> None:
         with open_run(root, key=KEY, name="train biscuit") as run:
-            run.metric("loss", 1, 1)
+            run.metrics({"loss": 1}, 1)
             raise SystemExit(75)
 
     start = time.monotonic()
@@ -292,7 +299,7 @@ def test_the_backlog_of_an_outage_is_bounded(
     monkeypatch.setattr(tracking, "MAX_BUFFERED", 100)
     with open_run(root, key=KEY, name="train biscuit") as run:
         for step in range(150):
-            run.metric("loss", 1, step)
+            run.metrics({"loss": 1}, step)
     assert "50 metrics of 'train biscuit' were dropped" in caplog.text
 
 
@@ -305,12 +312,12 @@ def test_a_metric_costs_microseconds(root: Path) -> None:
     assert seconds / 2000 < 1e-3  # measured: 5 us alone, up to 100 us while the thread sends
 
 
-def test_tracking_can_be_switched_off(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracking_can_be_switched_off(root: Path, monkeypatch: pytest.MonkeyPatch, grid: Path) -> None:
     monkeypatch.setenv("DREAMBOOTH_TRACKING", "off")
     with open_run(root, key=KEY, name="biscuit") as run:
         run.params({"a": 1})
-        run.metric("loss", 1, 1)
-        run.picture(Image.new("RGB", (4, 4)), "grid.png")
+        run.metrics({"loss": 1}, 1)
+        run.file(grid, "pictures")
     assert not (root / ".scratch").exists()
 
 
@@ -342,7 +349,7 @@ import sys
 from pathlib import Path
 from dreambooth.tracking import open_run
 with open_run(Path(sys.argv[1]), key=sys.argv[2], name=sys.argv[2]) as run:
-    run.metric("loss", 1, 1)
+    run.metrics({"loss": 1}, 1)
 """
     command = [sys.executable, "-c", program, str(tmp_path)]
     processes = [subprocess.Popen([*command, key], stderr=subprocess.PIPE, text=True) for key in ("a", "b", "c")]
@@ -354,7 +361,12 @@ with open_run(Path(sys.argv[1]), key=sys.argv[2], name=sys.argv[2]) as run:
 
 @pytest.mark.slow
 def test_metrics_arrive_when_the_server_comes_back(
-    root: Path, dead_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    root: Path,
+    dead_port: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    grid: Path,
 ) -> None:
     monkeypatch.setattr(tracking, "FLUSH_SECONDS", 0.5)
     monkeypatch.setattr(tracking, "MAX_PAUSE_SECONDS", 1.0)
@@ -364,8 +376,8 @@ def test_metrics_arrive_when_the_server_comes_back(
         time.sleep(2)
         assert run._error is not None
         with mlflow_server(dead_port, tmp_path / "server"):
-            run.metric("loss", 2.0, 2)
-            run.picture(Image.new("RGB", (4, 4)), "grid.png")
+            run.metrics({"loss": 2.0}, 2)
+            run.file(grid, "pictures")
             run.close()
             stored = stored_run(root)
             assert curve(root, "loss") == [(1, 1.0), (2, 2.0)]
