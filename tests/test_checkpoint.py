@@ -252,6 +252,16 @@ def test_weights_and_moments_keep_their_order_in_memory(tiny_model_folder: Path,
     assert all(weight == moment for weight, moment in seen)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped to memory")
+def test_a_training_does_not_keep_the_file_of_its_weights_in_memory(tiny_model_folder: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_model_folder, tmp_path / "base")
+    file = str(base / "unet/diffusion_pytorch_model.safetensors")
+    model = load_model(base, device="cpu")
+    assert file in Path("/proc/self/maps").read_text()
+    run(model, max_train_steps=1)
+    assert file not in Path("/proc/self/maps").read_text()
+
+
 def signalled_in(step: int) -> Callable[..., Any]:
     original, calls = trainer.train_step, iter(range(1000))
 
