@@ -4,14 +4,17 @@ import json
 import os
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+from uuid import UUID
 
 if TYPE_CHECKING:
-    from prefect.client.schemas.objects import FlowRun
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import Artifact, FlowRun
 
 # The tables whose rows belong to a run; a deployment is made by a person, and is named instead of deleted.
 TABLES = (
@@ -25,7 +28,10 @@ FAILED = ("FAILED", "CRASHED")
 def count(subject_id: str) -> int:
     """Count the flow runs that name a subject, in the local database or on the server."""
     if _server():
-        return len(_runs_of_server(subject_id))
+        from prefect.client.orchestration import get_client
+
+        with get_client(sync_client=True) as client:
+            return len(_runs_of_server(client, subject_id))
     with _database() as connection:
         return len(_runs(connection, subject_id)) if connection else 0
 
@@ -150,15 +156,34 @@ def _text_columns(connection: sqlite3.Connection, table: str) -> list[str]:
     return [f'"{column[1]}"' for column in columns if column[2].upper().startswith(TEXT)]
 
 
-def _runs_of_server(subject_id: str) -> list[str]:
-    from prefect.client.orchestration import get_client
+def _runs_of_server(client: "SyncPrefectClient", subject_id: str) -> set[UUID]:
+    """Return the ids of the flow runs on a server whose parameters, tasks, artifacts or reasons name a subject."""
+    from prefect.client.schemas.filters import TaskRunFilter, TaskRunFilterName
 
-    with get_client(sync_client=True) as client:
-        found, offset = [], 0
-        while page := client.read_flow_runs(offset=offset, limit=200):
-            found += [str(run.id) for run in page if _names(run, subject_id)]
-            offset += len(page)
-    return found
+    found = {run.id for run in _pages(client.read_flow_runs) if _names(run, subject_id)}
+    alike = TaskRunFilter(name=TaskRunFilterName(like_=subject_id))
+    tasks = _pages(partial(client.read_task_runs, task_run_filter=alike))
+    of_tasks = {one.flow_run_id for one in tasks if one.name.endswith((f"@{subject_id}", f" {subject_id}"))}
+    of_artifacts = {one.flow_run_id for one in _artifacts_of_server(client, subject_id)}
+    return found | {run for run in of_tasks | of_artifacts if run is not None}
+
+
+def _artifacts_of_server(client: "SyncPrefectClient", subject_id: str) -> list["Artifact"]:
+    """Return the artifacts of a subject, and the tables of retrainings that have a row for it."""
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+
+    keys = _keys(subject_id)
+    chosen = ArtifactFilter(key=ArtifactFilterKey(any_=[*keys, "retrain"]))
+    found = _pages(partial(client.read_artifacts, artifact_filter=chosen))
+    return [one for one in found if one.key in keys or f'"{subject_id}"' in str(one.data)]
+
+
+def _pages(read: Callable[..., Sequence[Any]]) -> Iterator[Any]:
+    """Ask a server for one page after the other."""
+    offset = 0
+    while page := read(offset=offset, limit=200):
+        yield from page
+        offset += len(page)
 
 
 def _names(run: "FlowRun", subject_id: str) -> bool:
@@ -168,16 +193,21 @@ def _names(run: "FlowRun", subject_id: str) -> bool:
 
 
 def _erase_on_server(subject_id: str) -> list[str]:
-    from uuid import UUID
-
     from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
-    runs = _runs_of_server(subject_id)
     with get_client(sync_client=True) as client:
+        runs = sorted(_runs_of_server(client, subject_id))
+        artifacts = {one.id for one in _artifacts_of_server(client, subject_id)}
+        for part in (runs[at : at + 200] for at in range(0, len(runs), 200)):
+            of_runs = FlowRunFilter(id=FlowRunFilterId(any_=part))
+            artifacts |= {one.id for one in _pages(partial(client.read_artifacts, flow_run_filter=of_runs))}
+        for artifact in artifacts:
+            client.delete_artifact(artifact)
         for run in runs:
-            client.delete_flow_run(UUID(run))
+            client.delete_flow_run(run)
     url = urlsplit(_server() or "")
     return [
-        f"events, logs and artifacts that Prefect at {url.hostname} keeps of deleted runs: they go with its retention, "
+        f"events and logs that Prefect at {url.hostname} keeps of deleted runs: they go with its retention, "
         "or where its database is, without PREFECT_API_URL: dreambooth forget"
     ]

@@ -38,9 +38,14 @@ from flows.graph import Graph, Stage
 from flows.project import PARAMS, choose_subjects, find_root
 from flows.promote import promote_one
 from flows.summary import export_hash
+from flows.turns import has_limit
 
 LOCAL, CLONE = "personalize/local", "personalize/clone"
 SKIPPED, LATE = "Skipped", "CaughtUp"
+UNLIMITED = (
+    "the server has no limit `gpu`: subjects that are trained at the same time share one GPU, or the cores; "
+    "once: prefect gcl create gpu --limit 1"
+)
 POLL = 3.0  # seconds between two questions to the server
 RESTARTS = 3  # of a run whose worker died, see flows/automations.py
 ABANDONED = 120.0  # seconds after which nobody has started a crashed run again
@@ -96,6 +101,8 @@ def retrain(
         return Completed(name=SKIPPED, message="skipped: unchanged")
     for one, reasons in stale.items():
         get_run_logger().info("%s: %s", one, ", ".join(reasons))
+    if len(stale) > 1 and not has_limit():
+        get_run_logger().warning("%s", UNLIMITED)
     revision = {"revision": clones.head_of(project)} if deployment == CLONE else {}
     if deployment == CLONE:
         _draw_classes(project, params, graph, stale, revision)

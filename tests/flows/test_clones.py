@@ -77,8 +77,8 @@ def deploy(environment: dict[str, str], folder: Path) -> None:
     prefect(environment, "deploy", "--name", "clone", "--prefect-file", "prefect.yaml", folder=folder)
 
 
-def retrain(environment: dict[str, str], **parameters: Any) -> str:
-    """Run the flow where `environment` has its checkout; return how it ended."""
+def retrain(environment: dict[str, str], told: str = "", **parameters: Any) -> str:
+    """Run the flow where `environment` has its checkout; return how it ended, having `told` something."""
     given = {"deployment": "personalize/clone", "promotion": "none", **parameters}
     program = "import json, sys; from counting_flows import retrain; "
     program += "state = retrain(**json.loads(sys.argv[1]), return_state=True); print(state.name, state.message)"
@@ -86,6 +86,7 @@ def retrain(environment: dict[str, str], **parameters: Any) -> str:
     home = environment["DREAMBOOTH_HOME"]
     done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert told in done.stderr
     return done.stdout.splitlines()[-1]
 
 
@@ -98,7 +99,7 @@ def test_two_workers_share_six_subjects_and_no_stage_runs_twice(
         worker(machines["one"], tmp_path / "one.log", "one", "clones", 3),
         worker(machines["two"], tmp_path / "two.log", "two", "clones", 3),
     ):
-        assert retrain(machines["one"]) == "Failed 1/6 subjects failed"
+        assert retrain(machines["one"], "prefect gcl create gpu --limit 1") == "Failed 1/6 subjects failed"
         executed = Counter(log.read_text().splitlines())
         whole = [f"{entry}@{one}" for one in SUBJECTS if one != BROKEN for entry in ENTRIES]
         wanted = {*whole, "prior@dog", "prior@cup", f"validate@{BROKEN}", f"train@{BROKEN}"}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from toy_project import REPOSITORY, await_true, make_toy_project, post, prefect, quiet, worker
 
 from dreambooth import versions
@@ -168,3 +169,25 @@ def test_forgetting_erases_what_events_approvals_and_retrainings_say_of_a_subjec
         assert set(told()) == set(places)
         assert prefectstore.erase("biscuit") == []
         assert told() == []
+
+
+@pytest.mark.fault(44)
+@pytest.mark.threat(23)
+def test_forgetting_erases_on_a_server_also_runs_of_all_subjects_and_their_artifacts(
+    site: tuple[Path, dict[str, str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last test of this site: nothing is left of its subject. `personalize/local` without a subject runs all."""
+    _, environment, api = site
+    run = start(environment, "personalize/local")
+    assert ended(api, run) == "Completed", state(api, run)
+    monkeypatch.setenv("PREFECT_API_URL", api)
+    with temporary_settings({PREFECT_API_URL: api}):
+        assert prefectstore.count("biscuit") > 0
+        assert [line.partition(" that")[0] for line in prefectstore.erase("biscuit")] == ["events and logs"]
+        assert prefectstore.count("biscuit") == 0
+    assert post(api, "flow_runs/filter", {"flow_runs": {"id": {"any_": [run]}}}) == []
+    artifacts, offset = [], 0
+    while page := post(api, "artifacts/filter", {"offset": offset}):
+        artifacts += page
+        offset += len(page)
+    assert [one["key"] for one in artifacts if "biscuit" in json.dumps(one)] == []
