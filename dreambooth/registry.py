@@ -55,7 +55,7 @@ LOCK_SECONDS = 3600.0
 SCORES = ("evaluation.json", "prompts.csv", "class_images.csv", "scores.csv")  # what the gate reads of an evaluation
 # What the shipped code of dreambooth imports to draw pictures; pinned to what the export was made with.
 SERVED_WITH = (
-    "accelerate", "diffusers", "mlflow", "numpy", "pandas", "peft", "pillow", "platformdirs", "pydantic",
+    "accelerate", "diffusers", "filelock", "mlflow", "numpy", "pandas", "peft", "pillow", "platformdirs", "pydantic",
     "ruamel.yaml", "safetensors", "scipy", "tokenizers", "torch", "tqdm",
     "transformers",
 )  # fmt: skip
