@@ -20,6 +20,7 @@ from dreambooth.versions import (
     CHAMPION,
     CONSENT_TAG,
     EVALUATION_TAG,
+    FINGERPRINT_TAG,
     REASON_TAG,
     VERDICT_TAG,
     check_files,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
-FINGERPRINT_TAG = "dreambooth.fingerprint"
 Rescore = Callable[[Params, str, Path, Path, str, Path], None]
 REMEDY = "nothing was changed, or what was begun is finished by the next call: dreambooth versions"
 

@@ -4,7 +4,6 @@ A version is made only after its files were uploaded, listed, compared with the 
 """
 
 import json
-import shutil
 import subprocess
 import time
 import warnings
@@ -25,6 +24,7 @@ from dreambooth.folders import (
     TornFolderError,
     content_hash,
     read_manifest,
+    require_space,
     scratch_folder,
     sha256_of,
     work_folder,
@@ -36,6 +36,7 @@ from dreambooth.versions import (
     CHALLENGER,
     CONSENT_TAG,
     EVALUATION_TAG,
+    FINGERPRINT_TAG,
     HASH_TAG,
     MODEL_TAG,
     RegisteredVersion,
@@ -226,7 +227,8 @@ def _upload(client: "MlflowClient", root: Path, model: "LoggedModel", export: Ex
     from dreambooth import serving
 
     if not export.is_pointed_to:
-        _require_space(root, export)
+        copies = 2 if database_file(tracking_uri(root)) else 1
+        require_space(scratch_folder(root), copies * export.size, f"registering {export.subject}")
     with work_folder(root, "upload", export.subject) as staging:
         source = export.folder
         if export.is_pointed_to:
@@ -243,16 +245,6 @@ def _upload(client: "MlflowClient", root: Path, model: "LoggedModel", export: Ex
                 pip_requirements=[f"{name}=={installed_version(name).partition('+')[0]}" for name in SERVED_WITH],
             )
         client.log_model_artifacts(model.model_id, f"{staging}/model")
-
-
-def _require_space(root: Path, export: Export) -> None:
-    copies = 2 if database_file(tracking_uri(root)) else 1
-    needed = copies * export.size
-    free = shutil.disk_usage(scratch_folder(root)).free
-    if free < needed:
-        raise RegistryError(
-            f"{scratch_folder(root)}: registering {export.subject} needs {needed} bytes, {free} are free; make room"
-        )
 
 
 def _faults(client: "MlflowClient", model: "LoggedModel", export: Export) -> list[str]:
@@ -319,7 +311,7 @@ def _version_tags(root: Path, model: "LoggedModel", export: Export, metrics: Map
         HASH_TAG: export.hash,
         MODEL_TAG: model.model_id,
         CONSENT_TAG: json.dumps(consent) if consent else None,
-        "dreambooth.fingerprint": export.manifest.get("model"),
+        FINGERPRINT_TAG: export.manifest.get("model"),
         "dreambooth.base": export.manifest.get("base"),
         "dreambooth.prior": _prior_key(root, training),
         "dreambooth.params": _params_hash(training),

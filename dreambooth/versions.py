@@ -27,6 +27,7 @@ EVALUATION_TAG = "dreambooth.evaluation"
 VERDICT_TAG = "dreambooth.verdict"
 REASON_TAG = "dreambooth.reason"
 CONSENT_TAG = "dreambooth.consent"
+FINGERPRINT_TAG = "dreambooth.fingerprint"
 
 
 @dataclass(frozen=True)

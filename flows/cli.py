@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from dreambooth.errors import MACHINE_FAULT, DreamboothError, PipelineError, machine_fault
 from dreambooth.redaction import redact
 from flows import commands
+from flows.console import err, out, say, shown
 from flows.project import PARAMS, choose_subjects, find_root
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-out, err = Console(), Console(stderr=True)
 SubjectId = Annotated[str, typer.Argument(metavar="ID", help="Subject in params.yaml, such as biscuit.")]
 SubjectIds = Annotated[list[str] | None, typer.Argument(metavar="ID", help="Subjects; all if none is named.")]
 
@@ -72,7 +71,7 @@ def add(
         err.print(f"warning: {remark}", style="yellow", markup=False, soft_wrap=True)
     if reason := track_photos(root, added.folder):
         err.print(f"warning: {reason}", style="yellow", markup=False, soft_wrap=True)
-    _say(f"{subject_id} is in {PARAMS}, class {added.class_id}. Next: dreambooth run {subject_id}")
+    say(f"{subject_id} is in {PARAMS}, class {added.class_id}. Next: dreambooth run {subject_id}")
 
 
 @app.command()
@@ -85,14 +84,14 @@ def check(
     from flows.tables import photos_table
 
     checked = checking.check(find_root(context.obj), what)
-    places = {name: _shown(path) for name, path in checked.thumbnails.items()}
+    places = {name: shown(path) for name, path in checked.thumbnails.items()}
     out.print(photos_table(checked.reports, checked.ignored, places))
     if checked.remark is not None:
         err.print(f"warning: {checked.remark}", style="yellow", markup=False, soft_wrap=True)
     if checked.refusal is not None:
         raise checked.refusal
     usable = sum(report.usable for report in checked.reports)
-    _say(f"{usable} of {len(checked.reports)} photos can be used. Next: {_next_of(checked.folder, what)}")
+    say(f"{usable} of {len(checked.reports)} photos can be used. Next: {_next_of(checked.folder, what)}")
 
 
 @app.command()
@@ -115,7 +114,7 @@ def run(
     graph = Graph.load(root).select(subjects)
     if not graph.stale and all(_is_registered(root, subject_id) for subject_id in subjects):
         _print_status(root, params, graph, subjects)
-        _say("Everything is up to date.")
+        say("Everything is up to date.")
         return
     from flows import personalize
 
@@ -125,7 +124,7 @@ def run(
         _print_outcome(root, params, subject_id, outcome)
     if outcome.failures:
         raise PipelineError("\n".join(outcome.failures))
-    _say(f'Next: dreambooth generate {subjects[0]} "a photo of {{}} in space"')
+    say(f'Next: dreambooth generate {subjects[0]} "a photo of {{}} in space"')
 
 
 @app.command()
@@ -166,7 +165,7 @@ def generate(
     }
     drawn = draw_registered(root, subject_id, complete, count, options, version, folder)
     for path in [*drawn.pictures, drawn.sheet]:
-        _say(_shown(path))
+        say(shown(path))
 
 
 @app.command()
@@ -188,7 +187,7 @@ def register(context: typer.Context, subject_id: SubjectId) -> None:
     root = find_root(context.obj)
     params = _params(root)
     params.subject(subject_id)
-    _say(_version(registry.register(root, subject_id, params.registry.max_logged_bytes)))
+    say(_version(registry.register(root, subject_id, params.registry.max_logged_bytes)))
 
 
 commands.add_to(app)
@@ -199,14 +198,14 @@ def _apply_presets(root: Path, presets: list[str]) -> None:
 
     changes = apply(root, presets)
     for change in changes:
-        _say(f"{PARAMS}: {change}")
+        say(f"{PARAMS}: {change}")
     if not changes:
-        _say(f"{PARAMS} says what {', '.join(presets)} says already")
+        say(f"{PARAMS} says what {', '.join(presets)} says already")
 
 
 def _next_of(folder: Path, what: str) -> str:
     is_subject = folder.parent.name == "subjects" and folder.name == what
-    return f"dreambooth run {what}" if is_subject else f"dreambooth add ID {_shown(folder)} --class-noun NOUN"
+    return f"dreambooth run {what}" if is_subject else f"dreambooth add ID {shown(folder)} --class-noun NOUN"
 
 
 def _params(root: Path) -> "Params":
@@ -252,7 +251,7 @@ def _print_outcome(root: Path, params: "Params", subject_id: str, outcome: "Outc
     more = [
         ("class images", prior or prior_line(root, one.class_id)),
         ("time", f"{sum(run.seconds for run in mine):.0f} s: {names}" if mine else "nothing had to run"),
-        ("report", _shown(one.report) if one.report else "none yet"),
+        ("report", shown(one.report) if one.report else "none yet"),
         ("version", version),
     ]
     out.print(subject_table(one, more), "")
@@ -260,15 +259,6 @@ def _print_outcome(root: Path, params: "Params", subject_id: str, outcome: "Outc
 
 def _version(found: "RegisteredVersion") -> str:
     return f"models:/{found.name}@challenger (v{found.version}{'' if found.created else ', as before'})"
-
-
-def _shown(path: Path) -> str:
-    """Shorten a path to what a person here would type."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def _say(text: str) -> None:
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -1,15 +1,14 @@
 """The commands beside the run: promote, versions, doctor, plan, sweep, forget and their like; nothing heavy here."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from dreambooth.errors import PipelineError
+from flows.console import out, say, shown
 from flows.project import PARAMS, find_root
 
-out = Console()
 WIDEST = 400  # letters of a table that no terminal may narrow
 SubjectId = Annotated[str, typer.Argument(metavar="ID", help="Subject, such as biscuit.")]
 Force = Annotated[str | None, typer.Option("--force", metavar="REASON", help="Overrule; the reason is recorded.")]
@@ -102,7 +101,7 @@ def plan(
     made = make_plan(root, params, graph, Lanes(gpus) if gpus else lanes_of(root, params, graph))
     out.print(plan_table(made))
     for line in made.in_words(price):
-        _say(line)
+        say(line)
 
 
 def sweep(
@@ -123,14 +122,14 @@ def sweep(
     params = load_params(root / PARAMS)
     for subject_id in subject_ids:
         params.subject(subject_id)
-    done = sweeping.sweep(root, params, list(dict.fromkeys(subject_ids)), settings or [], name, _say)
+    done = sweeping.sweep(root, params, list(dict.fromkeys(subject_ids)), settings or [], name, say)
     table = sweep_table(done.results)
     wide = out.measure(table, options=out.options.update(max_width=WIDEST)).maximum
     Console(width=max(out.width, wide)).print(table)  # nothing of it is cut
     for path in done.files:
-        _say(_shown(path))
+        say(shown(path))
     for line in done.in_words(params.gate.first_prompt_drop):
-        _say(line)
+        say(line)
     if done.failures:
         raise PipelineError("\n".join(done.failures))
 
@@ -145,7 +144,7 @@ def automations(
     from flows.automations import apply
 
     for name in apply(webhook):
-        _say(name)
+        say(name)
 
 
 def forget(
@@ -161,12 +160,12 @@ def forget(
     found = inventory(root, subject_id)
     out.print(inventory_table(found.places))
     if not yes:
-        _say(f"Nothing was erased. To erase all of it, for good: dreambooth forget {subject_id} --yes")
+        say(f"Nothing was erased. To erase all of it, for good: dreambooth forget {subject_id} --yes")
         return
     receipt = erase(root, found)
     for line in found.out_of_reach:
-        _say(f"not reached: {line}")
-    _say(f"Erased. Receipt, without personal data: {_shown(receipt)}")
+        say(f"not reached: {line}")
+    say(f"Erased. Receipt, without personal data: {shown(receipt)}")
 
 
 def _say_promotion(done: "object") -> None:
@@ -174,12 +173,4 @@ def _say_promotion(done: "object") -> None:
 
     assert isinstance(done, Promotion)
     before = f"version {done.before}" if done.before else "none"
-    _say(f"models:/{done.name}@champion is version {done.champion} (before: {before}); {done.reason}")
-
-
-def _shown(path: Path) -> str:
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def _say(text: str) -> None:
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    say(f"models:/{done.name}@champion is version {done.champion} (before: {before}); {done.reason}")

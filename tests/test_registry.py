@@ -22,7 +22,7 @@ from dreambooth import tracking
 from dreambooth import versions as registered
 from dreambooth.aliases import history, move, read_log
 from dreambooth.errors import RegistryError, SubjectError
-from dreambooth.folders import TornFolderError, new_folder
+from dreambooth.folders import DiskFullError, TornFolderError, new_folder
 from dreambooth.images import read_provenance
 from dreambooth.registry import register
 from dreambooth.versions import RegisteredVersion, find, load
@@ -303,7 +303,7 @@ def test_a_large_export_stays_in_dvc_and_is_served_from_there(root: Path, tiny_m
 @pytest.mark.fault(20)
 def test_a_full_disk_is_seen_before_the_copy(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(RegistryError, match=r"needs \d+ bytes, 1 are free"):
+    with pytest.raises(DiskFullError, match=r"registering biscuit needs [\d,]+ bytes, 1 are free; make room"):
         register(root, BISCUIT)
 
 
