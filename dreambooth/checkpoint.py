@@ -110,10 +110,10 @@ class Checkpoints:
         """
         self.finish()
         self._require_space(state)
-        if state.size + _SPARE > free_memory():
+        if state.size + _SPARE > (free := free_memory()):
             self._say(
                 f"the training stands still for a checkpoint: a copy of {state.size / 1e9:.1f} GB to write beside it "
-                f"does not fit into {free_memory() / 1e9:.1f} GB of free memory"
+                f"does not fit into {free / 1e9:.1f} GB of free memory"
             )
             self._write(state, score)
         else:

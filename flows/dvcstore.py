@@ -115,12 +115,14 @@ def remotes(root: Path) -> dict[str, str | None]:
 
 
 def being_written(root: Path) -> dict[Path, int]:
-    """Return the files and folders that stages write now, each with the process; one that was killed left its name."""
+    """Return the files and folders that stages write now, each with the process; one that was killed left its name.
+
+    Raises:
+        json.JSONDecodeError: DVC's notes were torn by a crash; it says itself what to do about it.
+    """
     file = root / ".dvc" / "tmp" / "rwlock"
-    try:
-        held = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):  # no stage ran yet; torn by a crash, DVC says what to do about it
-        return {}
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    held = json.loads(text) if text.strip() else {}
     return {Path(path): int(who["pid"]) for path, who in held.get("write", {}).items()}
 
 

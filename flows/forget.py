@@ -163,8 +163,13 @@ def _in_scratch(root: Path, subject_id: str, patterns: Sequence[str]) -> Iterato
 
 def _refuse_beside_stages(root: Path, subject_id: str) -> None:
     """Refuse while DVC writes what a stage of the subject makes; one that died left its name and no process."""
-    for written, pid in being_written(root).items():
-        if subject_id in written.relative_to(root).parts[:3] and psutil.pid_exists(pid):
+    try:
+        written_by = being_written(root)
+    except json.JSONDecodeError:  # by a crash: who wrote is unknown, and gone
+        return
+    for written, pid in written_by.items():
+        inside = written.parts[len(root.parts) :] if written.is_relative_to(root) else ()
+        if subject_id in inside[:3] and psutil.pid_exists(pid):
             raise AlreadyRunningError(f"{written} is being computed: pid {pid}; wait for it, or stop it")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from dreambooth.errors import PipelineError, SubjectError
 from dreambooth.params import load_params
+from flows.dvcstore import being_written
 from flows.project import PARAMS
 
 PRIOR = "prior"
@@ -84,7 +85,7 @@ class Graph:
             with _no_collection(), Repo(str(root), _wait_for_lock=True) as repo, lock_repo(repo):
                 graph = repo.index.graph
                 upstream = {_address(node): [_address(above) for above in graph.successors(node)] for node in graph}
-                status = _of_dvc if _is_writing(repo) else _Comparison()
+                status = _of_dvc if _is_writing(root) else _Comparison()
                 reasons = {_address(node): _reasons(node, root, allow_missing, status) for node in graph}
                 sizes = {_address(node): sum(out.meta.size or 0 for out in node.outs) for node in graph}
         return cls.of(upstream, reasons, sizes)
@@ -255,12 +256,10 @@ def _look_up(content: Any, path: str) -> Any:
     return content
 
 
-def _is_writing(repo: Any) -> bool:
+def _is_writing(root: Path) -> bool:
     """Tell whether some process writes to files of a stage now, or died doing so; we hold the lock of the whole."""
-    file = Path(repo.tmp_dir) / "rwlock"
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
     try:
-        return bool(text.strip()) and bool(json.loads(text).get("write"))
+        return bool(being_written(root))
     except json.JSONDecodeError:
         return True  # DVC says what to do about it
 
