@@ -1,8 +1,11 @@
 """Measure `validate`: 10 photos of 12 megapixels, and 250, 500, 1,000 photos of one: seconds and peak memory.
 
-`python -m benchmarks.validate`; photos are made in a process of their own, so that the peak is that of `validate`.
+    python -m benchmarks.validate [COUNT WIDTH HEIGHT]
+
+Photos are made in a process of their own, so that the peak is that of `validate`.
 """
 
+import argparse
 import resource
 import subprocess
 import sys
@@ -51,20 +54,30 @@ def measure(root: Path, count: int, size: tuple[int, int]) -> None:
 
 
 def main() -> None:
-    """Run every case, or the one of the command line: COUNT WIDTH HEIGHT."""
-    given = [int(word) for word in sys.argv[2:5]]
-    if len(sys.argv) > 5:  # the two halves of a case, each in its own process
-        root, count, size = Path(sys.argv[5]), given[0], (given[1], given[2])
-        if sys.argv[1] == "make":
-            make_photos(root / "data/subjects" / SUBJECT, count, size)
-        else:
-            measure(root, count, size)
+    """Run every case, or the one of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", nargs="*", type=int, metavar="N", help="COUNT WIDTH HEIGHT of one case; else all")
+    parser.add_argument("--half", choices=("make", "measure"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if len(given.case) not in (0, 3):
+        parser.error("a case is three numbers: COUNT WIDTH HEIGHT")
+    if given.half:  # each half of a case is a process of its own
+        count, *size = given.case
+        _run_half(given.half, given.folder, count, (size[0], size[1]))
         return
-    wanted = sys.argv[1:]
-    for case in [wanted] if wanted else [[str(count), str(size[0]), str(size[1])] for count, size in CASES]:
+    for case in [given.case] if given.case else [[count, *size] for count, size in CASES]:
         with tempfile.TemporaryDirectory() as place:
             for half in ("make", "measure"):
-                subprocess.run([sys.executable, "-m", "benchmarks.validate", half, *case, place], check=True)
+                command = [sys.executable, "-m", "benchmarks.validate", *map(str, case), "--half", half]
+                subprocess.run([*command, "--folder", place], check=True)
+
+
+def _run_half(half: str, root: Path, count: int, size: tuple[int, int]) -> None:
+    if half == "make":
+        make_photos(root / "data/subjects" / SUBJECT, count, size)
+    else:
+        measure(root, count, size)
 
 
 if __name__ == "__main__":

@@ -174,8 +174,15 @@ def load_model(
         load_trained(model, Path(trained))
     for name in family.weighted:
         module = getattr(model, name).requires_grad_(False).eval()
-        module.to(place, **({} if name in family.encoders else {"memory_format": torch.channels_last}))
+        module.to(place, memory_format=_memory_format(name, place, family))
     return model
+
+
+def _memory_format(part: str, device: torch.device, family: Family) -> torch.memory_format:
+    """Return the order of a part's weights in memory that it computes fastest with: docs/log.md, 2026-11-29."""
+    if part in family.encoders or (part == "unet" and device.type == "cpu"):
+        return torch.preserve_format
+    return torch.channels_last
 
 
 def load_trained(model: Model, trained: Path) -> None:

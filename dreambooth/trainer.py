@@ -118,8 +118,7 @@ def prepare(model: Model, samples: Sequence[Sample], settings: Train) -> Trainer
 def _leave_file(weights: Sequence[Tensor]) -> None:
     """Copy weights out of the file that they are mapped from, on the CPU: each would be copied by its first update.
 
-    As long as one of them is a view of the mapped file, all of it counts as memory of this process, also what was put
-    into another order (`channels_last`): 2.5 GB of SD1.5.
+    As long as one of them is a view of the mapped file, all of it counts as memory of this process: 2.5 GB of SD1.5.
     """
     for weight in weights:
         if weight.device.type == "cpu":
@@ -236,7 +235,7 @@ def row_losses(trainer: Trainer, batch: Batch, modules: Mapping[str, torch.nn.Mo
     device = trainer.accelerator.device
     latents, noise = batch.latents.to(device), batch.noise.to(device)
     alpha_bar = trainer.alphas_cumprod[batch.timesteps].to(device)
-    noisy_latents = loss.add_noise(latents, noise, alpha_bar).contiguous(memory_format=torch.channels_last)
+    noisy_latents = loss.add_noise(latents, noise, alpha_bar)
     text = trainer.text.encode(batch.prompts, [modules[name] for name in trainer.model.encoders])
     model_pred = modules["unet"](noisy_latents, batch.timesteps.to(device), **condition(text, batch.sizes)).sample
     target = loss.prediction_target(trainer.prediction_type, latents, noise, alpha_bar)
