@@ -187,13 +187,6 @@ def lite0_pooled(images: Sequence[Image.Image], batch_size: int = 16) -> Lite0Po
     return Lite0Pooled(torch.cat(gems), torch.cat(regions))
 
 
-def lite0_features(pixels: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Run EfficientNet-Lite0 up to its last feature map: (B, 1280, ceil(H / 32), ceil(W / 32)) in [0, 6]."""
-    for features in lite0_maps(pixels, weights):
-        last = features
-    return last
-
-
 def lite0_maps(pixels: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
     """Run EfficientNet-Lite0 and give its maps: the stem, the 16 blocks, the head.
 

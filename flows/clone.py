@@ -19,7 +19,7 @@ from dreambooth.params import Params, load_params
 from flows import clones
 from flows.dvcrun import DvcRunner
 from flows.graph import Graph
-from flows.personalize import AT_ONCE, Futures, carry_out, publish
+from flows.personalize import TASKS_AT_ONCE, Futures, carry_out, publish
 from flows.project import PARAMS, choose_subjects, find_root
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def hand_back(clone: Path, stages: Collection[str], run_id: str) -> "str | State
         return Failed(message=f"{error.code}: {error}")
 
 
-@flow(name="personalize", task_runner=ThreadPoolTaskRunner(max_workers=AT_ONCE), persist_result=False)  # type: ignore[arg-type]
+@flow(name="personalize", task_runner=ThreadPoolTaskRunner(max_workers=TASKS_AT_ONCE), persist_result=False)  # type: ignore[arg-type]
 def personalize(
     subject: str | list[str] | None = None,
     classes: list[str] | None = None,

@@ -13,7 +13,7 @@ from dreambooth.folders import read_text
 from dreambooth.params import Params
 from dreambooth.prompts import PLACEHOLDER, fill
 
-AT_ONCE = 64  # pictures of one call, the limit of the model
+PICTURES_PER_CALL = 64  # pictures of one call, the limit of the model
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def slugs(prompts: Sequence[str]) -> list[str]:
 def _predict(model: Any, prompt: str, count: int, options: dict[str, Any]) -> list[bytes]:
     pictures: list[bytes] = []
     while len(pictures) < count:
-        part = min(AT_ONCE, count - len(pictures))
+        part = min(PICTURES_PER_CALL, count - len(pictures))
         now = {**options, "seed": options["seed"] + len(pictures)}
         pictures += model.predict({"prompt": [prompt] * part}, params=now)
     return pictures

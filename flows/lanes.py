@@ -16,7 +16,7 @@ from dreambooth.memory import free_memory
 from dreambooth.params import Params
 from flows.graph import GPU_ENTRIES, Graph
 
-AT_ONCE = "DREAMBOOTH_AT_ONCE"
+VARIABLE = "DREAMBOOTH_AT_ONCE"
 MOST = 16  # lanes of one run
 DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of NVIDIA, of WSL, of AMD
 BYTES_OF_LIBRARIES = 1_500_000_000
@@ -62,11 +62,11 @@ def has_gpu() -> bool:
 
 
 def _wanted() -> int | None:
-    given = os.environ.get(AT_ONCE)
+    given = os.environ.get(VARIABLE)
     if given is None:
         return None
     if not given.isdecimal() or int(given) < 1:
-        raise PipelineError(f"{AT_ONCE}: is {given!r}, should be a number from 1: how many stages compute at a time")
+        raise PipelineError(f"{VARIABLE}: is {given!r}, should be a number from 1: how many stages compute at a time")
     return int(given)
 
 

@@ -30,7 +30,7 @@ from flows.turns import Turn, gpu, has_limit
 if TYPE_CHECKING:
     from dreambooth.versions import RegisteredVersion
 
-AT_ONCE = 4 * MOST  # tasks that wait or run: Prefect's wait for those above them in their thread, four of a subject
+TASKS_AT_ONCE = 4 * MOST  # they wait or run: Prefect's wait for those above them in their thread, four of a subject
 OTHERS_AT_ONCE = 8  # stages beside GPU_ENTRIES: they copy and look at files
 Futures = dict[str, PrefectFuture[Any]]
 _registering = threading.Lock()  # the first one migrates MLflow's database, and two at once would crash
@@ -71,7 +71,7 @@ def register(subject_id: str, root: Path, max_logged_bytes: int | None = None) -
     return version
 
 
-@flow(name="personalize", task_runner=ThreadPoolTaskRunner(max_workers=AT_ONCE), persist_result=False)  # type: ignore[arg-type]
+@flow(name="personalize", task_runner=ThreadPoolTaskRunner(max_workers=TASKS_AT_ONCE), persist_result=False)  # type: ignore[arg-type]
 def personalize(subject: str | list[str] | None = None, root: str | None = None) -> Any:
     """Run what is out of date for one, several or all subjects; one that fails does not stop the others.
 

@@ -22,7 +22,7 @@ from prefect.types.entrypoint import EntrypointType
 
 from flows.project import find_root
 
-AT_ONCE = 4  # flow runs: a retraining waits for those of its subjects
+FLOW_RUNS_AT_ONCE = 4  # flow runs: a retraining waits for those of its subjects
 
 
 def deployments(root: Path) -> list[RunnerDeployment]:
@@ -65,7 +65,7 @@ def main() -> None:
     """Serve until it is stopped."""
     root = find_root()
     os.environ["DREAMBOOTH_HOME"] = str(root)
-    serve(*deployments(root), limit=AT_ONCE)
+    serve(*deployments(root), limit=FLOW_RUNS_AT_ONCE)
 
 
 if __name__ == "__main__":

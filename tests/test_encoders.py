@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from dreambooth import encoders
-from dreambooth.encoders import ImageEncoder, Lite0Encoder, gem, lite0_features, lite0_pixels, load_lite0, pad_same
+from dreambooth.encoders import ImageEncoder, Lite0Encoder, gem, lite0_maps, lite0_pixels, load_lite0, pad_same
 from dreambooth.errors import ModelError
 
 
@@ -117,7 +117,7 @@ def test_pictures_are_resized_whole_by_the_bicubic_filter():
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 64), (64, 96)])
 def test_feature_map_has_a_32nd_of_the_side_and_stays_in_range(height, width):
     pixels = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    features = lite0_features(pixels, load_lite0()[0])
+    *_, features = lite0_maps(pixels, load_lite0()[0])
     assert features.shape == (2, 1280, -(-height // 32), -(-width // 32))
     assert features.min() >= 0
     assert features.max() <= 6

@@ -27,7 +27,7 @@ def params(project: Path) -> Params:
 
 @pytest.fixture(autouse=True)
 def _eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(lanes.AT_ONCE, raising=False)
+    monkeypatch.delenv(lanes.VARIABLE, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(lanes, "_cores", lambda: 8)
 
@@ -75,10 +75,10 @@ def test_a_gpu_is_for_one_at_a_time(
 
 def test_the_user_has_the_last_word(project: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lanes, "_cores", lambda: 1)
-    monkeypatch.setenv(lanes.AT_ONCE, "2")
+    monkeypatch.setenv(lanes.VARIABLE, "2")
     assert lanes_of(project, params, graph("prior@dog")) == Lanes(2, {"train": 1})
-    monkeypatch.setenv(lanes.AT_ONCE, "1")
+    monkeypatch.setenv(lanes.VARIABLE, "1")
     assert lanes_of(project, params, graph("prior@dog")) == Lanes()
-    monkeypatch.setenv(lanes.AT_ONCE, "all")
+    monkeypatch.setenv(lanes.VARIABLE, "all")
     with pytest.raises(PipelineError, match=r"^DREAMBOOTH_AT_ONCE: is 'all', should be a number from 1"):
         lanes_of(project, params, graph("prior@dog"))
