@@ -1,6 +1,5 @@
 """dvc.yaml, params.yaml and stages/ say the same: what is declared is what is read and written."""
 
-import ast
 import json
 import os
 import re
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from imports import import_closure
 from tiny_project import REPOSITORY, make_project, tiny_values
 
 from dreambooth.params import ID_PATTERN, Section, load_params, parse_params
@@ -69,30 +69,10 @@ def test_folders_are_declared_as_the_stage_names_them(stage: str) -> None:
     assert outputs == set(module.OUTPUTS)
 
 
-def imports_of(path: Path) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-    files = {name.replace(".", "/") + ".py" for name in names if name.split(".")[0] in ("dreambooth", "stages")}
-    return {file for file in files if (REPOSITORY / file).is_file()}
-
-
-def import_closure(file: str) -> set[str]:
-    found, todo = {file}, [file]
-    while todo:
-        new = imports_of(REPOSITORY / todo.pop()) - found - WITHOUT_EFFECT
-        found |= new
-        todo += new
-    return found
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_module_that_can_change_the_output_is_a_dependency_and_no_other(stage: str) -> None:
     modules = {dep for dep in declared(stage)["deps"] if dep.endswith(".py")}
-    assert modules == import_closure(f"stages/{stage}.py")
+    assert modules == import_closure(f"stages/{stage}.py", ("dreambooth", "stages"), WITHOUT_EFFECT)
 
 
 def read_keys(stage: str, root: Path, subject: str) -> set[str]:

@@ -32,16 +32,6 @@ BISCUIT = "biscuit"
 CALL = {"prompt": "a photo of sks dog"}
 
 
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated database without experiments: the first migration takes seconds."""
-    from mlflow.tracking import MlflowClient
-
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
 def root(tmp_path: Path, empty_database: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project with one export, and a path that has to be quoted, far from the current folder."""

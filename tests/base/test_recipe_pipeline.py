@@ -1,6 +1,5 @@
 """base/dvc.yaml: what it declares is what the modules import, and it runs from icon packages to a model card."""
 
-import ast
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from imports import import_closure
 from toy_recipe import FURTHER, pack_further_hand, pack_hands, toy
 
 from base import recipe, sprites
@@ -30,26 +30,6 @@ def declared() -> dict[str, Any]:
     return stages
 
 
-def imports_of(path: Path) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-    files = {name.replace(".", "/") + ".py" for name in names if name.split(".")[0] in ("base", "dreambooth")}
-    return {file for file in files if (REPOSITORY / file).is_file()}
-
-
-def import_closure(file: str) -> set[str]:
-    found, todo = {file}, [file]
-    while todo:
-        new = imports_of(REPOSITORY / todo.pop()) - found - WITHOUT_EFFECT
-        found |= new
-        todo += new
-    return found
-
-
 def test_stages_stand_in_their_order_each_a_module_of_the_same_name() -> None:
     assert tuple(declared()) == STAGES
     for stage, entry in declared().items():
@@ -60,7 +40,7 @@ def test_stages_stand_in_their_order_each_a_module_of_the_same_name() -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_module_that_can_change_the_output_is_a_dependency_and_no_other(stage: str) -> None:
     modules = {dep for dep in declared()[stage]["deps"] if dep.endswith(".py")}
-    assert modules == import_closure(f"base/{stage}.py")
+    assert modules == import_closure(f"base/{stage}.py", ("base", "dreambooth"), WITHOUT_EFFECT)
 
 
 @pytest.mark.parametrize("stage", STAGES)
