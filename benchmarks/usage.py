@@ -2,10 +2,13 @@
 
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +40,17 @@ class Usage:
 
 
 NOTHING = Usage(0, 0, 0)
+# Linux counts what a process was before its exec as its memory: a benchmark with torch in it would lend its own to
+# each command. So a small process starts it, waits, and tells: CPU seconds, most memory.
+_WAITER = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[2:])
+_, status, used = os.wait4(process.pid, 0)
+with open(int(sys.argv[1]), "w") as report:
+    report.write(f"{used.ru_utime + used.ru_stime} {used.ru_maxrss}")
+code = os.waitstatus_to_exitcode(status)
+sys.exit(code if code >= 0 else 128 - code)
+"""
 
 
 def run(command: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path) -> Usage:
@@ -51,22 +65,29 @@ def run(command: Sequence[str], folder: Path, environment: Mapping[str, str], lo
     Raises:
         CommandError: it did not exit with 0.
     """
-    with log.open("ab") as out:
+    receiver, sender = os.pipe()
+    with log.open("ab") as out, os.fdopen(receiver, encoding="ascii") as report:
         began = time.perf_counter()
-        process = subprocess.Popen(command, cwd=folder, env=dict(environment), stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _WAITER, str(sender), *command],
+            cwd=folder, env=dict(environment), stdout=out, stderr=subprocess.STDOUT, pass_fds=[sender],
+            start_new_session=True,
+        )  # fmt: skip
+        os.close(sender)
         try:
             with _GpuWatch() as watch:
-                _, status, used = os.wait4(process.pid, 0)
+                process.wait()
         except BaseException:  # who stops the benchmark stops what it measures, else the next one runs beside it
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             raise
         wall = time.perf_counter() - began
-    process.returncode = os.waitstatus_to_exitcode(status)
+        cpu, memory = map(float, report.read().split())
     if process.returncode:
         last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise CommandError(f"{' '.join(command[:4])} ... exited with {process.returncode}:\n{last}")
-    return Usage(wall, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / MEGABYTE, watch.peak)
+    return Usage(wall, cpu, memory * 1024 / MEGABYTE, watch.peak)
 
 
 class _GpuWatch:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -167,7 +168,8 @@ def test_who_stops_the_benchmark_stops_what_it_measures(tmp_path: Path) -> None:
         time.sleep(0.1)
     process.terminate()
     process.wait(30)
-    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+    with suppress(psutil.NoSuchProcess):  # its starter is gone too, so that another one has to bury it
+        assert psutil.Process(int((tmp_path / "pid").read_text())).wait(10) is None
 
 
 def test_a_command_that_fails_shows_its_last_lines(tmp_path: Path) -> None:
@@ -178,6 +180,18 @@ def test_a_command_that_fails_shows_its_last_lines(tmp_path: Path) -> None:
             os.environ,
             tmp_path / "log",
         )
+
+
+def test_the_memory_of_a_command_is_its_own_whatever_its_starter_holds(tmp_path: Path) -> None:
+    program = (
+        "import os, sys; from benchmarks.usage import run; from pathlib import Path\nmuch = b'x' * 300_000_000\n"
+        "print(run([sys.executable, '-c', 'pass'], Path('.'), os.environ, Path('log')).memory)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    told = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, check=True
+    )
+    assert 1 < float(told.stdout) < 50
 
 
 def test_the_cost_of_a_command_is_that_of_its_process(tmp_path: Path) -> None:
