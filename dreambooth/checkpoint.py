@@ -148,10 +148,7 @@ class Checkpoints:
                 self._point_to(path, read_manifest(path, verify=False))  # had a stop come between the two
                 return state
             except TornFolderError as error:
-                aside = path.with_name(f"{_TORN}{path.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
-                self._say(f"warning: a torn checkpoint was put aside: {error}")
+                self._put_aside(path, error)
         return None
 
     def load(self, path: Path) -> State:
@@ -179,18 +176,29 @@ class Checkpoints:
         )
 
     def best(self) -> State | None:
-        """Return the best state, None when none was marked.
-
-        Raises:
-            TornFolderError: it is not whole any more.
-        """
+        """Return the best state; None when none was marked, or when it is torn: then it is put aside and named."""
         pointer = self._pointer()
-        return self.load(self.folder / pointer["checkpoint"]) if pointer else None
+        if not pointer:
+            return None
+        path = self.folder / pointer["checkpoint"]
+        try:
+            return self.load(path)
+        except TornFolderError as error:
+            self._put_aside(path, error)
+            return None
 
     def remove(self) -> None:
         """Remove all of them: the training is done."""
         self.finish()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _put_aside(self, path: Path, error: TornFolderError) -> None:
+        """Rename a torn checkpoint, so that nobody takes it for one, and name it."""
+        if path.is_dir():
+            aside = path.with_name(f"{_TORN}{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        self._say(f"warning: a torn checkpoint was put aside: {error}")
 
     def _continue_with(self, state: State) -> State:
         self._say(f"continues after step {state.step}")

@@ -38,14 +38,15 @@ from dreambooth.versions import (
     EVALUATION_TAG,
     FINGERPRINT_TAG,
     HASH_TAG,
+    MD5_TAG,
     MODEL_TAG,
     RegisteredVersion,
     downloaded,
     explained,
     listing,
     load_folder,
+    recorded_md5,
 )
-from dreambooth.yaml12 import YamlError, load_yaml
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
@@ -108,9 +109,11 @@ def register(root: Path, subject_id: str, max_logged_bytes: int | None = None) -
             _upload(client, root, model, export)
             _verify(client, root, model, export)
         registered = version or _only_one(client, export, _new_version(client, root, model, export))
+        if export.md5 and registered.tags.get(MD5_TAG) != export.md5:  # the same files, made anew
+            client.set_model_version_tag(subject_id, registered.version, MD5_TAG, export.md5)
         _add_evaluation(client, root, registered, export)
         _challenge(client, subject_id, int(registered.version))
-    return RegisteredVersion(subject_id, int(registered.version), version is None, export.hash)
+    return RegisteredVersion(subject_id, int(registered.version), version is None, export.hash, export.md5)
 
 
 @contextmanager
@@ -145,19 +148,9 @@ def _read_export(root: Path, subject_id: str, max_logged_bytes: int | None) -> E
         hash=content_hash(folder),
         manifest=manifest,
         generation=generation,
-        md5=_md5_of(root, f"export/{subject_id}"),
+        md5=recorded_md5(root, f"export/{subject_id}"),
         is_pointed_to=max_logged_bytes is not None and size > max_logged_bytes,
     )
-
-
-def _md5_of(root: Path, path: str) -> str | None:
-    """Return the md5 that dvc.lock has of an output; None without one."""
-    try:
-        stages = load_yaml((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
-    except (OSError, YamlError, KeyError, TypeError):
-        return None
-    found = (out.get("md5") for stage in stages.values() for out in stage.get("outs", ()) if out.get("path") == path)
-    return next(found, None)
 
 
 def _version_with(client: "MlflowClient", export: Export) -> "tuple[ModelVersion, LoggedModel] | None":
@@ -177,7 +170,8 @@ def _made_of(client: "MlflowClient", export: Export) -> "list[ModelVersion]":
 
 def _only_one(client: "MlflowClient", export: Export, made: "ModelVersion") -> "ModelVersion":
     """Keep the oldest of the versions that several machines made of the same bytes at once: each sees those before."""
-    first = next((one for one in _made_of(client, export) if one.status == "READY"), made)
+    found = _version_with(client, export)  # one whose files somebody deleted for good is not kept for this one
+    first = found[0] if found else made
     if int(first.version) < int(made.version):
         client.delete_model_version(export.subject, made.version)
         return first
@@ -321,7 +315,7 @@ def _version_tags(root: Path, model: "LoggedModel", export: Export, metrics: Map
         "dreambooth.size": export.size,
         "dreambooth.version": __version__,
         "dvc.path": f"export/{export.subject}",
-        "dvc.md5": export.md5,
+        MD5_TAG: export.md5,
         "git.commit": _git_commit(root),
     }
     values = {f"metric.{name}": f"{value:.6g}" for name, value in metrics.items()}

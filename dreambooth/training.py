@@ -191,7 +191,7 @@ def _stop(stop: StopRequest, done: int, steps: int, checkpoints: Checkpoints | N
 
 
 def _restore_best(trainer: Trainer, checkpoints: Checkpoints) -> None:
-    """Put the weights of the best evaluation back."""
+    """Put the weights of the best evaluation back; the last ones stay where its checkpoint is torn."""
     best = checkpoints.best()
     if best is not None:
         restore_weights(trainer.trained, best.weights)

@@ -14,6 +14,7 @@ from dreambooth.folders import MANIFEST, TornFolderError, content_hash, sha256_o
 from dreambooth.params import check_id
 from dreambooth.pointer import POINTER, resolve
 from dreambooth.tracking import connect, database_file, explain, hide_password, tracking_uri
+from dreambooth.yaml12 import YamlError, load_yaml
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -28,6 +29,7 @@ VERDICT_TAG = "dreambooth.verdict"
 REASON_TAG = "dreambooth.reason"
 CONSENT_TAG = "dreambooth.consent"
 FINGERPRINT_TAG = "dreambooth.fingerprint"
+MD5_TAG = "dvc.md5"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class RegisteredVersion:
     """False when it was there before."""
     export_hash: str
     """Content of export/<id> that it was made from."""
+    md5: str | None = None
+    """Of that folder in dvc.lock."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,18 @@ def find(root: Path, subject_id: str, version: int | None = None, alias: str | N
         found = find_version(client_of(root), check_id(subject_id), version, alias)
     if found is None:
         return None
-    return RegisteredVersion(subject_id, int(found.version), False, found.tags.get(HASH_TAG, ""))
+    tags = found.tags
+    return RegisteredVersion(subject_id, int(found.version), False, tags.get(HASH_TAG, ""), tags.get(MD5_TAG))
+
+
+def recorded_md5(root: Path, path: str) -> str | None:
+    """Return the md5 that dvc.lock has of an output; None without one."""
+    try:
+        stages = load_yaml((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+    except (OSError, YamlError, KeyError, TypeError):
+        return None
+    found = (out.get("md5") for stage in stages.values() for out in stage.get("outs", ()) if out.get("path") == path)
+    return next(found, None)
 
 
 def is_there(root: Path) -> bool:

@@ -72,6 +72,20 @@ def test_the_best_one_is_kept_until_a_better_one_comes(tmp_path: Path) -> None:
     assert names(tmp_path) == ["best.json", "step-0000005", "step-0000006"]
 
 
+def test_a_torn_best_checkpoint_is_put_aside_and_the_last_weights_stay(tmp_path: Path) -> None:
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path, say=said.append)
+    for step, score in ((1, 0.5), (2, None), (3, None)):
+        checkpoints.save(state(step), score)
+    weights = tmp_path / "step-0000001/weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert checkpoints.best() is None
+    assert checkpoints.best() is None  # a second time too
+    assert "weights.safetensors" in said[0]
+    assert "torn-step-0000001" in names(tmp_path)
+
+
+
 def test_the_pointer_is_written_again_if_a_stop_came_before_it(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state(1), 0.5)

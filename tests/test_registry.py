@@ -186,6 +186,18 @@ def test_a_version_whose_files_are_gone_gets_them_back(root: Path) -> None:
     load(root, BISCUIT)
 
 
+def test_a_version_whose_files_were_deleted_for_good_gives_way_to_a_new_one(root: Path) -> None:
+    client = tracking.connect(root)[0]
+    register(root, BISCUIT)
+    client.delete_logged_model(versions(root)[0].tags["dreambooth.model_id"])
+    again = register(root, BISCUIT)
+    assert (again.version, again.created) == (2, True)
+    assert load(root, BISCUIT).predict(CALL, params={"seed": 1})
+    assert register(root, BISCUIT).version == 2
+    assert [version.version for version in versions(root)] == [1, 2]
+
+
+
 def test_files_that_were_changed_in_the_store_are_not_loaded(root: Path) -> None:
     register(root, BISCUIT)
     content = bytearray(stored_unet(root).read_bytes())

@@ -68,6 +68,15 @@ def test_a_registered_subject_is_stale_when_its_champion_is_old_and_files_elsewh
 
 
 @pytest.mark.slow
+def test_what_a_clone_made_and_could_not_register_is_stale(registered: Path, tiny_model_folder: Path) -> None:
+    """Its dvc.lock comes home, its export does not."""
+    write_export(registered, tiny_model_folder, "2" * 64, "rex")
+    dvc(registered, "commit", "--force", "--quiet")
+    shutil.rmtree(registered / "export")
+    assert stale(registered, files=False) == {"rex": ("the export is not registered",)}
+
+
+@pytest.mark.slow
 @pytest.mark.fault(37)
 def test_an_unchanged_project_is_skipped_without_torch(
     registered: Path, prefect_home: Path, prefect_server: str
