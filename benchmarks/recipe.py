@@ -24,6 +24,7 @@ AS_THE_REFERENCE: dict[str, Any] = {
     "max_grad_norm": 1.0, "text_encoder_learning_rate": None, "lr_scheduler": "constant", "lr_warmup_steps": 0,
     "snr_gamma": None, "huber_c": None, "noise_offset": 0.0, "random_flip": False, "random_crops": 0, "ema_decay": None,
     "early_stopping_patience": None, "load_best_model_at_end": False, "gradient_checkpointing": False,
+    "allow_tf32": False, "aspect_buckets": False, "num_processes": 1,
 }  # fmt: skip
 Variant = Literal["cold", "warm", "short", "checkpoint"]
 """Class images to draw; class images there; the same with few steps; the same with one checkpoint."""
@@ -119,6 +120,8 @@ class Ours:
             "kind": "images",
             "prompts": ["a photo of {}"],
             "num_class_images": recipe.class_images,
+            "scheduler": "dpmsolver++",
+            "negative_prompt": "",
             "num_inference_steps": recipe.sampler_steps,
             "guidance_scale": recipe.guidance_scale,
             "batch_size": recipe.sample_batch_size,

@@ -144,7 +144,19 @@ def add_token(tokenizer: Any, encoder: Any, token: str) -> int:
     number: int = tokenizer.convert_tokens_to_ids(token)
     if number >= encoder.get_input_embeddings().num_embeddings:
         encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    _pool_at(encoder, tokenizer.eos_token_id)
     return number
+
+
+def _pool_at(encoder: Any, end: int) -> None:
+    """Let an encoder pool at the end of the prompt.
+
+    Configs of old bases say 2, for which transformers pools at the largest number: that of a new word.
+    """
+    encoder.config.eos_token_id = end
+    for module in encoder.modules():
+        if hasattr(module, "eos_token_id"):
+            module.eos_token_id = end
 
 
 @torch.no_grad()
@@ -193,4 +205,7 @@ def load_embeddings(path: Path) -> tuple[str, list[Tensor]]:
 
 def _hub_name(part: str, name: str) -> str:
     """Return a weight's name as on the hub: CLIPTextModel of new versions has dropped a level in memory."""
+    name = (
+        f"{name}.weight" if name.endswith(".lora_magnitude_vector") else name
+    )  # else diffusers drops a text encoder's
     return name if part == "unet" or name.startswith("text_model.") else f"text_model.{name}"

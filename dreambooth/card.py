@@ -7,7 +7,8 @@ from typing import Any
 
 from dreambooth.consent import Consent
 from dreambooth.folders import sha256_of_file
-from dreambooth.params import Params
+from dreambooth.params import METHODS_OF_FORMAT, Params
+from dreambooth.weight_files import class_images
 
 # How the files of each format are loaded.
 LOADING = {
@@ -16,6 +17,18 @@ LOADING = {
     "kohya": 'ComfyUI, A1111 (models/Lora), `.load_lora_weights("EXPORT/FILE")`',
     "embedding": "ComfyUI and A1111 (embeddings/), by the file's name; `.load_textual_inversion(path, token=...)`",
 }
+_KOHYA_DORA = "programs that know DoRA: ComfyUI, A1111 (models/Lora); not diffusers, which drops the magnitudes: lora/"
+_WORDLESS = (
+    '`PIPELINE.from_single_file("EXPORT/FILE", config="BASE")`, ComfyUI, A1111; it has the vocabulary of the base, so '
+    "load the word from embedding/ as well"
+)
+# The configs of SDXL on the hub let text_encoder_2 pool at the largest number, which is that of a new word.
+_EMBEDDING_SDXL = (
+    "ComfyUI and A1111 (embeddings/), by the file's name; `.load_textual_inversion(rows, token=..., text_encoder=..., "
+    "tokenizer=...)` with clip_l for the first and clip_g for the second encoder, after "
+    "`pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id`"
+)
+_TOGETHER = "LoRA and embedding were trained together: load both, neither is the subject without the other."
 
 
 def card(
@@ -47,7 +60,8 @@ def card(
         f"# {subject_id}: a {defaults['class_noun']} called {defaults['identifier']}",
         f"A {pipeline}, personalised with DreamBooth (Ruiz et al. 2022; method: {method}). Say `{prompt}`.",
         _usage(subject_id, pipeline, defaults),
-        _files(folder, f"export/{subject_id}", pipeline),
+        _files(folder, f"export/{subject_id}", pipeline, params, method),
+        _TOGETHER if method == "pivotal" else "",
         _scores(metrics),
         f"Trained from `{base}` (sha256 {base_hash}) on {metrics['photos']} photos with these parameters:",
         _parameters(params),
@@ -73,15 +87,27 @@ pipeline("{defaults["instance_prompt"]}", num_inference_steps={defaults["num_inf
 ```"""
 
 
-def _files(folder: Path, place: str, pipeline: str) -> str:
+def _files(folder: Path, place: str, pipeline: str, params: Params, method: str) -> str:
     """List every file of weights with its hash, and how it is loaded."""
     lines = ["| file | sha256 | loaded by |", "|---|---|---|"]
     for path in sorted(folder.rglob("*.safetensors")):
         name = path.relative_to(folder).as_posix()
-        how = LOADING.get(name.split("/")[0], "from_pretrained")
+        how = _loading(name.split("/")[0], pipeline, params, method)
         how = how.replace("PIPELINE", pipeline).replace("FILE", name).replace("EXPORT", place)
+        how = how.replace("BASE", params.base.pretrained_model_name_or_path)
         lines.append(f"| {name} | {sha256_of_file(path)} | {how} |")
     return "\n".join(lines)
+
+
+def _loading(kind: str, pipeline: str, params: Params, method: str) -> str:
+    """Say how a file of a format is loaded, with what this training makes different."""
+    if kind == "kohya" and params.train.use_dora:
+        return _KOHYA_DORA
+    if kind == "single_file" and method in METHODS_OF_FORMAT["embedding"]:
+        return _WORDLESS
+    if kind == "embedding" and "XL" in pipeline:
+        return _EMBEDDING_SDXL
+    return LOADING.get(kind, "from_pretrained")
 
 
 def _scores(metrics: dict[str, Any]) -> str:
@@ -109,9 +135,14 @@ def _interval(gain: Mapping[str, Any]) -> str:
 
 
 def _parameters(params: Params) -> str:
-    """List every parameter of the training by its name in params.yaml."""
+    """List every parameter of the training by its name in params.yaml, and those beside them that shaped it."""
+    beside: dict[str, Any] = {"base.resolution": params.base.resolution}
+    beside["prior.kind"] = params.prior.kind if params.has_prior else "none"
+    if count := class_images(params):
+        beside["prior.num_class_images"] = count
     values = params.train.model_dump(mode="json", exclude={"preview_prompts"})
-    return "\n".join(["| train | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in values.items())])
+    rows = [f"| {name} | {value} |" for name, value in (values | beside).items()]
+    return "\n".join(["| train | value |", "|---|---|", *rows])
 
 
 def _licence(license_id: str | None, base: str) -> str:

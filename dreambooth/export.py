@@ -5,6 +5,7 @@ Each format beside the pipeline of diffusers has a folder of its own name in the
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,10 @@ def write_export(
     require_formats(params, method)
     write_pipeline(base, trained, folder, DTYPES[params.train.save_dtype])
     defaults = generation_defaults(params, subject_id)
+    work = _Work(folder, base, trained, subject_id, params, metrics["photos"])
     for name in params.export.formats:
         if name != "diffusers":
-            _WRITERS[name](folder, trained, subject_id, params, metrics["photos"])
+            _WRITERS[name](work)
     (folder / GENERATION).write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
     text = card(folder, subject_id, params, base_hash, metrics, defaults, consent, method)
     (folder / CARD).write_text(text, encoding="utf-8")
@@ -104,41 +106,85 @@ def a1111_embedding(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
     return {"emb_params": next(iter(rows.values()))}
 
 
-def _write_single_file(folder: Path, trained: Path, subject_id: str, params: Params, photos: int) -> None:
-    """Write the pipeline of diffusers that stands in the export as one file in the original layout."""
-    parts = [part for part in SDXL.weighted if (folder / part).is_dir()]
-    dtype = DTYPES[params.export.dtype]
+@dataclass(frozen=True)
+class _Work:
+    """What the formats are written from: `folder` holds the pipeline of diffusers already."""
+
+    folder: Path
+    base: Path
+    trained: Path
+    subject_id: str
+    params: Params
+    photos: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return DTYPES[self.params.export.dtype]
+
+    @property
+    def about(self) -> dict[str, str]:
+        """Entries of a header that tell of the model."""
+        defaults = generation_defaults(self.params, self.subject_id)
+        scheduler = json.loads((self.folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))
+        return {
+            "description": f"a {defaults['class_noun']} called {defaults['identifier']}, personalised with DreamBooth",
+            "trigger_phrase": f"{defaults['identifier']} {defaults['class_noun']}",
+            "prediction_type": "v" if scheduler.get("prediction_type") == "v_prediction" else "epsilon",
+        }
+
+    def spec(self, kind: str) -> dict[str, str]:
+        """Return the header of a format."""
+        return modelspec(kind, family_of(self.folder), self.subject_id, self.params, self.about)
+
+
+def _write_single_file(work: _Work) -> None:
+    """Write the pipeline of diffusers that stands in the export as one file in the original layout.
+
+    A new word has a file of its own beside it: programs expect the vocabulary of the base in a single file.
+    """
+    folder = work.folder
+    parts = {part: read_weights(folder / part) for part in SDXL.weighted if (folder / part).is_dir()}
+    if (work.trained / EMBEDDINGS_FILE).is_file():
+        parts |= {part: _cut_vocabulary(parts[part], work.base / part) for part in SDXL.encoders if part in parts}
+        _write_embedding(work)
     weights = single_file(
-        {part: cast_weights(read_weights(folder / part), dtype) for part in parts},
+        {part: cast_weights(of_part, work.dtype) for part, of_part in parts.items()},
         {part: _config(folder, part) for part in parts},
     )
-    write_weights(
-        folder / f"single_file/{subject_id}.safetensors", weights, _spec("single_file", folder, subject_id, params)
-    )
+    write_weights(folder / f"single_file/{work.subject_id}.safetensors", weights, work.spec("single_file"))
 
 
-def _write_lora(folder: Path, trained: Path, subject_id: str, params: Params, photos: int) -> None:
-    lora, adapter = read_lora(trained / LORA_FILE)
-    weights = lora_formats.to_diffusers(lora_formats.cast(lora, DTYPES[params.export.dtype]))
-    header = _spec("lora", folder, subject_id, params) | {METADATA: json.dumps(adapter, sort_keys=True)}
-    write_weights(folder / "lora" / LORA_FILE, weights, header)
+def _cut_vocabulary(weights: Mapping[str, torch.Tensor], base: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of a text encoder with the rows of the base's words alone."""
+    rows = _config(base.parent, base.name).get("vocab_size", 49408)  # that of CLIP, which a config may leave out
+    return {
+        name: tensor[:rows] if name.endswith("token_embedding.weight") else tensor for name, tensor in weights.items()
+    }
 
 
-def _write_kohya(folder: Path, trained: Path, subject_id: str, params: Params, photos: int) -> None:
-    lora, _ = read_lora(trained / LORA_FILE)
-    family, first = family_of(folder), next(iter(lora.values()))
-    shape = UNetShape.of(_config(folder, "unet")) if family == "sdxl" else None
-    weights = lora_formats.to_kohya(lora_formats.cast(lora, DTYPES[params.export.dtype]), shape)
-    header = _spec("kohya", folder, subject_id, params)
-    header |= kohya_header(family, first.rank, first.alpha, subject_id, params, photos)
-    write_weights(folder / f"kohya/{subject_id}.safetensors", weights, header)
+def _write_lora(work: _Work) -> None:
+    lora, adapter = read_lora(work.trained / LORA_FILE)
+    weights = lora_formats.to_diffusers(lora_formats.cast(lora, work.dtype))
+    header = work.spec("lora") | {METADATA: json.dumps(adapter, sort_keys=True)}
+    write_weights(work.folder / "lora" / LORA_FILE, weights, header)
 
 
-def _write_embedding(folder: Path, trained: Path, subject_id: str, params: Params, photos: int) -> None:
-    learned = cast_weights(read_weights(trained / EMBEDDINGS_FILE), DTYPES[params.export.dtype])
-    word = "".join(one for one in params.subject(subject_id).identifier if one.isalnum() or one in "-_")
-    header = _spec("embedding", folder, subject_id, params)
-    write_weights(folder / f"embedding/{word or subject_id}.safetensors", a1111_embedding(learned), header)
+def _write_kohya(work: _Work) -> None:
+    lora, _ = read_lora(work.trained / LORA_FILE)
+    family, first = family_of(work.folder), next(iter(lora.values()))
+    shape = UNetShape.of(_config(work.folder, "unet")) if family == "sdxl" else None
+    weights = lora_formats.to_kohya(lora_formats.cast(lora, work.dtype), shape)
+    header = work.spec("kohya")
+    header |= kohya_header(family, first.rank, first.alpha, work.subject_id, work.params, work.photos, work.about)
+    write_weights(work.folder / f"kohya/{work.subject_id}.safetensors", weights, header)
+
+
+def _write_embedding(work: _Work) -> None:
+    learned = cast_weights(read_weights(work.trained / EMBEDDINGS_FILE), work.dtype)
+    identifier = work.params.subject(work.subject_id).identifier
+    word = "".join(one for one in identifier if one.isalnum() or one in "-_") or work.subject_id
+    write_weights(work.folder / f"embedding/{word}.safetensors", a1111_embedding(learned), work.spec("embedding"))
 
 
 _WRITERS = {
@@ -147,17 +193,6 @@ _WRITERS = {
     "kohya": _write_kohya,
     "embedding": _write_embedding,
 }
-
-
-def _spec(kind: str, folder: Path, subject_id: str, params: Params) -> dict[str, str]:
-    defaults = generation_defaults(params, subject_id)
-    scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))
-    about = {
-        "description": f"a {defaults['class_noun']} called {defaults['identifier']}, personalised with DreamBooth",
-        "trigger_phrase": f"{defaults['identifier']} {defaults['class_noun']}",
-        "prediction_type": "v" if scheduler.get("prediction_type") == "v_prediction" else "epsilon",
-    }
-    return modelspec(kind, family_of(folder), subject_id, params, about)
 
 
 def _config(folder: Path, part: str) -> dict[str, Any]:

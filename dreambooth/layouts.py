@@ -81,7 +81,7 @@ class UNetShape:
         if not isinstance(layers, int):
             raise ModelError(
                 f"unet/config.json: layers_per_block is {layers}; the original layout needs one number for all blocks: "
-                "leave single_file and kohya_lora out of export.formats"
+                "leave single_file and kohya out of export.formats"
             )
         attending = {number for number, kind in enumerate(config["up_block_types"]) if "CrossAttn" in kind}
         return cls(layers, frozenset(attending))

@@ -17,8 +17,8 @@ def to_diffusers(lora: Lora) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for module, layer in lora.items():
         weights |= {f"{module}.lora_A.weight": layer.down, f"{module}.lora_B.weight": layer.up}
-        if layer.magnitude is not None:
-            weights[f"{module}.lora_magnitude_vector"] = layer.magnitude
+        if layer.magnitude is not None:  # without .weight diffusers drops that of a text encoder
+            weights[f"{module}.lora_magnitude_vector.weight"] = layer.magnitude
     return weights
 
 

@@ -28,7 +28,7 @@ from dreambooth.teacher import Teacher
 from dreambooth.texts import TextSource
 
 _ADVICE = "lower train_batch_size and raise gradient_accumulation_steps, or set gradient_checkpointing (train: ...)"
-_ADVICE_OPTIMIZER = "train fewer weights (train.method: lora), or with smaller moments (train.optimizer: adamw8bit)"
+_ADVICE_OPTIMIZER = "train fewer weights (train.method: lora), or with smaller moments (train.optimizer: adamw_8bit)"
 _AVERAGE = "average"
 _CPU_ALLOCATOR = "can't allocate memory"  # of c10/core/impl/alloc_cpu.cpp, a plain RuntimeError
 

@@ -62,7 +62,12 @@ def views_of(
     middle = ImageOps.fit(picture, size, method=Image.Resampling.LANCZOS)
     views = [(middle, sizes_of(picture, size, places[0]))]
     views += [(_cut(picture, size, place), sizes_of(picture, size, place)) for place in places[1:]]
-    return views + ([(ImageOps.mirror(view), sizes) for view, sizes in views] if flip else [])
+    if not flip:
+        return views
+    # The mirror image of a view lies as far from the left of the mirrored picture as the view does from the right.
+    begins = [room - place if wide < picture.width else place for place in places]
+    mirrored = [ImageOps.mirror(view) for view, _ in views]
+    return views + [(view, sizes_of(picture, size, place)) for view, place in zip(mirrored, begins, strict=True)]
 
 
 def sizes_of(picture: Image.Image, size: Size, place: float) -> Sizes:

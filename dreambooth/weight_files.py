@@ -12,9 +12,16 @@ from torch import Tensor
 
 from dreambooth.errors import ModelError
 from dreambooth.params import Params
+from dreambooth.schedule import max_train_steps
 
 # Stability-AI/ModelSpec 1.0.0, "Architecture"; ComfyUI and the web UIs show it, and choose a loader by it.
-_ARCHITECTURE = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base"}
+# By family and prediction; kohya-ss/sd-scripts, library/sai_model_spec.py has the same ones.
+_ARCHITECTURE = {
+    "sd1": "stable-diffusion-v1",
+    "sd2": "stable-diffusion-v2-512",
+    "sd2_v": "stable-diffusion-v2-768-v",
+    "sdxl": "stable-diffusion-xl-v1-base",
+}
 _KOHYA_BASE = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # kohya-ss/sd-scripts, library/train_util.py
 _KINDS = {"single_file": "", "kohya": "/lora", "lora": "/lora", "embedding": "/textual-inversion"}
 
@@ -64,12 +71,12 @@ def modelspec(kind: str, family: str, title: str, params: Params, about: Mapping
         family: sd1, sd2 or sdxl.
         title: of the model.
         params: of the project.
-        about: more entries, without their prefix: description, trigger_phrase, prediction_type.
+        about: more entries, without their prefix: description, trigger_phrase, prediction_type (epsilon or v).
     """
     side = params.base.resolution
     entries = {
         "sai_model_spec": "1.0.0",
-        "architecture": _ARCHITECTURE[family] + _KINDS[kind],
+        "architecture": _ARCHITECTURE.get(family + _v(about), _ARCHITECTURE[family]) + _KINDS[kind],
         "implementation": "https://github.com/Stability-AI/generative-models" if kind == "single_file" else "diffusers",
         "title": title,
         "resolution": f"{side}x{side}",
@@ -80,7 +87,16 @@ def modelspec(kind: str, family: str, title: str, params: Params, about: Mapping
     return {f"modelspec.{name}": value for name, value in (entries | dict(about)).items()}
 
 
-def kohya_header(family: str, rank: int, alpha: float, name: str, params: Params, photos: int) -> dict[str, str]:
+def class_images(params: Params) -> int | None:
+    """Return how many class images are trained on; None: those of a folder, which no parameter counts."""
+    if not params.has_prior or params.prior.kind == "teacher":
+        return 0
+    return params.prior.num_class_images if params.prior.kind == "images" else None
+
+
+def kohya_header(
+    family: str, rank: int, alpha: float, name: str, params: Params, photos: int, about: Mapping[str, str]
+) -> dict[str, str]:
     """Return the ss_ entries that kohya's trainer writes (kohya-ss/sd-scripts, train_network.py), as far as they hold.
 
     Args:
@@ -90,30 +106,38 @@ def kohya_header(family: str, rank: int, alpha: float, name: str, params: Params
         name: of the file.
         params: of the project.
         photos: how many the subject has.
+        about: as of `modelspec`; prediction_type.
     """
-    train, base = params.train, params.base
+    train, base, drawn = params.train, params.base, class_images(params)
     values: dict[str, Any] = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
         "ss_network_alpha": alpha,
-        "ss_base_model_version": _KOHYA_BASE[family],
+        "ss_base_model_version": _KOHYA_BASE[family] + (_v(about) if family != "sdxl" else ""),
         "ss_v2": family == "sd2",
         "ss_sd_model_name": base.pretrained_model_name_or_path,
         "ss_output_name": name,
         "ss_resolution": f"({base.resolution}, {base.resolution})",
         "ss_num_train_images": photos,
-        "ss_num_reg_images": params.prior.num_class_images if train.prior_loss_weight > 0 else 0,
-        "ss_prior_loss_weight": train.prior_loss_weight,
+        "ss_num_reg_images": drawn,
+        "ss_prior_loss_weight": 0.0 if drawn == 0 else train.prior_loss_weight,
         "ss_batch_size_per_device": train.train_batch_size,
         "ss_gradient_accumulation_steps": train.gradient_accumulation_steps,
         "ss_learning_rate": train.learning_rate,
         "ss_lr_scheduler": train.lr_scheduler,
         "ss_lr_warmup_steps": train.lr_warmup_steps,
-        "ss_max_train_steps": train.max_train_steps,
+        "ss_max_train_steps": max_train_steps(train, photos),
         "ss_max_grad_norm": train.max_grad_norm,
         "ss_min_snr_gamma": train.snr_gamma,
         "ss_mixed_precision": train.mixed_precision,
         "ss_seed": train.seed,
         "ss_gradient_checkpointing": train.gradient_checkpointing,
     }
+    if drawn is None:
+        del values["ss_num_reg_images"]
     return {key: str(value) for key, value in values.items()}
+
+
+def _v(about: Mapping[str, str]) -> str:
+    """Return what the names of models with v-prediction (Salimans & Ho 2022) end with."""
+    return "_v" if about.get("prediction_type") == "v" else ""

@@ -1,10 +1,11 @@
 """Look at everything a project relies on, and say of each fault what mends it; nothing is changed."""
 
+import ipaddress
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +18,7 @@ from dreambooth.consent import PERSON, require_consent
 from dreambooth.errors import DreamboothError
 from dreambooth.folders import is_private, scratch_folder
 from dreambooth.params import Params, load_params
+from flows.clones import copies
 from flows.project import PARAMS
 
 # Floors from security advisories, and ceilings beyond which the set does not work together.
@@ -26,7 +28,6 @@ FLOORS = {
 }  # fmt: skip
 CEILINGS = {"fastapi": "0.151", "sqlalchemy": "2.1"}
 LOW_BYTES = 2e9  # of free disk
-EVERYWHERE = frozenset({"0.0.0.0", "::", ""})
 SOON = 30  # days before a consent ends
 IDLE_DAYS = 7  # of a training that nobody continues
 
@@ -74,12 +75,12 @@ def installed(package: str) -> str | None:
         return None
 
 
-def listeners() -> list[tuple[str, int, str]]:
-    """Return address, port and command of every MLflow or Prefect process of this user that listens."""
+def listeners() -> list[tuple[str, int, tuple[str, ...]]]:
+    """Return address, port and words of the command of every MLflow or Prefect process of this user that listens."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
-        command = " ".join(process.info["cmdline"] or ())
-        if not re.search(r"mlflow|prefect", command):
+        command = tuple(process.info["cmdline"] or ())
+        if not _program(command):
             continue
         try:
             connections = process.net_connections(kind="tcp")
@@ -150,6 +151,7 @@ def _scratch(root: Path, params: Params | None) -> Iterator[Finding]:
     if left:
         remedy = f"when nothing runs: rm -r {folder}/{{upload,download,scores}}-*"
         yield Finding("warning", "scratch", f"left behind by a process that was killed: {', '.join(left)}", remedy)
+    yield from _copies(root)
     if waiting := len(list(folder.glob("unsent/*/pending.json"))):
         yield Finding("warning", "metrics", f"{waiting} parcels wait for MLflow", "python -m dreambooth.tracking")
     known = set(params.subjects) if params else set()
@@ -167,6 +169,16 @@ def _scratch(root: Path, params: Params | None) -> Iterator[Finding]:
         yield Finding("warning", "checkpoints", f"of trainings stopped over {IDLE_DAYS} days ago: {named}", remedy)
 
 
+def _copies(root: Path) -> Iterator[Finding]:
+    """Name the copies of the project that killed runs and sweeps left: there are photos and weights in them."""
+    for copy in copies(root):
+        if copy.user:
+            continue
+        what = "clone" if copy.is_clone else "sweep"
+        found = f"left behind by a process that was killed: {copy.folder} ({_bytes_of(copy.folder) / 1e9:.1f} GB)"
+        yield Finding("warning", what, found, f"rm -r {copy.folder}")
+
+
 def _days_idle(folder: Path) -> float:
     return (time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir()))) / 86400
 
@@ -175,13 +187,37 @@ def _bytes_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _servers(found: list[tuple[str, int, str]], environment: dict[str, str]) -> Iterator[Finding]:
+def _program(command: Sequence[str]) -> str:
+    """Return mlflow or prefect, whichever a command runs, else nothing; a folder of that name says nothing.
+
+    It is a program (bin/prefect), a module (-m mlflow), or what uvicorn serves (mlflow.server.fastapi_app:app).
+    """
+    for word in command:
+        path = Path(word)
+        called = path.name if path.parent.name in ("bin", "Scripts") else word
+        if found := re.fullmatch(r"(mlflow|prefect)(\.exe|(\.\w+)+(:\w+)?)?", called):
+            return found[1]
+    return ""
+
+
+def _is_open(address: str) -> bool:
+    """Tell whether other machines reach what listens at an address; a name that is not localhost may be any."""
+    if address == "localhost":
+        return False
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return True
+    return not (getattr(found, "ipv4_mapped", None) or found).is_loopback
+
+
+def _servers(found: list[tuple[str, int, tuple[str, ...]]], environment: dict[str, str]) -> Iterator[Finding]:
     """Warn of servers that the network can reach and nothing protects: MLflow and Prefect ask for no password."""
     has_password = bool(environment.get("PREFECT_SERVER_API_AUTH_STRING"))
     for address, port, command in found:
-        if address not in EVERYWHERE:
+        if not _is_open(address):
             continue
-        is_prefect = "prefect" in command and "mlflow" not in command
+        is_prefect = _program(command) == "prefect"
         if is_prefect and has_password:
             continue
         remedy = (
@@ -189,10 +225,11 @@ def _servers(found: list[tuple[str, int, str]], environment: dict[str, str]) -> 
             if is_prefect
             else "bind it to 127.0.0.1 (--host), or start it with --app-name basic-auth behind TLS"
         )
-        if is_prefect or "basic-auth" not in command:
+        if is_prefect or not any("basic-auth" in word or word.startswith("mlflow.server.auth") for word in command):
             what = "Prefect" if is_prefect else "MLflow"
-            yield Finding("warning", f"{what} server", f"port {port} is open to the network, no password", remedy)
-    if environment.get("PREFECT_SERVER_API_HOST", "127.0.0.1") in EVERYWHERE and not has_password:
+            at = f"port {port} of {address or 'every address'} is open to the network, no password"
+            yield Finding("warning", f"{what} server", at, remedy)
+    if _is_open(environment.get("PREFECT_SERVER_API_HOST", "127.0.0.1")) and not has_password:
         yield Finding(
             "warning",
             "Prefect server",

@@ -15,12 +15,13 @@ from typing import Literal
 import psutil
 
 from dreambooth.errors import PipelineError
-from dreambooth.interruption import RESUME
+from dreambooth.interruption import RESUME, Interrupted
 from dreambooth.redaction import redact
 
 Outcome = Literal["ran", "restored", "unchanged"]
 _KEPT_LINES = 500
 _BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")
+_RUNNING = "E_RUNNING: "  # of a stage that refused: another process does the same work
 _LONGEST_PAUSE = 30.0  # seconds
 _GRACE = 30.0  # seconds a stage has to save its state: a training finishes its step first
 # What DVC advises after every stage, to people at a terminal: nothing a log of a run needs.
@@ -188,6 +189,9 @@ def _pauses(patience: float) -> Iterator[float]:
 
 
 def _is_busy(lines: list[str]) -> bool:
+    """Tell whether DVC waits for files, or a stage for another process at the same work."""
+    if any(line.startswith(_RUNNING) for line in lines):
+        return True
     return any(line.startswith("ERROR: ") and busy in line for line in lines for busy in _BUSY)
 
 
@@ -204,11 +208,12 @@ def _note(lines: list[str]) -> str:
 def _reason(code: int, lines: list[str]) -> str:
     """Say why a stage failed: its own E_CODE lines, else its last words, else DVC's."""
     exited = next((line.rpartition("exited with ")[2] for line in reversed(lines) if "exited with " in line), str(code))
-    if exited == str(RESUME):
-        return "stopped with its state saved; run it again to continue"
-    if _is_busy(lines):
-        return " ".join(line.strip() for line in lines if "busy" in line or "(PID" in line)
     codes = [line for line in lines if line.startswith("E_")]
+    others = [line for line in codes if not line.startswith(f"{Interrupted.code}: ")]
+    if exited == str(RESUME) and not others:  # E_RUNNING exits with the same code, and says who runs
+        return "stopped with its state saved; run it again to continue"
+    if _is_busy(lines) and not codes:
+        return " ".join(line.strip() for line in lines if "busy" in line or "(PID" in line)
     own = [line for line in lines if not line.startswith(_CHATTER)]
     told = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     return f"{' | '.join(codes or own[-1:] or told[-1:] or ['it said nothing'])} (exit {exited})"

@@ -16,6 +16,9 @@ from typing import Any
 from dreambooth.errors import PipelineError
 from dreambooth.yaml12 import YamlError, load_yaml
 
+# The folders with a folder or a file for each subject: a module may have the name of one, stages/train.py.
+_FOLDERS = frozenset({"build", "models", "export", "reports"})
+
 
 @dataclass
 class Kept:
@@ -204,10 +207,13 @@ def _is_of(entry: Mapping[str, Any], subject_id: str) -> bool:
 def _names(item: Mapping[str, Any], subject_id: str) -> bool:
     """Tell whether a path is a subject's: data/subjects/ID, build/ID/..., metrics/ID.json."""
     parts = Path(str(item.get("path", ""))).parts
-    if parts[:2] in (("build", "classes"), ("data", "base"), ("data", "prompts")):
+    if parts[:2] == ("build", "classes"):
         return False
-    place = parts[2:] if parts[:2] == ("data", "subjects") else parts[1:]
-    return bool(place) and Path(place[0]).stem == subject_id
+    if parts[:2] == ("data", "subjects"):
+        return parts[2:3] == (subject_id,)
+    if parts[:1] == ("metrics",):
+        return parts[1:] == (f"{subject_id}.json",)
+    return len(parts) > 1 and parts[0] in _FOLDERS and parts[1] == subject_id
 
 
 def _sort(entry: Mapping[str, Any], subject_id: str, mine: set[str], others: set[str]) -> None:

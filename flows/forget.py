@@ -19,6 +19,7 @@ from dreambooth.params import check_id, load_params
 from dreambooth.registry import alone
 from dreambooth.yaml12 import dump_yaml, load_yaml
 from flows import dvcstore, prefectstore, summary
+from flows.clones import copies
 from flows.dvcstore import Kept, being_written
 from flows.project import PARAMS, read_params_text, write_params_text
 
@@ -31,6 +32,7 @@ SCRATCH = (
     *(f"{work}-{{id}}-{8 * '[a-z0-9_]'}" for work in ("upload", "download", "scores")),
 )  # fmt: skip
 LOCKS = ("locks/train-{id}.*", "register-{id}.lock")
+TEXTS = (PARAMS, "dvc.lock")  # which name subjects
 OUT_OF_REACH = (
     "the history of git: the photos' hashes and the subject's id stand in old commits (git filter-repo)",
     "experiments of sweeps, which are commits of git too (dvc exp remove --all-commits)",
@@ -65,6 +67,7 @@ def inventory(root: Path, subject_id: str) -> Inventory:
     held = erasure.holdings(root, subject_id)
     places = {
         "files and folders": sum(1 for path in paths for _ in _files(path)),
+        "copies of the project that killed runs left": sum(_knows(one, subject_id) for one in _left_copies(root)),
         "entries of params.yaml, dvc.lock": _mentions(root, subject_id),
         "objects of DVC (cache and remotes)": len(kept.objects),
         "entries of the run cache": len(kept.runs),
@@ -90,12 +93,13 @@ def erase(root: Path, found: Inventory) -> Path:
     training = only_one(scratch_folder(root) / "locks", f"train-{subject_id}", f"the training of {subject_id}")
     with training, alone(root, subject_id):
         _refuse_beside_stages(root, subject_id)
+        _refuse_beside_copies(root, subject_id)
         _write_journal(root, found)
         found.out_of_reach += erasure.erase(root, subject_id)
         found.out_of_reach += prefectstore.erase(subject_id)
         if (root / ".dvc").is_dir():
             found.out_of_reach += dvcstore.erase(root, found.kept)
-        for path in found.paths:
+        for path in [*found.paths, *_left_copies(root)]:
             _remove(path)
         _forget_in_lock(root, subject_id)
         _forget_in_gitignore(root, subject_id)
@@ -171,6 +175,27 @@ def _refuse_beside_stages(root: Path, subject_id: str) -> None:
         inside = written.parts[len(root.parts) :] if written.is_relative_to(root) else ()
         if subject_id in inside[:3] and psutil.pid_exists(pid):
             raise AlreadyRunningError(f"{written} is being computed: pid {pid}; wait for it, or stop it")
+
+
+def _refuse_beside_copies(root: Path, subject_id: str) -> None:
+    """Refuse while a run or a sweep works with what is the subject's in a copy of the project."""
+    for copy in copies(root):
+        if copy.user and any((copy.project / folder.format(id=subject_id)).exists() for folder in FOLDERS):
+            raise AlreadyRunningError(f"{copy.project} has files of {subject_id} and is in use: {copy.user}")
+
+
+def _left_copies(root: Path) -> list[Path]:
+    """Return the copies that killed runs and sweeps left; all go, whoever's: nobody continues in one."""
+    return [copy.folder for copy in copies(root) if not copy.user]
+
+
+def _knows(folder: Path, subject_id: str) -> bool:
+    """Tell whether a copy of the project has a file, a folder or an entry of a subject."""
+    project = folder / "project" if (folder / "project").is_dir() else folder
+    if any((project / place.format(id=subject_id)).exists() for place in (*FOLDERS, *FILES)):
+        return True
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in project.glob("*") if path.name in TEXTS]
+    return any(re.search(rf"(?<![\w-]){re.escape(subject_id)}(?![\w-])", text) for text in texts)
 
 
 def _files(path: Path) -> Iterator[Path]:

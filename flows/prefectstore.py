@@ -67,7 +67,13 @@ def erase(subject_id: str) -> list[str]:
 
 
 def _server() -> str | None:
-    return os.environ.get("PREFECT_API_URL")
+    """Return the server that flows use: of the environment (empty: none), else of the profile of Prefect."""
+    if "PREFECT_API_URL" in os.environ:
+        return os.environ["PREFECT_API_URL"]
+    from prefect.settings import PREFECT_API_URL
+
+    url: str | None = PREFECT_API_URL.value()
+    return url
 
 
 @contextmanager
@@ -209,5 +215,5 @@ def _erase_on_server(subject_id: str) -> list[str]:
     url = urlsplit(_server() or "")
     return [
         f"events and logs that Prefect at {url.hostname} keeps of deleted runs: they go with its retention, "
-        "or where its database is, without PREFECT_API_URL: dreambooth forget"
+        "or where its database is: PREFECT_API_URL= dreambooth forget"
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from dreambooth.errors import ParamsError
@@ -58,7 +59,7 @@ def apply(root: Path, presets: Sequence[str]) -> list[Change]:
         for change in new:
             first = changes.get(change.name, change).before
             changes[change.name] = Change(change.name, first, change.after)
-    parse_params(load_yaml(text))
+    parse_params(_plain_values(text))
     real = [change for change in changes.values() if change.before != change.after]
     if real:
         write_params_text(root, text)
@@ -87,11 +88,13 @@ def merge(text: str, preset: Mapping[str, Mapping[str, Any]]) -> tuple[str, list
     """Put the values of a preset into the text of params.yaml; everything else in it stays, comments too.
 
     Raises:
-        ParamsError: a key that params.yaml does not have.
+        ParamsError: a key that params.yaml does not have, or a text that is not YAML.
     """
     yaml = YAML()
     yaml.Representer = _WithNull
     yaml.preserve_quotes, yaml.width = True, 4096
+    yaml.indent(mapping=2, sequence=4, offset=2)  # as params.yaml has its lists, also once DVC has moved them
+    _plain_values(text)  # refuses what ruamel.yaml would fail at
     whole = yaml.load(text)
     unknown = [f"{PARAMS}: {name}: unknown, but a preset sets it" for name in _unknown(whole, preset)]
     if unknown:
@@ -102,7 +105,7 @@ def merge(text: str, preset: Mapping[str, Mapping[str, Any]]) -> tuple[str, list
             before = whole[section][key]
             if before != value or isinstance(before, bool) is not isinstance(value, bool):
                 changes.append(Change(f"{section}.{key}", _plain(before), value))
-                whole[section][key] = _flow(value)
+                _put(whole[section], key, value)
     out = io.StringIO()
     yaml.dump(whole, out)
     return out.getvalue(), changes
@@ -113,10 +116,23 @@ def _unknown(whole: Mapping[str, Any], preset: Mapping[str, Mapping[str, Any]]) 
         yield from (f"{section}.{key}" for key in values if key not in whole.get(section, {}))
 
 
+def _plain_values(text: str) -> Any:
+    try:
+        return load_yaml(text)
+    except YamlError as error:
+        raise ParamsError([f"{PARAMS}: cannot be read: {error}"]) from None
+
+
+def _put(section: CommentedMap, key: str, value: Any) -> None:
+    """Replace a value; the comment in the line of its key stays, those above the items of a list go with the list."""
+    comments = section.ca.items.get(key)
+    if isinstance(section[key], list) and comments:
+        comments[3] = None  # even an empty list here takes the line break from a value on one line
+    section[key] = _flow(value)
+
+
 def _flow(value: Any) -> Any:
     """Keep lists on one line, as the file has them."""
-    from ruamel.yaml.comments import CommentedSeq
-
     if not isinstance(value, list):
         return value
     line = CommentedSeq(value)

@@ -21,6 +21,7 @@ from dreambooth.errors import ConsentError, DreamboothError, GateError, Pipeline
 from dreambooth.params import Params, load_params
 from flows import summary
 from flows.project import PARAMS, choose_subjects, find_root
+from flows.turns import gpu, has_limit
 
 if TYPE_CHECKING:
     from dreambooth.promotion import Promotion
@@ -51,8 +52,13 @@ def promote_one(
     from dreambooth import promotion
     from stages.evaluate import beside_champion
 
+    def in_turn(*arguments: Any) -> None:
+        """Draw with both models when no training has the GPU."""
+        with gpu("server" if has_limit() else "none", get_run_logger().warning):
+            beside_champion(*arguments)
+
     try:
-        done = promotion.promote(root, params, subject_id, version, force=force, rescore=beside_champion)
+        done = promotion.promote(root, params, subject_id, version, force=force, rescore=in_turn)
     except (GateError, ConsentError) as error:
         return Failed(message=f"{error.code}: {error}")
     except DreamboothError as error:

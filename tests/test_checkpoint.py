@@ -85,7 +85,6 @@ def test_a_torn_best_checkpoint_is_put_aside_and_the_last_weights_stay(tmp_path:
     assert "torn-step-0000001" in names(tmp_path)
 
 
-
 def test_the_pointer_is_written_again_if_a_stop_came_before_it(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state(1), 0.5)

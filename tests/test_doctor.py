@@ -7,7 +7,8 @@ import pytest
 import yaml
 from registered import write_project
 
-from flows.doctor import Finding, _libraries, _servers, examine
+from dreambooth.locks import only_one
+from flows.doctor import Finding, _copies, _libraries, _program, _servers, examine
 
 
 @pytest.fixture
@@ -74,6 +75,21 @@ def test_checkpoints_of_a_training_that_nobody_continues_are_named_with_their_si
     ("listener", "environment", "said"),
     [
         (("0.0.0.0", 5000, "python -m mlflow server"), {}, ["MLflow server"]),
+        (("192.168.1.5", 5000, "/venv/bin/mlflow server --host 192.168.1.5"), {}, ["MLflow server"]),
+        (("fe80::1%eth0", 5000, "mlflow server"), {}, ["MLflow server"]),
+        (("127.0.1.1", 5000, "mlflow server"), {}, []),
+        (("::1", 5000, "mlflow server"), {}, []),
+        (("::ffff:127.0.0.1", 5000, "mlflow server"), {}, []),
+        (("10.0.0.2", 5000, "python -m uvicorn mlflow.server.auth:create_app --factory"), {}, []),
+        (("10.0.0.2", 5000, "python -m uvicorn mlflow.server.fastapi_app:app"), {}, ["MLflow server"]),
+        (("10.0.0.2", 4200, "/home/mlflow/bin/prefect server start"), {}, ["Prefect server"]),
+        (
+            ("10.0.0.2", 4200, "uvicorn --app-dir /work/mlflow prefect.server.api.server:create_app"),
+            {},
+            ["Prefect server"],
+        ),
+        (("127.0.0.1", 4200, "prefect server start"), {"PREFECT_SERVER_API_HOST": "192.168.1.5"}, ["Prefect server"]),
+        (("127.0.0.1", 4200, "prefect server start"), {"PREFECT_SERVER_API_HOST": "localhost"}, []),
         (("0.0.0.0", 5000, "mlflow server --app-name basic-auth"), {}, []),
         (("127.0.0.1", 5000, "mlflow server"), {}, []),
         (("::", 4200, "prefect server start"), {}, ["Prefect server"]),
@@ -85,9 +101,33 @@ def test_checkpoints_of_a_training_that_nobody_continues_are_named_with_their_si
 def test_a_server_that_is_open_to_the_network_is_a_warning(
     listener: tuple[str, int, str], environment: dict[str, str], said: list[str]
 ) -> None:
-    found = list(_servers([listener], environment))
+    address, port, command = listener
+    found = list(_servers([(address, port, tuple(command.split()))], environment))
     assert [one.what for one in found] == said
     assert all((one.state == "warning" and "127.0.0.1" in one.remedy) or "unset" in one.remedy for one in found)
+
+
+@pytest.mark.parametrize(
+    "command", ["cat /work/mlflow/notes", "python /srv/prefect/app.py", "uvicorn app --x mlflow.d/y"]
+)
+def test_a_path_with_the_name_of_a_server_makes_no_server(command: str) -> None:
+    assert _program(command.split()) == ""
+
+
+def test_clones_and_sweeps_that_killed_processes_left_are_named_with_their_size(root: Path) -> None:
+    clone, sweep, used = (
+        root / ".scratch/clone-abc",
+        root / ".dvc/tmp/exps/standalone/tmpxyz",
+        root / ".scratch/clone-d",
+    )
+    for folder in (clone / "project", sweep, used / "project"):
+        folder.mkdir(parents=True)
+        with (folder / "weights").open("wb") as file:
+            file.truncate(250_000_000)
+    with only_one(used, "owner", "work in a clone"):
+        findings = list(_copies(root))
+    assert [(one.what, one.remedy) for one in findings] == [("clone", f"rm -r {clone}"), ("sweep", f"rm -r {sweep}")]
+    assert all("(0.2 GB)" in one.found or "(0.3 GB)" in one.found for one in findings)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from dreambooth.export import a1111_embedding, require_formats, write_export
 from dreambooth.folders import sha256_of_file
 from dreambooth.models import load_model, write_pipeline
 from dreambooth.params import parse_params
+from dreambooth.weight_files import kohya_header, modelspec
 
 METRICS: dict[str, Any] = {
     "identity": dict.fromkeys(("personalised", "base", "gain", "low", "high", "ceiling"), 0.5),
@@ -61,7 +62,7 @@ def header(path: Path) -> dict[str, str]:
         return dict(file.metadata())
 
 
-def train_lora(base: Path, folder: Path) -> np.ndarray:
+def train_lora(base: Path, folder: Path, dora: bool = False) -> np.ndarray:
     """Write a LoRA as the training does; return the picture of the model with it."""
     pipeline = kind_of(base).from_pretrained(base)
     torch.manual_seed(1)
@@ -70,7 +71,7 @@ def train_lora(base: Path, folder: Path) -> np.ndarray:
     )
     modules = {part: getattr(pipeline, part) for part in parts}
     for part, module in modules.items():
-        adapt(module, UNET_MODULES if part == "unet" else TEXT_MODULES)
+        adapt(module, UNET_MODULES if part == "unet" else TEXT_MODULES, dora)
     folder.mkdir()
     save_lora(folder / LORA_FILE, modules, torch.float32)
     return picture(pipeline)
@@ -82,15 +83,21 @@ def loaded(base: Path, *files: Path, word: str = "sks") -> Any:
     for path in files:
         if path.parent.name != "embedding":
             pipeline.load_lora_weights(path.parent, weight_name=path.name)
-        elif kind_of(base) is StableDiffusionPipeline:
-            pipeline.load_textual_inversion(path, token=word)
         else:
-            rows = safetensors.torch.load_file(path)
-            for name, suffix in (("clip_l", ""), ("clip_g", "_2")):
-                parts = {"text_encoder": f"text_encoder{suffix}", "tokenizer": f"tokenizer{suffix}"}
-                more = {key: getattr(pipeline, part) for key, part in parts.items()}
-                pipeline.load_textual_inversion(rows[name], token=word, **more)
+            load_word(pipeline, path, word)
     return pipeline
+
+
+def load_word(pipeline: Any, path: Path, word: str = "sks") -> None:
+    if isinstance(pipeline, StableDiffusionPipeline):
+        pipeline.load_textual_inversion(path, token=word)
+        return
+    pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id  # as the card says
+    rows = safetensors.torch.load_file(path)
+    for name, suffix in (("clip_l", ""), ("clip_g", "_2")):
+        parts = {"text_encoder": f"text_encoder{suffix}", "tokenizer": f"tokenizer{suffix}"}
+        more = {key: getattr(pipeline, part) for key, part in parts.items()}
+        pipeline.load_textual_inversion(rows[name], token=word, **more)
 
 
 def assert_equal_weights(one: Any, other: Any) -> None:
@@ -117,13 +124,15 @@ def test_every_format_draws_the_picture_of_the_evaluated_model(
     evaluated = picture(kind_of(base).from_pretrained(tmp_path / "evaluated"))
     assert np.abs(picture(kind_of(base).from_pretrained(base)) - evaluated).max() > 10 * ONE_STEP
     word = folder / "embedding/sks.safetensors"
+    assert "LoRA and embedding were trained together" in (folder / "README.md").read_text()
     for lora in (folder / "lora" / LORA_FILE, folder / "kohya/biscuit.safetensors"):
         assert np.abs(picture(loaded(base, word, lora)) - evaluated).max() < ONE_STEP, lora
 
     whole = kind_of(base).from_pretrained(folder, dtype=precision).to(torch.float32)
     path = folder / "single_file/biscuit.safetensors"
     assert {tensor.dtype for tensor in safetensors.torch.load_file(path).values()} == {precision}
-    single = kind_of(base).from_single_file(path, config=str(folder), local_files_only=True).to(torch.float32)
+    single = kind_of(base).from_single_file(path, config=str(base), local_files_only=True).to(torch.float32)
+    load_word(single, word)
     assert_equal_weights(single, whole)
     assert np.abs(picture(single) - picture(whole)).max() < ONE_STEP
     if dtype == "float32":
@@ -162,6 +171,68 @@ def test_both_files_of_a_lora_and_the_folder_draw_the_trained_picture(
     assert about["modelspec.trigger_phrase"] == "sks dog"
     assert (about["ss_network_dim"], about["ss_network_alpha"]) == ("4", f"{ALPHA:.1f}")
     assert about["ss_network_module"] == "networks.lora"
+
+
+def test_diffusers_draws_the_trained_picture_of_a_dora_and_the_card_sends_it_to_the_file_that_it_can_read(
+    params_values: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    expected = train_lora(base, tmp_path / "trained", dora=True)
+    params_values["train"]["use_dora"] = True
+    arguments = (params_values, base, tmp_path / "trained", tmp_path / "out", ["lora", "kohya"], "lora")
+    folder = export(*arguments, dtype="float32")
+    assert np.abs(picture(loaded(base, folder / "lora" / LORA_FILE)) - expected).max() < ONE_STEP
+    card = (folder / "README.md").read_text()
+    (line,) = [line for line in card.splitlines() if line.startswith("| kohya/")]
+    assert "load_lora_weights" not in line
+    assert "know DoRA" in line
+    assert '`.load_lora_weights("export/biscuit/lora")`' in card
+    names = safetensors.torch.load_file(folder / "kohya/biscuit.safetensors")
+    assert sum(name.endswith(".dora_scale") for name in names) == len(names) / 4
+
+
+def test_a_single_file_of_a_new_word_has_the_vocabulary_of_the_base_and_the_word_beside_it(
+    params_values: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    run(load_model(base, device="cpu"), tmp_path / "trained", method="textual_inversion", max_train_steps=1)
+    arguments = (params_values, base, tmp_path / "trained", tmp_path / "out", ["single_file"], "textual_inversion")
+    folder = export(*arguments, dtype="float32")
+    weights = safetensors.torch.load_file(folder / "single_file/biscuit.safetensors")
+    assert {len(tensor) for name, tensor in weights.items() if "token_embedding" in name} == {514}
+    assert (folder / "embedding/sks.safetensors").is_file()
+    card = (folder / "README.md").read_text()
+    assert 'config="data/base/tiny")`, ComfyUI, A1111; it has the vocabulary of the base' in card
+    assert ("eos_token_id" in card) == (kind_of(base) is StableDiffusionXLPipeline)
+    assert "trained together" not in card
+    assert "| prior.kind | none |" in card
+
+
+@pytest.mark.parametrize(
+    ("prior", "expected"),
+    [
+        ({"kind": "images", "num_class_images": 7}, ("7", "0.5")),
+        ({"kind": "teacher", "num_class_images": 7}, ("0", "0.0")),
+        ({"kind": "none", "num_class_images": 7}, ("0", "0.0")),
+        ({"kind": "folder", "num_class_images": 7}, (None, "0.5")),
+    ],
+)
+def test_the_header_of_kohya_counts_the_class_images_that_were_trained_on(
+    params_values: dict[str, Any], prior: dict[str, Any], expected: tuple[str | None, str]
+) -> None:
+    params_values["prior"] |= prior
+    params_values["train"] |= {"method": "lora", "prior_loss_weight": 0.5, "max_train_steps": None}
+    about = kohya_header("sd1", 4, 4.0, "biscuit", parse_params(params_values), 5, {"prediction_type": "epsilon"})
+    assert (about.get("ss_num_reg_images"), about["ss_prior_loss_weight"]) == expected
+    assert about["ss_max_train_steps"] == "500"  # 100 a photo
+    assert about["ss_base_model_version"] == "sd_v1"
+
+
+def test_headers_tell_the_two_predictions_of_sd2_apart(params_values: dict[str, Any]) -> None:
+    params = parse_params(params_values)
+    for kind, base, name in (("epsilon", "sd_v2", "v2-512"), ("v", "sd_v2_v", "v2-768-v")):
+        about = {"prediction_type": kind}
+        assert kohya_header("sd2", 4, 4.0, "biscuit", params, 5, about)["ss_base_model_version"] == base
+        architecture = modelspec("lora", "sd2", "biscuit", params, about)["modelspec.architecture"]
+        assert architecture == f"stable-diffusion-{name}/lora"
 
 
 def test_the_embedding_is_read_by_diffusers_under_any_word(params_values: dict[str, Any], tmp_path: Path) -> None:
@@ -218,6 +289,8 @@ def test_the_card_names_files_hashes_parameters_scores_and_licence(
     assert 'config="export/biscuit")`' in card
     assert "license: creativeml-openrail-m\n" in card
     assert f"| learning_rate | {params_values['train']['learning_rate']} |" in card
+    assert "| base.resolution | 32 |" in card
+    assert "| prior.kind | images |\n| prior.num_class_images | 5 |" in card
     assert "| prompt fidelity against the base | -0.070 [-0.150, +0.020] |" in card
     assert 'instance_prompt: "a photo of sks dog"' in card
 

@@ -119,6 +119,16 @@ def test_names_of_all_three_conventions_are_one_layer() -> None:
             assert list(layers_of({f"{name}.{kind[0]}.weight": down, f"{name}.{kind[1]}.weight": up})) == [module]
 
 
+def test_a_magnitude_keeps_its_value_through_the_names_of_diffusers() -> None:
+    for module in ("unet.mid_block.to_q", "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"):
+        layer = LoraLayer(torch.zeros(2, 4), torch.zeros(3, 2), 2.0, torch.arange(3.0))
+        weights = to_diffusers({module: layer})
+        assert f"{module}.lora_magnitude_vector.weight" in weights
+        again = layers_of(weights)[module].magnitude
+        assert again is not None
+        assert torch.equal(again, torch.arange(3.0))
+
+
 def test_what_is_no_whole_layer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"unet\.x\.weight is no weight of a LoRA"):
         layers_of({"unet.x.weight": torch.zeros(1)})

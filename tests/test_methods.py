@@ -1,6 +1,7 @@
 """Full, LoRA, a new word, and both: what moves, what is kept, and what plain diffusers makes of the files."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,24 @@ def test_the_new_word_begins_as_the_class_noun_and_stands_alone(tiny_model_folde
     assert model.tokenizer("two desks").input_ids.count(number) == 0
 
 
+def test_a_prompt_is_pooled_at_its_end_though_the_config_of_the_base_says_2_and_the_word_has_the_largest_number(
+    sdxl_folder: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(sdxl_folder, base)
+    path = base / "text_encoder_2/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 2}))
+    run(load_model(base, device="cpu"), tmp_path / "trained", method="textual_inversion")
+    (tmp_path / "pipeline").mkdir()
+    write_pipeline(base, tmp_path / "trained", tmp_path / "pipeline", torch.float32)
+    again = StableDiffusionXLPipeline.from_pretrained(tmp_path / "pipeline", use_safetensors=True)
+    for model in (load_model(base, device="cpu", trained=tmp_path / "trained"), again):
+        prompts = ["a sks dog", "a sks cat"]
+        numbers = model.tokenizer_2(prompts, padding=True, return_tensors="pt").input_ids
+        one, other = model.text_encoder_2(numbers).text_embeds
+        assert not torch.allclose(one, other)
+
+
 def test_a_word_that_is_a_token_already_is_refused(tiny_model_folder: Path) -> None:
     model = load_model(tiny_model_folder, device="cpu")
     with pytest.raises(TrainingError, match=r"subjects\.identifier: 'a' is a token of the base already"):
@@ -184,7 +203,7 @@ def test_a_word_that_is_a_token_already_is_refused(tiny_model_folder: Path) -> N
     ("method", "changes"),
     [
         ("lora", {"train_text_encoder": True}),
-        ("lora", {"train_text_encoder": False, "use_dora": True}),
+        ("lora", {"train_text_encoder": True, "use_dora": True}),
         ("textual_inversion", {"learning_rate": 1.0}),
         ("pivotal", {"train_text_encoder": True, "embedding_learning_rate": 1.0}),
     ],

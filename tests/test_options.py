@@ -76,6 +76,14 @@ def test_views_are_squares_along_the_longer_side_and_their_mirror_images() -> No
     assert [sizes for _, sizes in views[3:]] == [sizes for _, sizes in views[:3]]
 
 
+def test_a_mirrored_view_begins_as_far_from_the_left_as_the_view_ends_from_the_right() -> None:
+    picture = make_photo(3, 96).crop((0, 0, 96, 64))  # 32 pixels wider than high: 16 of a view of half the size
+    views = views_of(picture, (32, 32), 2, True, 0, 0)
+    for (_, sizes), (_, mirrored) in zip(views[:3], views[3:], strict=True):
+        assert mirrored == (64, 96, 0, 16 - sizes[3], 32, 32)
+    assert len({sizes[3] for _, sizes in views}) > 2
+
+
 def test_a_square_photo_has_one_place_and_no_option_one_view() -> None:
     picture = Image.linear_gradient("L").convert("RGB")
     assert len(views_of(picture, (32, 32), 5, False, 0, 0)) == 1

@@ -197,7 +197,6 @@ def test_a_version_whose_files_were_deleted_for_good_gives_way_to_a_new_one(root
     assert [version.version for version in versions(root)] == [1, 2]
 
 
-
 def test_files_that_were_changed_in_the_store_are_not_loaded(root: Path) -> None:
     register(root, BISCUIT)
     content = bytearray(stored_unet(root).read_bytes())

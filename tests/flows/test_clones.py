@@ -179,6 +179,27 @@ def test_a_clone_has_its_parameters_overridden_where_dvc_hashes_them(tmp_path: P
     assert (root / "params.yaml").read_bytes() == before
 
 
+def test_a_killed_process_leaves_a_clone_that_nobody_uses_and_a_living_one_says_who_it_is(tmp_path: Path) -> None:
+    home = make_toy_project(tmp_path / "home", {"biscuit": "dog"})
+    git(home, "init", "--quiet")
+    git(home, "add", "--all")
+    git(home, "commit", "--quiet", "--message", "toy")
+    program = "import sys, time; from pathlib import Path; from flows.clones import cloned; home = Path(sys.argv[1])\n"
+    program += "with cloned(home, str(home), None): print('cloned', flush=True); time.sleep(99)"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment.pop("DREAMBOOTH_SCRATCH", None)
+    command = [sys.executable, "-c", program, str(home)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "cloned\n"
+        (used,) = clones.copies(home)
+        assert f"pid {child.pid} on" in used.user
+        child.kill()
+    (left,) = clones.copies(home)
+    assert (left.folder, left.user, left.is_clone) == (used.folder, "", True)
+    assert (left.project / "params.yaml").is_file()
+
+
 def test_a_lock_takes_the_entries_of_some_keys_and_keeps_ours_of_the_others() -> None:
     ours = {"schema": "2.0", "stages": {"train@rex": {"cmd": "a"}, "train@biscuit": {"cmd": "b"}}}
     theirs = {"schema": "2.0", "stages": {"train@rex": {"cmd": "x"}, "train@biscuit": {"cmd": "y"}, "prior@dog": {}}}

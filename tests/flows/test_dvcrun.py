@@ -77,6 +77,37 @@ def test_a_stage_that_saved_its_state_says_so(tmp_path: Path) -> None:
         DvcRunner(tmp_path).run("train@rex", print)
 
 
+RUNNING = "E_RUNNING: the training of rex is already running: pid 7 on box; wait for it, or stop it"
+EXIT_75 = "print('ERROR: failed to reproduce x: exited with 75'); raise SystemExit(255)"
+
+
+def test_a_stage_that_another_process_runs_is_told_with_its_pid_and_host(tmp_path: Path) -> None:
+    fake_dvc(tmp_path, f"print({RUNNING!r}); {EXIT_75}")
+    pauses: list[float] = []
+    with pytest.raises(PipelineError) as caught:
+        DvcRunner(tmp_path, patience=3, sleep=pauses.append).run("train@rex", print)
+    assert str(caught.value) == f"train@rex: {RUNNING} (exit 75)"
+    assert pauses == [1.0, 2.0]
+
+
+def test_a_stage_that_another_process_runs_is_waited_for(tmp_path: Path) -> None:
+    fake_dvc(
+        tmp_path,
+        "from pathlib import Path\n"
+        f"if not Path('tried').exists():\n    Path('tried').touch(); print({RUNNING!r}); {EXIT_75}\n"
+        "print('Running stage rex')\n",
+    )
+    pauses: list[float] = []
+    assert DvcRunner(tmp_path, sleep=pauses.append).run("train@rex", print).outcome == "ran"
+    assert pauses == [1.0]
+
+
+def test_a_stage_that_was_told_to_stop_says_that_its_state_is_saved(tmp_path: Path) -> None:
+    fake_dvc(tmp_path, f"print('E_INTERRUPTED: stopped after step 1 of 6, state saved'); {EXIT_75}")
+    with pytest.raises(PipelineError, match="stopped with its state saved; run it again to continue"):
+        DvcRunner(tmp_path).run("train@rex", print)
+
+
 @pytest.mark.fault(25)
 def test_busy_files_are_waited_for_twice_as_long_each_time(tmp_path: Path) -> None:
     fake_dvc(

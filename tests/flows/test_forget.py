@@ -15,8 +15,19 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from toy_project import REPOSITORY, dvc, make_photos, quiet
 
+from dreambooth.errors import SubjectError
 from dreambooth.locks import AlreadyRunningError, only_one
-from flows.forget import _refuse_beside_stages, without_subject
+from flows import dvcstore, prefectstore
+from flows.clones import OWNER
+from flows.dvcstore import _names
+from flows.forget import (
+    _left_copies,
+    _refuse_beside_copies,
+    _refuse_beside_stages,
+    erase,
+    inventory,
+    without_subject,
+)
 
 SUBJECT, IN_NAME, IN_BYTES = "zq7canary", "kanarienvogel", b"CANARY-5d1f0e"
 MARKS = (SUBJECT.encode(), IN_NAME.encode(), IN_BYTES)
@@ -83,6 +94,94 @@ def test_what_a_stage_is_writing_is_not_erased_and_what_a_killed_one_wrote_is(pr
     _refuse_beside_stages(project, "rex")
 
 
+@pytest.mark.parametrize(
+    ("path", "subject_id", "mine"),
+    [
+        *((f"{folder}/rex", "rex", True) for folder in ("build", "models", "export", "reports", "data/subjects")),
+        ("metrics/rex.json", "rex", True),
+        ("build/rex/instance", "rex", True),
+        ("build/classes/rex", "rex", False),
+        ("stages/train.py", "train", False),
+        ("dreambooth/lora.py", "lora", False),
+        ("dreambooth/card.py", "card", False),
+        ("flows/gate", "gate", False),
+        ("data/prompts/rex", "rex", False),
+        ("models/rex-2", "rex", False),
+        ("metrics/rex", "rex", False),
+        ("models", "models", False),
+    ],
+)
+def test_a_path_is_a_subject_s_where_outputs_lie_and_not_where_a_module_has_its_name(
+    path: str, subject_id: str, mine: bool
+) -> None:
+    assert _names({"path": path}, subject_id) == mine
+
+
+def test_a_subject_with_the_name_of_a_module_takes_nobody_s_runs(project: Path) -> None:
+    """Every entry of the run cache depends on modules: a subject called train must not take them all."""
+    entry = {
+        "cmd": "python -m stages.train rex",
+        "deps": [{"path": "stages/train.py", "md5": 32 * "a"}],
+        "outs": [{"path": "models/rex", "md5": 32 * "b"}],
+    }
+    file = project / ".dvc/cache/runs/ab/abcd/ef01"
+    file.parent.mkdir(parents=True)
+    file.write_text(yaml.safe_dump(entry))
+    assert dvcstore.kept_of(project, "train").runs == set()
+    assert dvcstore.kept_of(project, "rex").runs == {"ab/abcd/ef01"}
+
+
+def left_copies(root: Path) -> list[Path]:
+    """Make what a killed run and a killed sweep leave: copies of the project with photos and weights."""
+    folders = [root / ".scratch/clone-a1b2c3d4", root / ".dvc/tmp/exps/standalone/tmpa1b2c3d4"]
+    for project in (folders[0] / "project", folders[1]):
+        for name in ("data/subjects", "models"):
+            (project / name / SUBJECT).mkdir(parents=True)
+            (project / name / SUBJECT / IN_NAME).write_bytes(IN_BYTES)
+    return folders
+
+
+def test_copies_that_killed_runs_and_sweeps_left_are_listed_and_erased(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefectstore, "_server", lambda: None)
+    monkeypatch.setattr(prefectstore, "_database_file", lambda: None)
+    folders = left_copies(project)
+    with pytest.raises(SubjectError):  # a typing error is told, whatever was left
+        inventory(project, "nobody")
+    found = inventory(project, SUBJECT)
+    assert found.places["copies of the project that killed runs left"] == 2
+    erase(project, found)
+    assert not any(folder.exists() for folder in folders)
+    assert list(found_in(project)) == []
+
+
+def test_a_copy_in_which_somebody_works_is_refused_and_stays(project: Path) -> None:
+    clone, sweep = left_copies(project)
+    with only_one(clone, OWNER, "work in a clone"), pytest.raises(AlreadyRunningError, match=f"pid {os.getpid()} on"):
+        _refuse_beside_copies(project, SUBJECT)
+    with subprocess.Popen([sys.executable, "-c", "input()"], cwd=sweep / "models", stdin=subprocess.PIPE) as child:
+        with pytest.raises(AlreadyRunningError, match=f"pid {child.pid} works in"):
+            _refuse_beside_copies(project, SUBJECT)
+        _refuse_beside_copies(project, "rex")  # of which it has nothing
+        assert _left_copies(project) == [clone]
+        child.communicate(b"\n")
+    assert _left_copies(project) == [clone, sweep]
+
+
+def test_a_server_that_a_profile_of_prefect_names_is_asked(tmp_path: Path) -> None:
+    """Flows use it: a look into the local database alone would find nothing there."""
+    environment = {name: value for name, value in quiet(tmp_path).items() if name != "PREFECT_API_URL"}
+    url = "http://prefect.example:4200/api"
+    (tmp_path / "profiles.toml").write_text(f'active = "box"\n[profiles.box]\nPREFECT_API_URL = "{url}"\n')
+    command = [sys.executable, "-c", "from flows.prefectstore import _server; print(_server())"]
+    for more, said in (({}, url), ({"PREFECT_API_URL": ""}, "")):
+        done = subprocess.run(
+            command, cwd=REPOSITORY, env={**environment, **more}, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == said
+
+
 @pytest.mark.slow
 @pytest.mark.fault(44)
 @pytest.mark.threat(23)
@@ -132,6 +231,7 @@ def test_nothing_of_a_forgotten_subject_is_left_and_the_other_champion_still_loa
     assert all(list(found_in(folder)) for folder in everywhere[:3])
     others = leave_behind(project, f"{SUBJECT}-2")
     leave_behind(project, SUBJECT)
+    left_copies(project)
     before = {path: path.stat().st_mtime_ns for path in project.rglob("*") if ".scratch" not in path.parts}
 
     shared = {path.name: path.read_bytes() for path in (project / "build/classes/dog").iterdir()}

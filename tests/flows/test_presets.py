@@ -1,16 +1,22 @@
 """Presets are written into params.yaml, where DVC and a reader see them."""
 
+import io
+import itertools
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 from test_cli import dreambooth
 from toy_project import REPOSITORY
 
 from dreambooth.errors import ParamsError
 from dreambooth.params import load_params
-from flows.presets import Change, apply, merge, names
+from dreambooth.yaml12 import load_yaml
+from flows.presets import Change, apply, merge, names, read
 
+WHOLE = ("sd15-full", "sd15-lora", "sdxl-lora")
 SHIPPED = ("faces", "low-memory", "objects", "sd15-full", "sd15-lora", "sdxl-lora")
 ALONE = {"faces": ["sd15-full"], "objects": ["sd15-full"], "low-memory": ["sd15-lora"]}  # what they stand on top of
 
@@ -59,6 +65,61 @@ def test_a_later_preset_stands_on_top_of_an_earlier_one(root: Path) -> None:
     assert changes["train.max_train_steps"].after == 400
     assert changes["train.max_train_steps"].before == 450  # what the file said before both
     assert load_params(root / "params.yaml").base.resolution == 512
+
+
+def _values(root: Path) -> dict[str, Any]:
+    load_params(root / "params.yaml")
+    return {
+        f"{section}.{key}": value
+        for section, values in load_yaml((root / "params.yaml").read_text()).items()
+        for key, value in values.items()
+    }
+
+
+def _said(root: Path, preset: str) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, part in read(root, preset).items() for key, value in part.items()}
+
+
+def _as_dvc_leaves_it(path: Path) -> None:
+    """Dump params.yaml as `dvc exp run -S` does: lists stand at the indent of their key."""
+    yaml, text = YAML(), io.StringIO()
+    yaml.dump(yaml.load(path.read_text()), text)
+    path.write_text(text.getvalue())
+
+
+@pytest.mark.parametrize("dumped", [False, True])
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(SHIPPED, 2)))
+def test_any_preset_goes_after_any_other(root: Path, first: str, second: str, dumped: bool) -> None:
+    comments = (root / "params.yaml").read_text().count("#")
+    apply(root, [first])
+    if dumped:
+        _as_dvc_leaves_it(root / "params.yaml")
+    apply(root, [second])
+    assert _said(root, second).items() <= _values(root).items()
+    assert (root / "params.yaml").read_text().count("#") == comments
+
+
+@pytest.mark.parametrize("preset", WHOLE)
+def test_a_whole_preset_is_the_same_whatever_was_before(root: Path, preset: str) -> None:
+    keys = {key for whole in WHOLE for key in _said(root, whole)}
+    results = []
+    original = (root / "params.yaml").read_bytes()
+    for first in SHIPPED:
+        (root / "params.yaml").write_bytes(original)
+        apply(root, [first])
+        apply(root, [preset])
+        results.append({key: value for key, value in _values(root).items() if key in keys})
+    assert all(result == results[0] for result in results)
+    assert keys == set(_said(root, preset))
+    assert {key for each in SHIPPED for key in _said(root, each)} <= keys
+
+
+def test_params_that_are_no_yaml_are_refused_without_a_traceback(root: Path) -> None:
+    for text in ("a: b: c", "a: 1\na: 2\n", "a: [1"):
+        (root / "params.yaml").write_text(text)
+        with pytest.raises(ParamsError, match=r"params\.yaml: cannot be read"):
+            apply(root, ["sd15-lora"])
+        assert (root / "params.yaml").read_text() == text
 
 
 def test_true_is_not_one() -> None:
