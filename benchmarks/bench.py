@@ -242,6 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     given = parser.parse_args(arguments)
     if given.class_images % given.sample_batch_size:
         parser.error("--class-images must be a multiple of --sample-batch-size: ours draws whole batches only")
+    if given.reference and (given.base / "text_encoder_2").is_dir():
+        parser.error(f"--reference: train_dreambooth.py knows one text encoder, {given.base} has two; leave it out")
     script = find_script(given.reference) if given.reference else None
     recipe = recipe_of(given, given.mixed_precision)
     folder = Path(given.scratch) / comparison_key(recipe, script)

@@ -205,7 +205,6 @@ def load_embeddings(path: Path) -> tuple[str, list[Tensor]]:
 
 def _hub_name(part: str, name: str) -> str:
     """Return a weight's name as on the hub: CLIPTextModel of new versions has dropped a level in memory."""
-    name = (
-        f"{name}.weight" if name.endswith(".lora_magnitude_vector") else name
-    )  # else diffusers drops a text encoder's
+    if name.endswith(".lora_magnitude_vector"):
+        name += ".weight"  # without it diffusers drops that of a text encoder
     return name if part == "unet" or name.startswith("text_model.") else f"text_model.{name}"
