@@ -8,7 +8,6 @@ from typing import Any
 from dreambooth.consent import Consent
 from dreambooth.folders import sha256_of_file
 from dreambooth.params import METHODS_OF_FORMAT, Params
-from dreambooth.weight_files import class_images
 
 # How the files of each format are loaded.
 LOADING = {
@@ -40,6 +39,7 @@ def card(
     defaults: Mapping[str, Any],
     consent: Consent | None = None,
     method: str = "full",
+    class_images: int = 0,
 ) -> str:
     """Return the card: what it is, how to call it, its files, what was measured, what was not, from what it was made.
 
@@ -52,6 +52,7 @@ def card(
         defaults: how pictures are drawn, see `export.generation_defaults`.
         consent: of a person.
         method: how it was trained.
+        class_images: how many it was trained on.
     """
     base, prompt = params.base.pretrained_model_name_or_path, defaults["instance_prompt"]
     pipeline = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
@@ -64,7 +65,7 @@ def card(
         _TOGETHER if method == "pivotal" else "",
         _scores(metrics),
         f"Trained from `{base}` (sha256 {base_hash}) on {metrics['photos']} photos with these parameters:",
-        _parameters(params),
+        _parameters(params, class_images),
         _licence(params.export.license, base),
         _consent(consent),
     ]
@@ -134,12 +135,12 @@ def _interval(gain: Mapping[str, Any]) -> str:
     return f"{gain['gain']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
 
 
-def _parameters(params: Params) -> str:
+def _parameters(params: Params, class_images: int) -> str:
     """List every parameter of the training by its name in params.yaml, and those beside them that shaped it."""
     beside: dict[str, Any] = {"base.resolution": params.base.resolution}
     beside["prior.kind"] = params.prior.kind if params.has_prior else "none"
-    if count := class_images(params):
-        beside["prior.num_class_images"] = count
+    if class_images:
+        beside["class images"] = class_images
     values = params.train.model_dump(mode="json", exclude={"preview_prompts"})
     rows = [f"| {name} | {value} |" for name, value in (values | beside).items()]
     return "\n".join(["| train | value |", "|---|---|", *rows])

@@ -37,21 +37,34 @@ def write_export(
     metrics: dict[str, Any],
     consent: Consent | None = None,
     method: str = "full",
+    class_images: int = 0,
 ) -> None:
     """Fill a folder with a pipeline of diffusers, the other formats, the defaults of generation, and its card.
+
+    Args:
+        folder: is filled.
+        base: the untouched pipeline.
+        trained: folder of the training.
+        subject_id: whose model it is.
+        params: of the project.
+        base_hash: sha256 of the base.
+        metrics: of the evaluation.
+        consent: of a person.
+        method: how it was trained.
+        class_images: how many it was trained on.
 
     Raises:
         ExportError: the training made nothing that a format of export.formats could hold.
     """
     require_formats(params, method)
-    write_pipeline(base, trained, folder, DTYPES[params.train.save_dtype])
+    write_pipeline(base, trained, folder, _merged_dtype(params))
     defaults = generation_defaults(params, subject_id)
-    work = _Work(folder, base, trained, subject_id, params, metrics["photos"])
+    work = _Work(folder, base, trained, subject_id, params, metrics["photos"], class_images)
     for name in params.export.formats:
         if name != "diffusers":
             _WRITERS[name](work)
     (folder / GENERATION).write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
-    text = card(folder, subject_id, params, base_hash, metrics, defaults, consent, method)
+    text = card(folder, subject_id, params, base_hash, metrics, defaults, consent, method, class_images)
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
@@ -64,6 +77,14 @@ def require_formats(params: Params, method: str) -> None:
                 f"export.formats: {name} holds what train.method {' or '.join(methods)} makes, and this model was "
                 f"trained by {method}; take it out of export.formats, or train again"
             )
+
+
+def _merged_dtype(params: Params) -> torch.dtype:
+    """Return the precision of parts that a LoRA or a word is merged into.
+
+    An evaluation in float32 drew with sums that no smaller one holds; one in half precision rounded them too.
+    """
+    return DTYPES["float32" if params.base.inference_dtype == "float32" else params.train.save_dtype]
 
 
 def generation_defaults(params: Params, subject_id: str) -> dict[str, Any]:
@@ -116,6 +137,7 @@ class _Work:
     subject_id: str
     params: Params
     photos: int
+    class_images: int
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,12 +148,19 @@ class _Work:
     def about(self) -> dict[str, str]:
         """Entries of a header that tell of the model."""
         defaults = generation_defaults(self.params, self.subject_id)
+        called = self.word if (self.trained / EMBEDDINGS_FILE).is_file() else defaults["identifier"]
         scheduler = json.loads((self.folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))
         return {
             "description": f"a {defaults['class_noun']} called {defaults['identifier']}, personalised with DreamBooth",
-            "trigger_phrase": f"{defaults['identifier']} {defaults['class_noun']}",
+            "trigger_phrase": f"{called} {defaults['class_noun']}",
             "prediction_type": "v" if scheduler.get("prediction_type") == "v_prediction" else "epsilon",
         }
+
+    @property
+    def word(self) -> str:
+        """Return what a new word is called where its file's name is the word."""
+        identifier = self.params.subject(self.subject_id).identifier
+        return "".join(one for one in identifier if one.isalnum() or one in "-_") or self.subject_id
 
     def spec(self, kind: str) -> dict[str, str]:
         """Return the header of a format."""
@@ -176,15 +205,14 @@ def _write_kohya(work: _Work) -> None:
     shape = UNetShape.of(_config(work.folder, "unet")) if family == "sdxl" else None
     weights = lora_formats.to_kohya(lora_formats.cast(lora, work.dtype), shape)
     header = work.spec("kohya")
-    header |= kohya_header(family, first.rank, first.alpha, work.subject_id, work.params, work.photos, work.about)
+    counts = (work.photos, work.class_images)
+    header |= kohya_header(family, first.rank, first.alpha, work.subject_id, work.params, *counts, work.about)
     write_weights(work.folder / f"kohya/{work.subject_id}.safetensors", weights, header)
 
 
 def _write_embedding(work: _Work) -> None:
     learned = cast_weights(read_weights(work.trained / EMBEDDINGS_FILE), work.dtype)
-    identifier = work.params.subject(work.subject_id).identifier
-    word = "".join(one for one in identifier if one.isalnum() or one in "-_") or work.subject_id
-    write_weights(work.folder / f"embedding/{word}.safetensors", a1111_embedding(learned), work.spec("embedding"))
+    write_weights(work.folder / f"embedding/{work.word}.safetensors", a1111_embedding(learned), work.spec("embedding"))
 
 
 _WRITERS = {

@@ -12,7 +12,7 @@ import torch
 from dreambooth import adapters
 from dreambooth.adapters import EMBEDDINGS_FILE, LORA_FILE, TokenEmbedding
 from dreambooth.checkpoint import named_weights
-from dreambooth.models import DTYPES, Model, save_parts
+from dreambooth.models import DTYPES, Model, cast_module, save_parts
 from dreambooth.params import Train
 
 _HALF = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,7 +59,7 @@ def make_trainable(model: Model, settings: Train) -> dict[str, torch.nn.Module]:
         trained |= model.encoders
     half = _HALF[settings.mixed_precision]
     if settings.method != "full" and half is not None:
-        model.unet.to(half)
+        cast_module(model.unet, half)
     if settings.method == "full":
         for module in trained.values():
             module.requires_grad_(True)

@@ -62,8 +62,8 @@ class Model:
 
     @property
     def encoders(self) -> dict[str, Any]:
-        """Return the text encoders by name, in order."""
-        return {name: getattr(self, name) for name in self.family.encoders}
+        """Return the text encoders by name, in order, as far as they are in memory."""
+        return {name: part for name in self.family.encoders if (part := getattr(self, name)) is not None}
 
     @property
     def whole_side(self) -> int:
@@ -204,7 +204,18 @@ def load_trained(model: Model, trained: Path) -> None:
             module.float()
         lora.merge_lora(trained / LORA_FILE, modules)
         for module in modules.values():
-            module.to(model.dtype)
+            cast_module(module, model.dtype)
+
+
+def cast_module(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Change the precision of a module in place, without the warning of diffusers where nothing has to stay in float32.
+
+    Its own `to` warns of an empty list as well.
+    """
+    if getattr(module, "_keep_in_fp32_modules", None):
+        module.to(dtype)
+    else:
+        torch.nn.Module.to(module, dtype)
 
 
 def changed_parts(model: Model, trained: Path) -> list[str]:

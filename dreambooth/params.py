@@ -183,7 +183,7 @@ class Train(Section):
     train_text_encoder: bool
     """Train the text encoders with the UNet (Ruiz et al. 2022 train both); textual_inversion leaves them alone."""
     optimizer: Literal["adamw", "adamw_8bit", "prodigy"]
-    """adamw_8bit keeps the moments in 8 bits (Dettmers et al. 2022; a GPU, pip install "dreambooth[adam8bit]").
+    """adamw_8bit keeps the moments in 8 bits (Dettmers et al. 2022; pip install "dreambooth[adam8bit]").
     prodigy finds its own rate (Mishchenko & Defazio 2024; pip install "dreambooth[prodigy]")."""
     learning_rate: Annotated[float, Field(gt=0, le=1)]
     """Peak rate of the optimizer: 5e-6 for full (Ruiz et al. 2022), 2e-6 with the text encoder and 1e-4 for lora
@@ -253,7 +253,8 @@ class Train(Section):
     num_processes: Annotated[int, Field(ge=1, le=1024)]
     """Processes, one a GPU, that share the rows of a step: it has train_batch_size rows of each."""
     save_dtype: Dtype
-    """Precision of the saved weights: these are evaluated, exported and served."""
+    """Precision of the saved weights: these are evaluated, exported and served. Where a LoRA or a word is merged into a
+    part of the base, float32 if base.inference_dtype is (docs/decisions/0091)."""
 
     @property
     def reads_class_rows(self) -> bool:
@@ -339,7 +340,7 @@ class Export(Section):
     """diffusers: the pipeline as a folder. single_file: the same as one checkpoint in the original layout. lora, kohya:
     the LoRA alone, as diffusers and as kohya's trainer name it. embedding: the new word, as A1111 reads it."""
     dtype: Dtype
-    """Precision of all but the diffusers folder, whose trained parts are as train.save_dtype says."""
+    """Precision of all but the diffusers folder, whose trained parts are as they were evaluated."""
     license: Words | None
     """Licence of the model, an id of the hub such as creativeml-openrail-m; null leaves it unsaid."""
 
@@ -388,14 +389,9 @@ class Params(Section):
         return self.wants_prior and self.train.reads_class_rows
 
     @property
-    def idle_prior(self) -> str | None:
-        """What a user should know whose class rows are not trained on."""
-        if self.has_prior or not self.wants_prior:
-            return None
-        return (
-            f"train.method {self.train.method} reads no class rows: prior.kind {self.prior.kind} has no effect on it; "
-            "prior.kind none saves the time of the stage prior"
-        )
+    def idle(self) -> list[str]:
+        """Say what is set and changes nothing in a training, with the reason: it may not be what was meant."""
+        return [*_idle_prior(self), *_idle_options(self.train)]
 
     def subject(self, subject_id: str) -> SubjectParams:
         """Return one subject; raise SubjectError with the known ones."""
@@ -556,6 +552,37 @@ def _contradictions(params: Params) -> Iterator[str]:
         yield f"train.preview_prompts: empty, but preview_steps is {params.train.preview_steps}; name one"
     if len(set(params.evaluate.seeds)) != len(params.evaluate.seeds):
         yield f"evaluate.seeds: the same seed stands twice in {params.evaluate.seeds}"
+
+
+def _idle_prior(params: Params) -> Iterator[str]:
+    """Name class images that are made and not trained on."""
+    if params.has_prior or params.prior.kind == "none":
+        return
+    why = "train.prior_loss_weight 0" if params.train.reads_class_rows else f"train.method {params.train.method}"
+    yield f"{why} reads no class rows: prior.kind {params.prior.kind} has no effect on it; prior.kind none " + (
+        "says so" if params.prior.kind == "teacher" else "saves the time of the stage prior"
+    )
+
+
+def _idle_options(train: Train) -> Iterator[str]:
+    """Name options of the training that its method, or another option, leaves without effect."""
+    method = f"train.method {train.method}"
+    if train.use_dora and train.method not in ("lora", "pivotal"):
+        yield f"{method} has no LoRA: train.use_dora has no effect"
+    if train.embedding_learning_rate is not None and train.method not in ("textual_inversion", "pivotal"):
+        yield f"{method} learns no new word: train.embedding_learning_rate has no effect"
+    if train.method == "textual_inversion" and train.train_text_encoder:
+        yield f"{method} trains the new word alone: train.train_text_encoder has no effect"
+    if train.text_encoder_learning_rate is not None:
+        if train.method == "textual_inversion":
+            yield f"{method} trains the new word alone: train.text_encoder_learning_rate has no effect"
+        elif not train.train_text_encoder:
+            yield "train.train_text_encoder is false: train.text_encoder_learning_rate has no effect"
+    if train.num_processes > 1 and train.gradient_checkpointing == "auto":
+        yield (
+            f"train.num_processes {train.num_processes}: train.gradient_checkpointing auto has no effect, one process "
+            "cannot change alone; write true where a step does not fit"
+        )
 
 
 def _needs_evaluation(train: Train) -> Iterator[str]:

@@ -69,7 +69,11 @@ class Trainer:
 
 
 def prepare(model: Model, samples: Sequence[Sample], settings: Train) -> Trainer:
-    """Put optimizer, precision and processes around a model's trainable parts."""
+    """Put optimizer, precision and processes around a model's trainable parts.
+
+    A model without an autoencoder draws no previews: text encoders that are frozen have then been asked for the last
+    time, and leave the memory.
+    """
     if settings.mixed_precision == "fp16" and model.device.type == "cpu":
         raise TrainingError('train.mixed_precision: fp16 needs a GPU; write "no" or "bf16"')
     accelerator = Accelerator(
@@ -83,6 +87,9 @@ def prepare(model: Model, samples: Sequence[Sample], settings: Train) -> Trainer
     text = TextSource(model, [sample.prompt for sample in samples], trained=bool(reads_text))
     taught = [sample.prompt for sample in samples if sample.taught]
     teacher = Teacher(model, taught, copied=settings.method == "full") if taught else None
+    if model.vae is None and not reads_text:
+        for name in model.encoders:
+            setattr(model, name, None)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.allow_tf32
     if settings.gradient_checkpointing is True:
         model.unet.enable_gradient_checkpointing()
@@ -127,7 +134,7 @@ def _leave_file(weights: Sequence[Tensor]) -> None:
 
 def release(model: Model) -> None:
     """Take the wrapper of precision off again, and put the parts into evaluation mode."""
-    for name in ("unet", *model.family.encoders):
+    for name in ("unet", *model.encoders):
         module = extract_model_from_parallel(getattr(model, name), keep_fp32_wrapper=False)
         setattr(model, name, module.requires_grad_(False).eval())
     methods.settle(model)

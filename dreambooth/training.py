@@ -72,7 +72,7 @@ def train(
     """Train the weights of `model` in place, from the newest checkpoint if there is one.
 
     Args:
-        model: in float32; its autoencoder is used for previews only, else it may be gone.
+        model: in float32; its autoencoder is used for previews only. Where it is gone, frozen text encoders go too.
         instance: samples of the subject.
         prior: samples of its class, none without a prior.
         settings: of the training.

@@ -23,6 +23,11 @@ _ARCHITECTURE = {
     "sdxl": "stable-diffusion-xl-v1-base",
 }
 _KOHYA_BASE = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # kohya-ss/sd-scripts, library/train_util.py
+_OPTIMIZERS = {  # kohya-ss/sd-scripts names the class
+    "adamw": "torch.optim.adamw.AdamW",
+    "adamw_8bit": "bitsandbytes.optim.adamw.AdamW8bit",
+    "prodigy": "prodigyopt.prodigy.Prodigy",
+}
 _KINDS = {"single_file": "", "kohya": "/lora", "lora": "/lora", "embedding": "/textual-inversion"}
 
 
@@ -87,15 +92,15 @@ def modelspec(kind: str, family: str, title: str, params: Params, about: Mapping
     return {f"modelspec.{name}": value for name, value in (entries | dict(about)).items()}
 
 
-def class_images(params: Params) -> int | None:
-    """Return how many class images are trained on; None: those of a folder, which no parameter counts."""
-    if not params.has_prior or params.prior.kind == "teacher":
-        return 0
-    return params.prior.num_class_images if params.prior.kind == "images" else None
-
-
 def kohya_header(
-    family: str, rank: int, alpha: float, name: str, params: Params, photos: int, about: Mapping[str, str]
+    family: str,
+    rank: int,
+    alpha: float,
+    name: str,
+    params: Params,
+    photos: int,
+    class_images: int,
+    about: Mapping[str, str],
 ) -> dict[str, str]:
     """Return the ss_ entries that kohya's trainer writes (kohya-ss/sd-scripts, train_network.py), as far as they hold.
 
@@ -106,9 +111,10 @@ def kohya_header(
         name: of the file.
         params: of the project.
         photos: how many the subject has.
+        class_images: how many were trained on.
         about: as of `modelspec`; prediction_type.
     """
-    train, base, drawn = params.train, params.base, class_images(params)
+    train, base = params.train, params.base
     values: dict[str, Any] = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
@@ -119,22 +125,24 @@ def kohya_header(
         "ss_output_name": name,
         "ss_resolution": f"({base.resolution}, {base.resolution})",
         "ss_num_train_images": photos,
-        "ss_num_reg_images": drawn,
-        "ss_prior_loss_weight": 0.0 if drawn == 0 else train.prior_loss_weight,
+        "ss_num_reg_images": class_images,
+        "ss_prior_loss_weight": train.prior_loss_weight if class_images else 0.0,
         "ss_batch_size_per_device": train.train_batch_size,
         "ss_gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "ss_optimizer": _OPTIMIZERS[train.optimizer],
         "ss_learning_rate": train.learning_rate,
+        "ss_unet_lr": train.learning_rate,
+        "ss_text_encoder_lr": (train.text_encoder_learning_rate or train.learning_rate) * train.train_text_encoder,
         "ss_lr_scheduler": train.lr_scheduler,
         "ss_lr_warmup_steps": train.lr_warmup_steps,
         "ss_max_train_steps": max_train_steps(train, photos),
         "ss_max_grad_norm": train.max_grad_norm,
         "ss_min_snr_gamma": train.snr_gamma,
+        "ss_noise_offset": train.noise_offset or None,
         "ss_mixed_precision": train.mixed_precision,
         "ss_seed": train.seed,
         "ss_gradient_checkpointing": train.gradient_checkpointing,
     }
-    if drawn is None:
-        del values["ss_num_reg_images"]
     return {key: str(value) for key, value in values.items()}
 
 

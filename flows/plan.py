@@ -67,7 +67,7 @@ class Plan:
     """Stages that compute at a time."""
     free: int
     """Bytes where the project lies."""
-    remark: str | None = None
+    remarks: Sequence[str] = ()
     """What its parameters ask for in vain."""
 
     @property
@@ -91,8 +91,7 @@ class Plan:
             said.append(f"cost: {self.seconds / 3600 * self.at_once * price:.2f} at {price:g} an hour each")
         if guessed := [line.entry for line in self.lines if not line.measured]:
             said.append(f"not measured here yet, so by defaults that may be wrong tenfold: {', '.join(guessed)}")
-        if self.remark is not None:
-            said.append(self.remark)
+        said += self.remarks
         if self.size > self.free:
             said.append("there is not enough room: make some, or move the project")
         return said
@@ -149,8 +148,8 @@ def make_plan(root: Path, params: Params, graph: Graph, lanes: Lanes) -> Plan:
         _line(entry, stages, params, root, known[entry, work_of(entry, params, lanes)], sizes)
         for entry, stages in by_entry.items()
     ]
-    remark = params.idle_prior if "train" in by_entry else None
-    return Plan(tuple(lines), len(graph.stages), lanes.count, shutil.disk_usage(root).free, remark)
+    remarks = params.idle if "train" in by_entry else ()
+    return Plan(tuple(lines), len(graph.stages), lanes.count, shutil.disk_usage(root).free, remarks)
 
 
 def seconds_of(units: int, measurements: Sequence[Measurement], default: float) -> float:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.consent import read_consent
-from dreambooth.errors import EvaluationError
+from dreambooth.errors import EvaluationError, ExportError
 from dreambooth.export import write_export
 from dreambooth.folders import new_folder, read_manifest
 from dreambooth.models import model_hash, resolve_model
@@ -21,7 +21,9 @@ def run(params: Params, subject_id: str, root: Path) -> None:
     base = resolve_model(params.base.pretrained_model_name_or_path, params.base.revision, root)
     trained = root / INPUTS[0].format(id=subject_id)
     manifest = read_manifest(trained)
-    fingerprint, method = manifest["fingerprint"], manifest.get("method", "full")
+    if "class_images" not in manifest:
+        raise ExportError(f"{trained} was made by an older version; train again: dvc repro train@{subject_id}")
+    fingerprint, method = manifest["fingerprint"], manifest["method"]
     metrics = json.loads((root / INPUTS[1].format(id=subject_id)).read_text(encoding="utf-8"))
     if metrics["model"] != fingerprint:
         raise EvaluationError(
@@ -33,7 +35,9 @@ def run(params: Params, subject_id: str, root: Path) -> None:
     about: dict[str, Any] = {"base": base_hash, "model": fingerprint, "subject": subject_id}
     about |= {"consent": consent.as_text()} if consent else {}
     with new_folder(root / OUTPUTS[0].format(id=subject_id), about) as target:
-        write_export(target, base, trained, subject_id, params, base_hash, metrics, consent, method)
+        write_export(
+            target, base, trained, subject_id, params, base_hash, metrics, consent, method, manifest["class_images"]
+        )
     say(f"export {subject_id}: {OUTPUTS[0].format(id=subject_id)}")
 
 

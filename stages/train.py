@@ -82,6 +82,7 @@ def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = 
     about = _inputs(params, subject_id, root, model_hash(base), device_name(model.device))
     instance = _instance_samples(params, subject_id, root, model, model_hash(base, ["vae"]))
     prior = _prior_samples(params, subject_id, root, instance) if params.has_prior else []
+    about["class_images"] = sum(not sample.taught for sample in prior)
     methods.add_token(model, params.train, about["inputs"]["identifier"], about["inputs"]["class_noun"])
     checkpoints = _checkpoints(subject_id, root, about["inputs"], resume_from)
     if processes.rank() > 0:  # its share of the rows of each step, and no file
@@ -95,8 +96,8 @@ def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = 
         f"train {subject_id}: {len(instance)} photos, {len(prior)} class images, "
         f"{max_train_steps(params.train, len(instance))} steps on {model.device}"
     )
-    if params.idle_prior:
-        say(f"train {subject_id}: {params.idle_prior}")
+    for remark in params.idle:
+        say(f"train {subject_id}: warning: {remark}")
     target = root / OUTPUTS[0].format(id=subject_id)
     with only_one(scratch_folder(root) / "locks", f"train-{subject_id}", f"the training of {subject_id}"):
         remove_leftovers(target)

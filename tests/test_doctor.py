@@ -8,7 +8,8 @@ import yaml
 from registered import write_project
 
 from dreambooth.locks import only_one
-from flows.doctor import Finding, _copies, _libraries, _program, _servers, examine
+from dreambooth.params import parse_params
+from flows.doctor import Finding, _copies, _device, _libraries, _program, _servers, examine
 
 
 @pytest.fixture
@@ -149,3 +150,22 @@ def test_a_library_outside_of_its_bounds_is_named(changed: dict[str, Any], said:
     (found,) = _libraries((have | changed).get)
     assert found.is_broken == (said is not None)
     assert (said or "within their bounds") in found.found
+
+
+@pytest.mark.parametrize(
+    ("gpu", "tiles", "dtype", "found", "hint"),
+    [
+        (None, False, "float32", "the CPU", False),
+        (None, True, "float32", "the CPU", True),
+        (None, True, "bfloat16", "the CPU", False),
+        ("H200, 144 GB", False, "float32", "H200, 144 GB", True),
+        ("H200, 144 GB", False, "float16", "H200, 144 GB", False),
+    ],
+)
+def test_what_computes_is_told_and_a_precision_that_would_draw_faster(
+    params_values: dict[str, Any], gpu: str | None, tiles: bool, dtype: str, found: str, hint: bool
+) -> None:
+    params_values["base"]["inference_dtype"] = dtype
+    (finding,) = _device(parse_params(params_values), gpu, tiles)
+    assert finding.found.startswith(found)
+    assert ("inference_dtype: bfloat16" in finding.remedy) == hint

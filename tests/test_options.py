@@ -23,14 +23,16 @@ from dreambooth.training import History, train
 from dreambooth.views import views_of
 
 
+ROLES = {"instance": "sks dog", "prior": "a dog"}
+
+
 @pytest.fixture
 def model(tiny_model_folder: Path) -> Model:
     return load_model(tiny_model_folder, device="cpu")
 
 
 def run(model: Model, checkpoints: Checkpoints | None = None, **changes: Any) -> History:
-    instance = make_samples(model, 3, "instance", "a photo of sks dog")
-    prior = make_samples(model, 3, "prior", "a photo of a dog")
+    instance, prior = (make_samples(model, 3, role, f"a photo of {words}") for role, words in ROLES.items())
     return train(model, instance, prior, settings(**changes), None, checkpoints)
 
 
@@ -169,15 +171,41 @@ def test_an_optimizer_that_is_not_installed_is_named_with_its_remedy(
         run(model, optimizer=name)
 
 
-def test_prodigy_learns_and_resumes_exactly(tiny_model_folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("prodigyopt")
-    how = {"optimizer": "prodigy", "learning_rate": 1.0, "method": "lora", "rank": 2, "checkpointing_steps": 2}
+@pytest.mark.parametrize(
+    ("optimizer", "package", "how"),
+    [
+        ("prodigy", "prodigyopt", {"learning_rate": 1.0, "method": "lora", "rank": 2}),
+        ("adamw_8bit", "bitsandbytes", {"learning_rate": 1e-3}),  # keeps the moments of under 4,096 weights in float32
+    ],
+)
+def test_optimizers_of_other_packages_learn_and_resume_exactly(
+    tiny_model_folder: Path, tmp_path: Path, optimizer: str, package: str, how: dict[str, Any]
+) -> None:
+    pytest.importorskip(package)
+    how |= {"optimizer": optimizer, "checkpointing_steps": 2}
     straight, stopped, resumed = (load_model(tiny_model_folder, device="cpu") for _ in range(3))
     losses = [record.loss for record in run(straight, max_train_steps=6, **how).steps]
     run(stopped, Checkpoints(tmp_path), max_train_steps=5, **how)
     history = run(resumed, Checkpoints(tmp_path), max_train_steps=6, **how)
     assert [record.loss for record in history.steps] == losses
     assert largest_difference(weights(straight), weights(resumed)) == 0
+    early, late = (Checkpoints(tmp_path).load_step(step) for step in (2, 4))
+    assert largest_difference(early.weights, late.weights) > 0
+    if optimizer == "adamw_8bit":
+        assert {moment.dtype for moment in late.moments.values()} == {torch.uint8, torch.float32}
+
+
+def test_without_previews_frozen_text_encoders_leave_the_memory_and_the_training_is_the_same(
+    tiny_model_folder: Path,
+) -> None:
+    whole, spare = (load_model(tiny_model_folder, device="cpu") for _ in range(2))
+    samples = [make_samples(whole, 3, role, f"a photo of {words}") for role, words in ROLES.items()]
+    spare.vae = None
+    for model in (whole, spare):
+        train(model, *samples, settings(train_text_encoder=False))
+    assert spare.text_encoder is None
+    assert whole.text_encoder is not None
+    assert all(torch.equal(one, other) for one, other in zip(whole.unet.parameters(), spare.unet.parameters()))
 
 
 def test_tf32_is_as_it_is_set(model: Model) -> None:

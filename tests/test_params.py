@@ -286,7 +286,8 @@ def test_without_a_tokenizer_at_hand_nothing_is_said(tmp_path: Path) -> None:
         ("pivotal", "teacher", 1.0, True, False),
         ("textual_inversion", "images", 1.0, False, True),
         ("textual_inversion", "none", 1.0, False, False),
-        ("textual_inversion", "images", 0.0, False, False),
+        ("textual_inversion", "images", 0.0, False, True),
+        ("full", "images", 0.0, False, True),
         ("full", "none", 1.0, False, False),
     ],
 )
@@ -297,7 +298,40 @@ def test_a_prior_that_is_asked_for_and_not_trained_on_is_told(
     params_values["prior"]["kind"] = kind
     params = parse_params(params_values)
     assert params.has_prior is has
-    assert (params.idle_prior is not None) is idle
+    said = [
+        line
+        for line in params.idle
+        if line.endswith(f"prior.kind {kind} has no effect on it; prior.kind none saves the time of the stage prior")
+    ]
+    assert len(said) == idle
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"use_dora": True}, ["full has no LoRA: train.use_dora"]),
+        ({"use_dora": True, "method": "pivotal"}, []),
+        ({"embedding_learning_rate": 1e-3}, ["full learns no new word: train.embedding_learning_rate"]),
+        ({"text_encoder_learning_rate": 1e-3}, []),
+        (
+            {"text_encoder_learning_rate": 1e-3, "train_text_encoder": False},
+            ["train.train_text_encoder is false: train.text_encoder_learning_rate"],
+        ),
+        (
+            {"method": "textual_inversion", "text_encoder_learning_rate": 1e-3},
+            ["the new word alone: train.train_text_encoder", "the new word alone: train.text_encoder_learning_rate"],
+        ),
+        ({"num_processes": 2, "gradient_checkpointing": "auto"}, ["train.gradient_checkpointing auto"]),
+    ],
+)
+def test_an_option_that_changes_nothing_is_told(
+    params_values: dict[str, Any], changes: dict[str, Any], said: list[str]
+) -> None:
+    params_values["prior"]["kind"] = "none"
+    params_values["train"] |= {"train_text_encoder": True} | changes
+    lines = parse_params(params_values).idle
+    assert len(lines) == len(said)
+    assert all(f"{text} has no effect" in line for text, line in zip(said, lines, strict=True))
 
 
 @pytest.mark.fault(41)
