@@ -22,7 +22,6 @@ from dreambooth.optimizers import EXTRAS
 from dreambooth.training import History, train
 from dreambooth.views import views_of
 
-
 ROLES = {"instance": "sks dog", "prior": "a dog"}
 
 
@@ -205,7 +204,9 @@ def test_without_previews_frozen_text_encoders_leave_the_memory_and_the_training
         train(model, *samples, settings(train_text_encoder=False))
     assert spare.text_encoder is None
     assert whole.text_encoder is not None
-    assert all(torch.equal(one, other) for one, other in zip(whole.unet.parameters(), spare.unet.parameters()))
+    assert all(
+        torch.equal(one, other) for one, other in zip(whole.unet.parameters(), spare.unet.parameters(), strict=True)
+    )
 
 
 def test_tf32_is_as_it_is_set(model: Model) -> None:
