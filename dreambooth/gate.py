@@ -42,6 +42,12 @@ class Scorecard:
     """Share of flagged images, or "not checked"."""
 
 
+_NEEDS = {  # what measures it
+    "diversity": ": it needs two evaluate.seeds or more",
+    "pres_rise": ": it needs two evaluate.num_class_images or more",
+}
+
+
 @dataclass(frozen=True)
 class Check:
     """One condition of the gate."""
@@ -111,7 +117,7 @@ def judge(name: str, found: Mapping[str, Any], bound: float, sign: int = 1) -> C
     """
     interval = found.get(name)
     if interval is None:
-        return Check(name, "refused", f"{name} was not measured")
+        return Check(name, "refused", f"{name} was not measured{_NEEDS.get(name, '')}")
     mean, sd = sign * interval["mean"], interval["sd"]
     low = sign * interval["low" if sign > 0 else "high"]
     wanted = f"{'above' if sign > 0 else 'below'} {sign * bound:+.3f}"
@@ -167,8 +173,11 @@ def _comparable(challenger: Scorecard, other: Scorecard, margins: Gate) -> Itera
         yield Check("evaluator", "refused", f"the two were not evaluated alike ({what}); evaluate both again")
     counted = int((challenger.prompts["kind"] != "property").sum())
     if counted < margins.min_prompts:
-        text = f"{counted} prompts are too few for an interval, {margins.min_prompts} are needed"
-        yield Check("prompts", "open", text, margins.min_prompts)
+        text = (
+            f"{counted} of {len(challenger.prompts)} prompts count for the identity (those of a property do not), "
+            f"{margins.min_prompts} are needed; raise evaluate.max_prompts"
+        )
+        yield Check("prompts", "open", text)
 
 
 def _better(found: Mapping[str, Any], margins: Gate) -> Check:
@@ -234,5 +243,7 @@ def _decision(against: Literal["champion", "base"], checks: list[Check], found: 
     over_prompts = [check.needed for check in decisive if check.needed and check.name != "pres_rise"]
     images = [check.needed for check in decisive if check.needed and check.name == "pres_rise"]
     needed = max(over_prompts, default=None)
-    says = [f"{needed} prompts" if needed else "", f"{images[0]} class images" if images else ""]
-    return Decision(verdict, against, f"{line}; {' and '.join(filter(None, says))} would decide", tuple(checks), needed)
+    says = [*([f"{needed} prompts"] if needed else []), *([f"{images[0]} class images"] if images else [])]
+    if says:
+        line += f"; {' and '.join(says)} would decide"
+    return Decision(verdict, against, line, tuple(checks), needed)

@@ -270,11 +270,13 @@ class Evaluate(Section):
     max_prompts: Annotated[int, Field(ge=2, le=1000)] | None
     """At most so many, each kind in its share and in the order of its file; null takes all (25 are the standard)."""
     seeds: Annotated[list[Seed], Field(min_length=1, max_length=64)]
-    """Every prompt is drawn once with each seed, by the base and by the personalised model."""
+    """Every prompt is drawn once with each seed, by the base and by the personalised model. One leaves the diversity
+    unmeasured, without which nothing takes the place of a champion."""
     encoders: Literal["bundled", "hub"]
     """bundled: Lite0 and the scorer of data/base, offline. hub: DINO ViT-S/16 and CLIP ViT-B/32, for photos."""
     num_class_images: Annotated[int, Field(ge=0, le=1000)]
-    """Images of the class prompt by each model, for the prior drift (PRES); 50 are ample, 0 leaves it unmeasured."""
+    """Images of the class prompt by each model, for the prior drift (PRES); 50 are ample. 0 leaves it
+    unmeasured, and then nothing takes the place of a champion."""
     class_seed: Seed
     """Class image i is drawn from the seed (class_seed, i); none of them is a class image of the training."""
     scheduler: Scheduler

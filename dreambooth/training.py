@@ -96,7 +96,7 @@ def train(
             _loop(trainer, instance, prior, history, steps, stop, listeners or Listeners(), checkpoints)
         if checkpoints:
             checkpoints.finish()
-            if settings.load_best_model_at_end and not is_best(history.evaluations):
+            if settings.load_best_model_at_end and not _ends_with_best(history):
                 _restore_best(trainer, checkpoints)
         if trainer.average is not None:
             restore_weights(trainer.trained, trainer.average.values)
@@ -188,6 +188,11 @@ def _stop(stop: StopRequest, done: int, steps: int, checkpoints: Checkpoints | N
     saved = "saved" if checkpoints else "lost"
     why = repr(stop.signal) if stop.signal else "a signal to another process"
     raise Interrupted(f"stopped by {why} after step {done} of {steps}, state {saved}")
+
+
+def _ends_with_best(history: History) -> bool:
+    """Whether the last step was measured, and nothing before it was better."""
+    return is_best(history.evaluations) and history.evaluations[-1].step == len(history.steps)
 
 
 def _restore_best(trainer: Trainer, checkpoints: Checkpoints) -> None:

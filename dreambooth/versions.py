@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -216,17 +217,20 @@ def aliases_of(client: "MlflowClient", name: str) -> dict[str, int]:
 
 def all_versions(client: "MlflowClient", name: str, limit: int | None = None) -> "list[ModelVersion]":
     """Return the versions of a registered model, the newest first."""
-    found: list[Any] = []
+    return list(islice(_newest_first(client, name, min(limit or 1000, 1000)), limit))
+
+
+def _newest_first(client: "MlflowClient", name: str, page_size: int) -> "Iterator[ModelVersion]":
+    """Yield the versions of a registered model, asking for so many at a time."""
     token = None
-    while limit is None or len(found) < limit:
+    while True:
         page = client.search_model_versions(
-            f"name = '{name}'", order_by=["version_number DESC"], max_results=min(limit or 1000, 1000), page_token=token
+            f"name = '{name}'", order_by=["version_number DESC"], max_results=page_size, page_token=token
         )
-        found += page
+        yield from page
         token = page.token
         if not token:
-            break
-    return found[:limit]
+            return
 
 
 def find_version(client: "MlflowClient", name: str, version: int | None, alias: str | None) -> "ModelVersion | None":
@@ -239,7 +243,7 @@ def find_version(client: "MlflowClient", name: str, version: int | None, alias: 
         elif alias is not None:
             found = [client.get_model_version_by_alias(name, alias)]
         else:
-            found = client.search_model_versions(f"name = '{name}'", order_by=["version_number DESC"], max_results=1)
+            return next((hit for hit in _newest_first(client, name, 20) if hit.status == "READY"), None)
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # the second: no such alias
             return None

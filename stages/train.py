@@ -109,7 +109,8 @@ def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = 
         ):
             for one in (tracked, told):
                 one.params(_flat(params, subject_id))
-            listeners = _listeners(params, subject_id, checkpoints.folder, tracked, told)
+            previews = checkpoints.folder / _previews_name(params)
+            listeners = _listeners(params, subject_id, previews, tracked, told)
             try:
                 history = train(model, instance, prior, params.train, listeners, checkpoints)
             except DivergedError:
@@ -117,8 +118,8 @@ def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = 
                 raise
             methods.save_trained(model, folder, params.train)
             _save_records(history, folder)
-            if (checkpoints.folder / PREVIEWS).is_dir():
-                shutil.copytree(checkpoints.folder / PREVIEWS, folder / PREVIEWS)
+            if previews.is_dir():
+                shutil.copytree(previews, folder / PREVIEWS)
             if checkpoints.changes:
                 about["changes"] = checkpoints.changes
         checkpoints.remove()
@@ -172,11 +173,16 @@ def _open_trackers(params: Params, subject_id: str, root: Path, fingerprint: str
     return open_trackers(params.tracking.report_to, folder, fingerprint, subject_id)
 
 
-def _listeners(params: Params, subject_id: str, folder: Path, tracked: Any, told: Trackers) -> Listeners:
+def _previews_name(params: Params) -> str:
+    """Name the folder of previews by what they show: a training may be continued with other prompts."""
+    shown = [params.train.preview_prompts, params.train.preview_guidance_scale]
+    return f"{PREVIEWS}-{sha256_of(shown)[:8]}"
+
+
+def _listeners(params: Params, subject_id: str, place: Path, tracked: Any, told: Trackers) -> Listeners:
     """Send the numbers to MLflow and the other trackers; keep the previews beside the checkpoints until the end."""
 
     def keep(step: int, images: list[Image.Image]) -> None:
-        place = folder / PREVIEWS
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         for number, image in enumerate(images):
             path = place / f"step-{step:07d}-{number:02d}.png"

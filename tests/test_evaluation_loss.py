@@ -105,6 +105,18 @@ def test_the_last_weights_are_shipped_when_they_are_the_best(
     assert largest_difference(weights(model), weights(plain)) == 0
 
 
+def test_the_best_weights_are_shipped_when_steps_followed_that_nobody_measured(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    model, best, last = (load_model(tiny_model_folder, device="cpu") for _ in range(3))
+    history = run(model, Checkpoints(tmp_path), evaluation_steps=4, load_best_model_at_end=True)
+    assert [record.step for record in history.evaluations] == [4]
+    run(best, max_train_steps=4)
+    run(last)
+    assert largest_difference(weights(model), weights(best)) == 0
+    assert largest_difference(weights(model), weights(last)) > 0
+
+
 def test_previews_show_the_training_and_do_not_disturb_it(tiny_model_folder: Path) -> None:
     plain, drawn = (load_model(tiny_model_folder, device="cpu") for _ in range(2))
     steps = run(plain, learning_rate=1e-2).steps

@@ -108,7 +108,9 @@ def test_the_number_that_would_decide_decides_four_times_of_five() -> None:
 def test_under_six_prompts_nothing_is_promoted() -> None:
     found = decide(card(5, identity=0.5), card(5), MARGINS)
     assert found.verdict == "inconclusive"
-    assert "5 prompts are too few" in found.line
+    assert found.line.endswith(
+        "5 of 5 prompts count for the identity (those of a property do not), 6 are needed; raise evaluate.max_prompts"
+    )
     assert verdict(card(6, identity=0.5), card(6)) == "promote"
 
 
@@ -133,7 +135,16 @@ def test_a_measure_that_is_missing_in_one_prompt_keeps_the_champion(measure: str
 def test_a_missing_prior_drift_keeps_the_champion(pres: list[float]) -> None:
     found = decide(dataclasses.replace(card(identity=0.5), pres=pres), card(), MARGINS)
     assert found.verdict == "keep"
-    assert "pres_rise was not measured" in found.line
+    assert "pres_rise was not measured: it needs two evaluate.num_class_images or more" in found.line
+
+
+def test_with_one_seed_the_line_names_the_parameter_that_keeps_the_champion() -> None:
+    alike = [card(identity=gain) for gain in (0.5, 0.0)]
+    for one in alike:
+        one.prompts["diversity"] = math.nan
+    found = decide(*alike, MARGINS)
+    assert found.verdict == "keep"
+    assert "diversity was not measured: it needs two evaluate.seeds or more" in found.line
 
 
 def test_a_missing_copy_rate_keeps_the_champion() -> None:

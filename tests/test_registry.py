@@ -5,13 +5,14 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,21 @@ def test_the_challenger_is_what_was_registered_last_and_every_move_is_written_do
     entries = read_log(tracking.connect(root)[0], BISCUIT)
     assert [(entry.before, entry.after) for entry in entries] == [(None, 1), (1, 2), (2, 1)]
     assert history(entries, "challenger") == [1, 2, 1]
+
+
+def test_a_version_that_another_program_has_not_finished_hides_no_older_one(
+    root: Path, tiny_model_folder: Path
+) -> None:
+    for note in ("first", "second"):
+        write_export(root, tiny_model_folder, note)
+        register(root, BISCUIT)
+    with closing(sqlite3.connect(root / "mlflow.db")) as database, database:
+        database.execute(
+            "UPDATE model_versions SET status = 'PENDING_REGISTRATION' WHERE name = 'biscuit' AND version = 2"
+        )
+    newest = find(root, BISCUIT)
+    assert newest is not None
+    assert newest.version == 1
 
 
 def test_a_torn_export_is_not_registered(root: Path) -> None:
