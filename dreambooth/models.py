@@ -89,6 +89,19 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
+def gpu_in_words() -> str | None:
+    """Return name and memory of the GPU; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    about = torch.cuda.get_device_properties(0)
+    return f"{about.name}, {about.total_memory / 1e9:.0f} GB"
+
+
+def cpu_has_tiles() -> bool:
+    """Whether the CPU multiplies matrices of bfloat16 in tiles (AMX): twice as fast as float32."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
 def peak_megabytes() -> float:
     """Return the most memory that this process has held so far: of the GPU when there is one, else of the machine."""
     if torch.cuda.is_available():

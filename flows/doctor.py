@@ -56,7 +56,7 @@ def examine(root: Path) -> list[Finding]:
         "consent": lambda: _consents(root, params),
         "DVC": lambda: _dvc(root),
         "scratch": lambda: _scratch(root, params),
-        "device": lambda: _device(params, *_hardware()),
+        "device": lambda: _device(params),
         "servers": lambda: _servers(listeners(), dict(os.environ)),
         "libraries": lambda: _libraries(installed),
     }
@@ -180,21 +180,12 @@ def _copies(root: Path) -> Iterator[Finding]:
         yield Finding("warning", what, found, f"rm -r {copy.folder}")
 
 
-def _hardware() -> tuple[str | None, bool]:
-    """Return the GPU by name and memory, None without one, and whether the CPU multiplies bfloat16 in tiles (AMX)."""
-    import torch
-
-    if torch.cuda.is_available():
-        about = torch.cuda.get_device_properties(0)
-        return f"{about.name}, {about.total_memory / 1e9:.0f} GB", False
-    return None, bool(torch.cpu.get_capabilities().get("amx_bf16"))
-
-
-def _device(params: Params | None, gpu: str | None, tiles: bool) -> Iterator[Finding]:
+def _device(params: Params | None) -> Iterator[Finding]:
     """Say what computes, and what it could do that the parameters do not ask for."""
-    dtype = params.base.inference_dtype if params else None
-    remedy = ""
-    if dtype == "float32" and (gpu or tiles):
+    from dreambooth import models
+
+    gpu, dtype, remedy = models.gpu_in_words(), params.base.inference_dtype if params else None, ""
+    if dtype == "float32" and (gpu or models.cpu_has_tiles()):
         remedy = "base.inference_dtype: bfloat16 draws about twice as fast here (docs/recipes.md)"
     yield Finding("good", "device", gpu or "the CPU: there is no GPU that torch can use", remedy)
 

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from registered import write_project
 
+from dreambooth import models
 from dreambooth.locks import only_one
 from dreambooth.params import parse_params
 from flows.doctor import Finding, _copies, _device, _libraries, _program, _servers, examine
@@ -163,9 +164,17 @@ def test_a_library_outside_of_its_bounds_is_named(changed: dict[str, Any], said:
     ],
 )
 def test_what_computes_is_told_and_a_precision_that_would_draw_faster(
-    params_values: dict[str, Any], gpu: str | None, tiles: bool, dtype: str, found: str, hint: bool
+    params_values: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    gpu: str | None,
+    tiles: bool,
+    dtype: str,
+    found: str,
+    hint: bool,
 ) -> None:
+    monkeypatch.setattr(models, "gpu_in_words", lambda: gpu)
+    monkeypatch.setattr(models, "cpu_has_tiles", lambda: tiles)
     params_values["base"]["inference_dtype"] = dtype
-    (finding,) = _device(parse_params(params_values), gpu, tiles)
+    (finding,) = _device(parse_params(params_values))
     assert finding.found.startswith(found)
     assert ("inference_dtype: bfloat16" in finding.remedy) == hint
