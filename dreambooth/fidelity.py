@@ -28,13 +28,6 @@ class Interval(NamedTuple):
     n: int
 
 
-class Nearest(NamedTuple):
-    """The most similar photo of each image: its cosine and its row among the photos, both (..., S)."""
-
-    cosine: torch.Tensor
-    photo: torch.Tensor
-
-
 def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Compare every row of `a` (..., A, D) with every row of `b` (B, D): (..., A, B) in [-1, 1]."""
     return (_unit(a) @ _unit(b).T).clamp(-1, 1)
@@ -100,12 +93,6 @@ def diversity(generated: torch.Tensor) -> torch.Tensor:
     It stands for DIV of Ruiz et al. 2022, section 4, which is LPIPS: compare with the base model, not the paper.
     """
     return 1 - _mean_cosine(generated, "seeds of a prompt")
-
-
-def nearest(generated: torch.Tensor, real: torch.Tensor) -> Nearest:
-    """Find the photo of `real` (N, D) most similar to each image of `generated` (..., S, D); the first of equals."""
-    best = cosine(generated, real).max(dim=-1)
-    return Nearest(best.values, best.indices)
 
 
 def copy_cosine(real: torch.Tensor, measured: float | None = None) -> float:

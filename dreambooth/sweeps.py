@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,16 @@ class Result:
     train_seconds: float | None = None
     """None where the training was restored from the cache, which notes no time."""
     error: str = ""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What the table of a sweep remembers of one experiment."""
+
+    subjects: tuple[str, ...]
+    parameters: tuple[str, ...]
+    """Names of those that the sweep changes; their values stand in the experiment as they were, null and lists too."""
+    error: str
 
 
 def read_grid(settings: Sequence[str], content: Mapping[str, Any]) -> list[Values]:
@@ -85,9 +96,21 @@ def override_of(path: str, value: Any) -> str:
     return f"{path}={_hydra(value)}"
 
 
+def labels(paths: Iterable[str], among: Iterable[str] = ()) -> list[str]:
+    """Name parameters by the last part of their paths, and by the whole path where that part means several.
+
+    Args:
+        paths: of parameters, such as train.learning_rate.
+        among: more of them, from which the names must be told apart.
+    """
+    named = list(paths)
+    counted = Counter(path.rpartition(".")[2] for path in {*named, *among})
+    return [path if counted[last] > 1 else last for path in named for last in [path.rpartition(".")[2]]]
+
+
 def in_words(values: Mapping[str, Any]) -> str:
-    """Say values by the last part of their names: learning_rate 5e-05, max_train_steps 200."""
-    return ", ".join(f"{path.rpartition('.')[2]} {value}" for path, value in values.items())
+    """Say values by the names of `labels`: learning_rate 5e-05, max_train_steps 200."""
+    return ", ".join(f"{label} {value}" for label, value in zip(labels(values), values.values(), strict=True))
 
 
 def measures_of(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -140,6 +163,18 @@ def read_seconds(path: Path) -> dict[tuple[str, str], float]:
         }
 
 
+def read_tried(path: Path, experiment: str) -> Tried | None:
+    """Return what the CSV of a sweep says of one experiment; None where it has no row of it."""
+    with path.open(encoding="utf-8", newline="") as file:
+        table = csv.DictReader(file)
+        rows = [row for row in table if row.get("experiment") == experiment]
+        columns = list(table.fieldnames or ())
+    if not rows:
+        return None
+    parameters = columns[columns.index("subject") + 1 : columns.index(MEASURES[0])]
+    return Tried(tuple(row["subject"] for row in rows), tuple(parameters), rows[0].get("error") or "")
+
+
 def is_about(path: Path, subject_id: str) -> bool:
     """Tell whether the CSV of a sweep has a row of this subject."""
     with path.open(encoding="utf-8", newline="") as file:
@@ -160,7 +195,7 @@ def picture_of(results: Sequence[Result]) -> bytes | None:
     for name in ("identity", "prompt"):
         points[name] = [one.measures[f"{name}_gain"] for one in shown]
         points[f"{name}_error"] = [(one.measures[f"{name}_high"] - one.measures[f"{name}_low"]) / 2 for one in shown]
-    names = ", ".join(path.rpartition(".")[2] for path in shown[0].values)
+    names = ", ".join(labels(shown[0].values))
     subjects = ", ".join(dict.fromkeys(one.subject_id for one in shown))
     axes = ("prompt fidelity, difference from the base", "identity, gain over the base")
     return tradeoff_curve(points, *axes, title=f"{subjects}: {names}", in_order=False)

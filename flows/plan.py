@@ -1,7 +1,8 @@
 """Say what a run would take before it starts: time, space and cost of the stale stages, by rates that were measured.
 
-A stage takes start + units x rate seconds. What a flow runs leaves its seconds in <scratch>/rates.jsonl; a plan takes
-the median of the newest for the same work on this machine, else the defaults below.
+A stage takes start + units x rate seconds, and a run some more before its first stage and after its last. What a flow
+runs leaves its seconds in <scratch>/rates.jsonl; a plan takes the median of the newest for the same work on this
+machine, else the defaults below.
 """
 
 import json
@@ -14,8 +15,10 @@ from pathlib import Path
 
 from rich.table import Table
 
+from dreambooth.errors import EvaluationError
 from dreambooth.folders import scratch_folder
-from dreambooth.params import Params
+from dreambooth.params import Evaluate, Params, Prior
+from dreambooth.prompts import Template, choose, load_templates
 from dreambooth.schedule import max_train_steps
 from flows.graph import GPU_ENTRIES, Graph, Stage
 from flows.lanes import Lanes
@@ -28,6 +31,9 @@ START = 12.0  # seconds: two cores, the imports of torch and diffusers, and DVC
 # are wrong by an order of magnitude for another model on another machine, which the plan says.
 DEFAULT_SECONDS = {"prior": 0.6, "validate": 0.02, "train": 0.05, "evaluate": 0.6, "report": 1.0, "export": 3.0}
 DEFAULT_BYTES = {"prior": 20e3, "validate": 15e3, "train": 30e6, "evaluate": 15e3, "report": 2e6, "export": 50e6}
+AROUND = "start and registration"  # of a run: DVC's look at every stage, Prefect's server, MLflow, the last words
+AROUND_SECONDS = 30.0  # two cores and a server of Prefect of its own; 54 for a first run beside other programs
+PROMPTS = 25  # of Ruiz et al. 2022, where the user's own cannot be read
 PER_UNIT = frozenset({"prior", "validate", "evaluate"})  # whose outputs grow with their units
 DEFAULT_SIDE = 64
 
@@ -38,7 +44,7 @@ class Measurement:
 
     entry: str
     work: str
-    """What the seconds of a unit depend on: base model, size, precision."""
+    """What the seconds of a unit depend on: base model, size, precision, method, guidance."""
     units: int
     seconds: float
 
@@ -67,14 +73,19 @@ class Plan:
     """Stages that compute at a time."""
     free: int
     """Bytes where the project lies."""
+    longest: float
+    """Seconds of the longest row of stages that wait for one another."""
+    around: Line
+    """What a run takes beside its stages."""
     remarks: Sequence[str] = ()
-    """What its parameters ask for in vain."""
+    """What its parameters ask for in vain, and prompts that cannot be read."""
 
     @property
     def seconds(self) -> float:
-        """From start to end: stages that compute take turns, the others run beside them."""
+        """From start to end: stages that compute take turns, the others run beside them, each after those above it."""
         on_gpu = sum(line.seconds for line in self.lines if line.on_gpu) / self.at_once
-        return max(on_gpu, sum(line.seconds for line in self.lines if not line.on_gpu))
+        beside = sum(line.seconds for line in self.lines if not line.on_gpu)
+        return max(on_gpu, beside, self.longest) + self.around.seconds
 
     @property
     def size(self) -> float:
@@ -89,7 +100,7 @@ class Plan:
         said = [f"{duration(self.seconds)} with {self.at_once} at a time, {room}"]
         if price is not None:
             said.append(f"cost: {self.seconds / 3600 * self.at_once * price:.2f} at {price:g} an hour each")
-        if guessed := [line.entry for line in self.lines if not line.measured]:
+        if guessed := [line.entry for line in (*self.lines, self.around) if not line.measured]:
             said.append(f"not measured here yet, so by defaults that may be wrong tenfold: {', '.join(guessed)}")
         said += self.remarks
         if self.size > self.free:
@@ -112,8 +123,29 @@ def note(root: Path, params: Params, runs: Iterable[tuple[str, float]], lanes: L
         for entry, _, key in [stage.partition("@")]
         if entry in DEFAULT_SECONDS
     ]
-    with (scratch_folder(root) / RATES).open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(one)) + "\n" for one in found)
+    _append(root, found)
+
+
+def note_around(root: Path, graph: Graph, runs: Iterable[tuple[str, float]], seconds: float) -> None:
+    """Keep how long a run of one subject took beside its stages: of several, some wait for a turn in between.
+
+    Args:
+        root: the project.
+        graph: its stages before the run.
+        runs: stage and seconds of each.
+        seconds: of the whole run.
+    """
+    around = max(seconds - longest_row(graph, dict(runs)), 0.0)
+    _append(root, [Measurement(AROUND, "", 1, around)])
+
+
+def longest_row(graph: Graph, seconds: Mapping[str, float]) -> float:
+    """Return how long stages take, by name, if each begins as soon as those above it have ended."""
+    ends: dict[str, float] = {}
+    for stage in graph.stages:  # in an order in which they can run
+        begin = max((ends.get(name, 0.0) for name in stage.upstream), default=0.0)
+        ends[stage.name] = begin + seconds.get(stage.name, 0.0)
+    return max(ends.values(), default=0.0)
 
 
 def read_measurements(root: Path) -> list[Measurement]:
@@ -143,13 +175,29 @@ def make_plan(root: Path, params: Params, graph: Graph, lanes: Lanes) -> Plan:
     for stage in graph.stale:
         if stage.entry in DEFAULT_SECONDS:
             by_entry[stage.entry].append(stage)
-    sizes = _sizes(graph)
-    lines = [
-        _line(entry, stages, params, root, known[entry, work_of(entry, params, lanes)], sizes)
-        for entry, stages in by_entry.items()
-    ]
-    remarks = params.idle if "train" in by_entry else ()
-    return Plan(tuple(lines), len(graph.stages), lanes.count, shutil.disk_usage(root).free, remarks)
+    sizes, lines = _sizes(graph), []
+    seconds: dict[str, float] = {}
+    for entry, stages in by_entry.items():
+        measured = known[entry, work_of(entry, params, lanes)]
+        units = [units_of(entry, stage.key, params, root) for stage in stages]
+        default = DEFAULT_SECONDS[entry] * (_pixels(params) if entry in GPU_ENTRIES else 1)
+        spent = [seconds_of(count, measured, default) for count in units]
+        seconds |= {stage.name: one for stage, one in zip(stages, spent, strict=True)}
+        size = [
+            stage.size or sizes.get(entry) or _default_size(entry, count, _pixels(params))
+            for stage, count in zip(stages, units, strict=True)
+        ]
+        on_gpu = entry in GPU_ENTRIES
+        lines.append(Line(entry, len(stages), sum(units), sum(spent), sum(size), bool(measured), on_gpu))
+    return Plan(
+        tuple(lines),
+        len(graph.stages),
+        lanes.count,
+        shutil.disk_usage(root).free,
+        longest_row(graph, seconds),
+        _around(known[AROUND, ""]),
+        [*(params.idle if "train" in by_entry else ()), *_unreadable_prompts(by_entry["evaluate"], params, root)],
+    )
 
 
 def seconds_of(units: int, measurements: Sequence[Measurement], default: float) -> float:
@@ -162,7 +210,7 @@ def seconds_of(units: int, measurements: Sequence[Measurement], default: float) 
 def units_of(entry: str, key: str, params: Params, root: Path) -> int:
     """Return how many pieces of work a stage has: pictures, photos, rows of training; 1 where it is one piece."""
     if entry == "prior":
-        return params.prior.num_class_images
+        return params.prior.num_class_images if params.prior.kind == "images" else 1
     if entry == "validate":
         return count_photos(root, key)
     if entry == "train":
@@ -170,8 +218,11 @@ def units_of(entry: str, key: str, params: Params, root: Path) -> int:
         rows = train.train_batch_size * (2 if params.has_prior else 1) * train.gradient_accumulation_steps
         return max_train_steps(train, count_photos(root, key)) * rows
     if entry == "evaluate":
-        prompts = params.evaluate.max_prompts or 25
-        return 2 * (prompts * len(params.evaluate.seeds) + params.evaluate.num_class_images)
+        try:
+            count = len(choose(_templates(key, params, root), params.evaluate.max_prompts))
+        except EvaluationError:  # which the plan says, and the stage will
+            count = params.evaluate.max_prompts or PROMPTS
+        return 2 * (count * len(params.evaluate.seeds) + params.evaluate.num_class_images)
     return 1
 
 
@@ -183,12 +234,17 @@ def work_of(entry: str, params: Params, lanes: Lanes) -> str:
         about.append(f"{lanes.threads[entry]} threads")
     if entry == "train":
         train = params.train
-        about += [train.mixed_precision, str(train.train_text_encoder), str(train.gradient_checkpointing)]
+        about += [train.method, train.mixed_precision, str(train.train_text_encoder), str(train.gradient_checkpointing)]
     elif entry == "prior":
-        about += [base.inference_dtype, str(params.prior.num_inference_steps)]
+        about += [params.prior.kind, *_sampling(base.inference_dtype, params.prior)]
     elif entry == "evaluate":
-        about += [base.inference_dtype, str(params.evaluate.num_inference_steps), params.evaluate.encoders]
+        about += [*_sampling(base.inference_dtype, params.evaluate), params.evaluate.encoders]
     return " ".join(about)
+
+
+def _sampling(dtype: str, section: Prior | Evaluate) -> list[str]:
+    """Say what the time of a picture depends on: with guidance the model sees each row twice, at 1 once."""
+    return [dtype, str(section.num_inference_steps), "unguided" if section.guidance_scale == 1 else "guided"]
 
 
 def plan_table(plan: Plan) -> Table:
@@ -198,6 +254,9 @@ def plan_table(plan: Plan) -> Table:
         how = "measured here" if line.measured else "default"
         size = f"{line.size / 1e6:.1f} MB"
         table.add_row(line.entry, str(line.stages), str(line.units), duration(line.seconds), size, how)
+    if plan.lines:
+        how = "measured here" if plan.around.measured else "default"
+        table.add_row(AROUND, "", "", duration(plan.around.seconds), "", how)
     return table
 
 
@@ -208,23 +267,34 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _line(
-    entry: str,
-    stages: Sequence[Stage],
-    params: Params,
-    root: Path,
-    measurements: Sequence[Measurement],
-    sizes: Mapping[str, float],
-) -> Line:
-    pixels = (params.base.resolution / DEFAULT_SIDE) ** 2
-    units = [units_of(entry, stage.key, params, root) for stage in stages]
-    default = DEFAULT_SECONDS[entry] * (pixels if entry in GPU_ENTRIES else 1)
-    seconds = sum(seconds_of(count, measurements, default) for count in units)
-    size = [
-        stage.size or sizes.get(entry) or _default_size(entry, count, pixels)
-        for stage, count in zip(stages, units, strict=True)
-    ]
-    return Line(entry, len(stages), sum(units), seconds, sum(size), bool(measurements), entry in GPU_ENTRIES)
+def _around(measurements: Sequence[Measurement]) -> Line:
+    seconds = [one.seconds for one in measurements[-NEWEST:]]
+    return Line(AROUND, 1, 1, statistics.median(seconds or [AROUND_SECONDS]), 0.0, bool(seconds), on_gpu=False)
+
+
+def _pixels(params: Params) -> float:
+    return float((params.base.resolution / DEFAULT_SIDE) ** 2)
+
+
+def _templates(subject_id: str, params: Params, root: Path) -> list[Template]:
+    """Read the prompts that the evaluation of a subject chooses from."""
+    return load_templates(root / params.evaluate.prompts / f"{params.subject(subject_id).prompt_kind}.csv")
+
+
+def _unreadable_prompts(stages: Iterable[Stage], params: Params, root: Path) -> list[str]:
+    """Say which prompts the evaluations that would run cannot read."""
+    faults = []
+    for stage in stages:
+        try:
+            _templates(stage.key, params, root)
+        except EvaluationError as error:
+            faults.append(str(error))
+    return list(dict.fromkeys(faults))
+
+
+def _append(root: Path, found: Iterable[Measurement]) -> None:
+    with (scratch_folder(root) / RATES).open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(one)) + "\n" for one in found)
 
 
 def _sizes(graph: Graph) -> dict[str, float]:

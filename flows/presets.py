@@ -1,8 +1,8 @@
-"""Write a preset of params/ into params.yaml: DVC, the tests and a reader see what is used, and nothing is hidden."""
+"""Write presets of params/, and other values, into params.yaml: DVC, the tests and a reader see what is used."""
 
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ MAY_SAY = ("base", "evaluate", "export", "photos", "prior", "tracking", "train")
 
 @dataclass(frozen=True)
 class Change:
-    """A parameter that a preset gives another value."""
+    """A parameter that gets another value."""
 
     name: str
     before: Any
@@ -84,11 +84,35 @@ def read(root: Path, preset: str) -> dict[str, Any]:
     return dict(values or {})
 
 
-def merge(text: str, preset: Mapping[str, Mapping[str, Any]]) -> tuple[str, list[Change]]:
-    """Put the values of a preset into the text of params.yaml; everything else in it stays, comments too.
+def write_values(root: Path, values: Mapping[str, Any], source: str) -> list[Change]:
+    """Put values of a source into params.yaml, as presets are; return what changed.
+
+    Args:
+        root: the project.
+        values: by the paths of parameters: {"train.learning_rate": 1e-4}.
+        source: of them, in words.
 
     Raises:
-        ParamsError: a key that params.yaml does not have, or a text that is not YAML.
+        ParamsError: a parameter that params.yaml does not have, or an invalid result; the file stays as it was.
+    """
+    text, changes = put((root / PARAMS).read_text(encoding="utf-8"), values, source)
+    parse_params(_plain_values(text))
+    if changes:
+        write_params_text(root, text)
+    return changes
+
+
+def merge(text: str, preset: Mapping[str, Mapping[str, Any]]) -> tuple[str, list[Change]]:
+    """Put the values of a preset, by section and key, into the text of params.yaml: see `put`."""
+    values = {f"{section}.{key}": value for section, part in preset.items() for key, value in part.items()}
+    return put(text, values, "a preset")
+
+
+def put(text: str, values: Mapping[str, Any], source: str) -> tuple[str, list[Change]]:
+    """Put values into the text of params.yaml, by their paths; everything else in it stays, comments too.
+
+    Raises:
+        ParamsError: a path that params.yaml does not have, or a text that is not YAML.
     """
     yaml = YAML()
     yaml.Representer = _WithNull
@@ -96,24 +120,27 @@ def merge(text: str, preset: Mapping[str, Mapping[str, Any]]) -> tuple[str, list
     yaml.indent(mapping=2, sequence=4, offset=2)  # as params.yaml has its lists, also once DVC has moved them
     _plain_values(text)  # refuses what ruamel.yaml would fail at
     whole = yaml.load(text)
-    unknown = [f"{PARAMS}: {name}: unknown, but a preset sets it" for name in _unknown(whole, preset)]
+    unknown = [path for path in values if path.rpartition(".")[2] not in _section(whole, path)]
     if unknown:
-        raise ParamsError(unknown)
+        raise ParamsError([f"{PARAMS}: {path}: unknown, but {source} sets it" for path in unknown])
     changes = []
-    for section, values in preset.items():
-        for key, value in values.items():
-            before = whole[section][key]
-            if before != value or isinstance(before, bool) is not isinstance(value, bool):
-                changes.append(Change(f"{section}.{key}", _plain(before), value))
-                _put(whole[section], key, value)
+    for path, value in values.items():
+        section, key = _section(whole, path), path.rpartition(".")[2]
+        before = section[key]
+        if before != value or isinstance(before, bool) is not isinstance(value, bool):
+            changes.append(Change(path, _plain(before), value))
+            _put(section, key, value)
     out = io.StringIO()
     yaml.dump(whole, out)
     return out.getvalue(), changes
 
 
-def _unknown(whole: Mapping[str, Any], preset: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    for section, values in preset.items():
-        yield from (f"{section}.{key}" for key in values if key not in whole.get(section, {}))
+def _section(whole: CommentedMap, path: str) -> CommentedMap:
+    """Return the map that holds the last part of a path; an empty one where there is none."""
+    part: Any = whole
+    for name in path.split(".")[:-1]:
+        part = part.get(name) if isinstance(part, CommentedMap) else None
+    return part if isinstance(part, CommentedMap) else CommentedMap()
 
 
 def _plain_values(text: str) -> Any:

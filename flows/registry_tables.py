@@ -49,11 +49,12 @@ def log_table(entries: Iterable["Entry"]) -> Table:
 
 
 def findings_table(findings: Iterable["Finding"]) -> Table:
-    """Say what was looked at, what was found, and what mends it."""
-    table = Table("", "what", "found", "remedy", box=None, pad_edge=False)
+    """Say what was looked at, what was found, and under it what mends it: beside it no line would fit a terminal."""
+    table = Table("", "what", "found -> remedy", box=None, pad_edge=False)
     colours = {"good": "green", "warning": "yellow", "broken": "red"}
     for one in findings:
-        table.add_row(Text(one.state, colours[one.state]), one.what, Text(one.found), Text(one.remedy))
+        remedy = f"\n-> {one.remedy}" if one.remedy else ""
+        table.add_row(Text(one.state, colours[one.state]), Text(one.what), Text(one.found + remedy))
     return table
 
 

@@ -9,16 +9,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from dreambooth import sweeps
 from dreambooth.errors import ParamsError, PipelineError
 from dreambooth.folders import scratch_folder, write_file
 from dreambooth.params import Params
-from dreambooth.sweeps import Result, Values
+from dreambooth.sweeps import Result, Tried, Values
+from dreambooth.yaml12 import load_yaml
 from flows.clones import ROBOT, git, share_folders
 from flows.dvcrun import DvcRunner
 from flows.dvcstore import read_at
+from flows.presets import Change, write_values
+from flows.project import PARAMS
 
 NAME = r"[a-z0-9][a-z0-9_.-]{0,60}"
 EXPERIMENTS = "refs/exps/"
@@ -49,7 +52,7 @@ class Sweep:
                 yield (
                     f"{subject_id}: the most identity within {drop:g} of the best prompt: "
                     f"{sweeps.in_words(best.values)}; "
-                    f"to take it over: dvc exp apply {best.experiment}, then dreambooth run {subject_id}"
+                    f"to take it over: dreambooth sweep --apply {best.experiment}, then dreambooth run {subject_id}"
                 )
 
 
@@ -99,8 +102,9 @@ def sweep(
         ParamsError: a parameter, a value or the name is refused; nothing was run.
         PipelineError: there is no git, or something that the experiments need is known to nobody but this folder.
     """
-    grid = sweeps.read_grid(settings, params.model_dump(mode="json"))
-    table = root / "reports" / f"sweep-{_table_name(name, subjects, grid[0])}.csv"
+    content = params.model_dump(mode="json")
+    grid = sweeps.read_grid(settings, content)
+    table = root / "reports" / f"sweep-{_table_name(name, subjects, grid[0], content)}.csv"
     _require_known(root, params, subjects)
     tree, known = _tree(root), _experiments(root)
     names = [sweeps.name_of(subjects, values, tree) for values in grid]
@@ -119,9 +123,46 @@ def sweep(
     return Sweep(tuple(results), (table, *_write_picture(table, results)))
 
 
-def _table_name(name: str | None, subjects: Sequence[str], values: Values) -> str:
+def take_over(root: Path, experiment: str) -> tuple[list[Change], tuple[str, ...]]:
+    """Write the values that a sweep gave one experiment into params.yaml; return what changed, and its subjects.
+
+    `dvc exp apply` would write all of params.yaml anew, dvc.lock as it was, and fail where subjects never ran.
+
+    Raises:
+        PipelineError: no table knows the experiment, it failed, or git has it no more.
+        ParamsError: its values do not go with the rest of params.yaml; the file stays as it was.
+    """
+    tried, commit = _tried(root, experiment), _experiments(root).get(experiment)
+    if tried.error:
+        raise PipelineError(f"{experiment} failed ({tried.error}); take one over that is done, or sweep again")
+    if commit is None:
+        raise PipelineError(f"git has no experiment {experiment} any more; the sweep that made it runs it again")
+    content = load_yaml(read_at(root, commit, PARAMS))
+    values = {path: _value_at(content, path) for path in tried.parameters}
+    return write_values(root, values, experiment), tried.subjects
+
+
+def _tried(root: Path, experiment: str) -> Tried:
+    """Find an experiment in the tables of the sweeps, the newest first."""
+    tables = sorted((root / "reports").glob("sweep-*.csv"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for table in tables:
+        if (found := sweeps.read_tried(table, experiment)) is not None:
+            return found
+    where = ", ".join(f"reports/{table.name}" for table in tables) or "reports/, where no sweep left a table"
+    raise PipelineError(f"--apply: there is no experiment {experiment!r} in {where}; name one of the first column")
+
+
+def _value_at(content: Values, path: str) -> Any:
+    for name in path.split("."):
+        content = content[name]
+    return content
+
+
+def _table_name(name: str | None, subjects: Sequence[str], values: Values, content: Values) -> str:
+    """Return the name, or make one that no sweep of other parameters has: the next call would replace its table."""
     if name is None:
-        return "-".join([*subjects, *(path.rpartition(".")[2] for path in values)])[:60]
+        every = [f"{section}.{key}" for section, part in content.items() for key in part]
+        return "-".join([*subjects, *sweeps.labels(values, every)])[:60]
     if not re.fullmatch(NAME, name):
         raise ParamsError([f"--name: {name!r} should be a-z, 0-9, '_', '.' and '-', at most 61 of them"])
     return name

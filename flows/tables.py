@@ -1,6 +1,6 @@
 """Draw the tables that people read in a terminal."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -38,6 +38,24 @@ def subject_table(summary: Summary, more: Iterable[tuple[str, str]] = ()) -> Tab
     return table
 
 
+def undone_stages(stale: Iterable[str], done: Collection[str], failures: Collection[str]) -> dict[str, str]:
+    """Return the stages of a run that have not come to their end, each with `failed` or `not run`.
+
+    Args:
+        stale: what had to run, in its order.
+        done: what came to its end.
+        failures: a line each, which begins with the stage that failed.
+    """
+    left = [name for name in stale if name not in done]
+    return {name: "failed" if any(one.startswith(f"{name}: ") for one in failures) else "not run" for name in left}
+
+
+def undone_in_words(undone: Mapping[str, str]) -> str:
+    """Say which stages failed and which did not run: "train failed; evaluate, export not run"."""
+    entries = {what: [name.partition("@")[0] for name in undone if undone[name] == what] for what in undone.values()}
+    return "; ".join(f"{', '.join(names)} {what}" for what, names in sorted(entries.items()))
+
+
 def status_table(subjects: Iterable[tuple[Summary, Sequence[str], str, str]]) -> Table:
     """Say of every subject what is out of date, how good it is, and what is registered: a line a subject."""
     table = Table(
@@ -52,7 +70,9 @@ def status_table(subjects: Iterable[tuple[Summary, Sequence[str], str, str]]) ->
 
 def sweep_table(results: Sequence["Result"]) -> Table:
     """Set experiments beside each other, a line an experiment and subject: what it changed, what it made, or a code."""
-    values = [path.rpartition(".")[2] for path in results[0].values]
+    from dreambooth.sweeps import labels
+
+    values = labels(results[0].values)
     names = ["experiment", "subject", *values, "identity gain", "prompt", "PRES rise", "copies", "training", "outcome"]
     table = Table(*(Column(name, no_wrap=True) for name in names), box=None, pad_edge=False)
     for one in results:

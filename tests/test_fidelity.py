@@ -17,7 +17,6 @@ from dreambooth.fidelity import (
     discrepancy,
     diversity,
     identity,
-    nearest,
     paired_interval,
     prompt_fidelity,
 )
@@ -93,12 +92,6 @@ def test_diversity_of_opposite_seeds_is_two():
     assert diversity(torch.tensor([[X, [-3.0, 0.0]]])).item() == pytest.approx(2)
 
 
-def test_nearest_names_the_photo_and_its_cosine():
-    found = nearest(torch.tensor([[X, [0.1, 2.0]], [DIAGONAL, Y]]), torch.tensor([Y, X, DIAGONAL]))
-    assert found.photo.tolist() == [[1, 0], [2, 0]]
-    torch.testing.assert_close(found.cosine, torch.tensor([[1.0, 2 / math.hypot(0.1, 2)], [1.0, 1.0]]))
-
-
 def test_paired_interval_by_hand_at_two_and_three_prompts():
     two = paired_interval(torch.tensor([0.01, 0.03]))  # s / sqrt(2) = .01, t[1] = 12.7062
     assert two == pytest.approx(Interval(0.02, 0.02 - 0.127062, 0.02 + 0.127062, 2), abs=1e-6)
@@ -147,7 +140,7 @@ def test_rows_without_a_direction_are_refused_by_every_score(bad):
         lambda: identity(good, broken[1]),
         lambda: ceiling(broken[1]),
         lambda: diversity(broken),
-        lambda: nearest(broken, good[0]),
+        lambda: cosine(broken, good[0]),
     ]
     for score in scores:
         with pytest.raises(ValueError, match="NaN, infinity or only zeros in rows"):

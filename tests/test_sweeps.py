@@ -10,8 +10,10 @@ from tiny_project import tiny_values
 
 from dreambooth import sweeps
 from dreambooth.errors import ParamsError
-from dreambooth.sweeps import Result
+from dreambooth.sweeps import Result, Tried
 from dreambooth.yaml12 import load_yaml
+from flows.sweep import Sweep, _table_name
+from flows.tables import sweep_table
 
 
 def result(experiment: str, gain: float, prompt: float | None, seconds: float | None = None) -> Result:
@@ -83,6 +85,42 @@ def test_the_name_of_an_experiment_changes_with_all_that_it_is_made_from() -> No
     assert sweeps.name_of(["biscuit"], {"train.seed": 1}, "a") in names
 
 
+def test_parameters_are_named_by_their_last_part_and_in_full_where_that_means_two() -> None:
+    paths = ["prior.guidance_scale", "evaluate.guidance_scale", "train.seed"]
+    assert sweeps.labels(paths) == ["prior.guidance_scale", "evaluate.guidance_scale", "seed"]
+    assert sweeps.labels(["train.seed"], ["prior.seed", "train.seed"]) == ["train.seed"]
+    words = sweeps.in_words({"prior.guidance_scale": 1.0, "evaluate.guidance_scale": 4.0})
+    assert words == "prior.guidance_scale 1.0, evaluate.guidance_scale 4.0"
+
+
+def test_the_columns_of_two_parameters_with_one_last_part_are_told_apart() -> None:
+    values = {"prior.guidance_scale": 1.0, "evaluate.guidance_scale": 4.0}
+    table = sweep_table([Result("sweep-1", "biscuit", values, {})])
+    assert [column.header for column in table.columns][2:4] == list(values)
+
+
+@pytest.mark.parametrize(
+    ("paths", "name"),
+    [
+        (["train.learning_rate"], "biscuit-learning_rate"),
+        (["evaluate.guidance_scale"], "biscuit-evaluate.guidance_scale"),  # prior has one too
+        (["prior.guidance_scale", "train.rank"], "biscuit-prior.guidance_scale-rank"),
+    ],
+)
+def test_sweeps_of_different_parameters_leave_different_tables(paths: list[str], name: str) -> None:
+    assert _table_name(None, ["biscuit"], dict.fromkeys(paths), tiny_values()) == name
+
+
+def test_the_table_remembers_subjects_parameters_and_failures_of_an_experiment(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.csv"
+    failed = Result("sweep-2", "rex", {"train.learning_rate": 1.0, "train.seed": 1}, {}, error="E_TRAIN: no")
+    file.write_text(sweeps.csv_text([result("sweep-1", 0.01, 0.02), failed]))
+    names = ("train.learning_rate", "train.seed")
+    assert sweeps.read_tried(file, "sweep-1") == Tried(("biscuit",), names, "")
+    assert sweeps.read_tried(file, "sweep-2") == Tried(("rex",), names, "E_TRAIN: no")
+    assert sweeps.read_tried(file, "sweep-3") is None
+
+
 @pytest.mark.parametrize(
     ("results", "best"),
     [
@@ -97,6 +135,11 @@ def test_the_best_has_the_most_identity_near_the_best_prompt(
     found = sweeps.best_of([result(*one) for one in results], 0.03)
     assert found is not None
     assert found.experiment == best
+
+
+def test_a_sweep_ends_with_the_command_that_takes_the_best_over() -> None:
+    (line,) = Sweep((result("sweep-1", 0.01, 0.0), result("sweep-2", 0.05, 0.0)), ()).in_words(0.03)
+    assert line.endswith("to take it over: dreambooth sweep --apply sweep-2, then dreambooth run biscuit")
 
 
 def test_of_failures_alone_none_is_the_best() -> None:

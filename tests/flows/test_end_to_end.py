@@ -45,15 +45,16 @@ def test_from_photos_to_pictures_by_three_commands(real_project: Path, tmp_path:
     first = dreambooth("run")
     assert "models:/tom@challenger (v1)" in first
     assert "prior cat: 0 reused, 5 generated" in first
+    assert '"start and registration"' in (real_project / ".scratch/rates.jsonl").read_text()
     assert "identity" in first
     assert "didn't change" in dvc(real_project, "repro").stdout
     assert "Everything is up to date." in dreambooth("run", "tom")
     shown = dreambooth("generate", "tom", "a photo of {} in space", "-n", "2", "--seed", "7", "--steps", "2")
     pictures = [real_project / line for line in shown.splitlines()]
     assert [path.name for path in pictures] == [
-        "a-photo-of-sks-cat-in-space-7.png",
-        "a-photo-of-sks-cat-in-space-8.png",
-        "sheet.png",
+        "a-photo-of-sks-cat-in-space-v1-7.png",
+        "a-photo-of-sks-cat-in-space-v1-8.png",
+        "sheet-v1.png",
     ]
     assert all(path.is_file() for path in pictures)
     with Image.open(pictures[0]) as drawn:

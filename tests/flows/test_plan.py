@@ -9,14 +9,20 @@ from dreambooth.params import Params, load_params
 from flows.graph import Graph, Stage
 from flows.lanes import Lanes
 from flows.plan import (
+    AROUND,
+    AROUND_SECONDS,
     RATES,
     START,
     Measurement,
+    longest_row,
     make_plan,
     note,
+    note_around,
+    plan_table,
     read_measurements,
     seconds_of,
     units_of,
+    work_of,
 )
 
 
@@ -58,7 +64,82 @@ def test_a_plan_counts_what_is_stale_and_says_what_it_guesses(project: Path, par
     assert any("by defaults" in line and "prior" in line and "train" not in line for line in words)
     assert f"cost: {plan.seconds:.2f} at 3600 an hour each" in words
     half = make_plan(project, params, Graph.load(project), Lanes(2))
-    assert half.seconds == pytest.approx(plan.seconds / 2)
+    computing = sum(line.seconds for line in plan.lines if line.on_gpu)
+    assert plan.seconds == pytest.approx(computing + AROUND_SECONDS)
+    assert half.seconds == pytest.approx(max(computing / 2, half.longest) + AROUND_SECONDS)
+
+
+def test_stages_that_wait_for_one_another_are_added_and_those_beside_are_not(project: Path, params: Params) -> None:
+    graph = Graph.of({"a": (), "b": (), "c": ("a", "b"), "d": ("c",), "e": ("c",)}, {})
+    assert longest_row(graph, {"a": 3, "b": 5, "c": 10, "d": 1, "e": 2}) == 17
+    assert longest_row(graph, {"d": 1}) == 1
+    assert longest_row(Graph(()), {}) == 0
+    for entry in ("prior@dog", "validate@rex", "train@rex", "evaluate@rex", "report@rex", "export@rex"):
+        note(project, params, [(entry, 20.0)], Lanes())
+    one = make_plan(project, params, Graph.load(project).select(["rex"]), Lanes())
+    assert one.longest == pytest.approx(80)  # prior or validate, train, evaluate, report or export
+    assert one.seconds == pytest.approx(80 + AROUND_SECONDS)
+
+
+def test_what_a_run_takes_beside_its_stages_is_planned_and_measured(project: Path, params: Params) -> None:
+    graph = Graph.load(project).select(["rex"])
+    before = make_plan(project, params, graph, Lanes())
+    assert before.seconds >= before.longest + AROUND_SECONDS
+    assert any("by defaults" in line and AROUND in line for line in before.in_words(None))
+    assert [list(column.cells)[-1] for column in plan_table(before).columns] == [
+        AROUND, "", "", f"{AROUND_SECONDS:.0f} s", "", "default",
+    ]  # fmt: skip
+    runs = [("validate@rex", 4.0), ("prior@dog", 10.0), ("train@rex", 20.0), ("evaluate@rex", 5.0), ("report@rex", 1.0)]
+    for seconds in (61.0, 56.0, 63.0):
+        note_around(project, graph, runs, seconds)
+    after = make_plan(project, params, graph, Lanes())
+    assert (after.around.measured, after.around.seconds) == (True, pytest.approx(25))
+    assert not any(AROUND in line for line in after.in_words(None))
+    note_around(project, graph, runs, 2.0)  # of a clock that was set back
+    assert read_measurements(project)[-1].seconds == 0
+
+
+def test_the_prompts_are_those_of_the_users_own_file(project: Path, params: Params) -> None:
+    folder = project / params.evaluate.prompts
+    folder.mkdir(parents=True)
+    lines = [f"recontextualisation,a photo of {{}} on hill {number}" for number in range(40)]
+    (folder / "live.csv").write_text("\n".join(["kind,prompt", *lines]) + "\n")
+
+    def units(**changes: object) -> int:
+        evaluate = params.evaluate.model_copy(update={"seeds": [1], "num_class_images": 0, **changes})
+        return units_of("evaluate", "rex", params.model_copy(update={"evaluate": evaluate}), project)
+
+    assert units(max_prompts=None) == 2 * 40
+    assert units(max_prompts=30) == 2 * 30
+    assert units(max_prompts=50) == 2 * 40
+    plan = make_plan(project, params, Graph.load(project), Lanes())
+    assert not any("live.csv" in remark for remark in plan.remarks)
+    (folder / "live.csv").write_text("kind,prompt\nproperty,no place for it\n")
+    assert units(max_prompts=None) == 2 * 25
+    (remark,) = [one for one in make_plan(project, params, Graph.load(project), Lanes()).remarks if "live.csv" in one]
+    assert "should have one {}" in remark  # once, for both subjects
+
+
+@pytest.mark.parametrize(
+    ("entry", "section", "changes"),
+    [
+        ("train", "train", {"method": "lora"}),
+        ("prior", "prior", {"guidance_scale": 1.0}),
+        ("evaluate", "evaluate", {"guidance_scale": 1.0}),
+    ],
+)
+def test_work_of_another_method_or_without_guidance_is_not_compared(
+    entry: str, section: str, changes: dict[str, object], params: Params
+) -> None:
+    other = params.model_copy(update={section: getattr(params, section).model_copy(update=changes)})
+    assert work_of(entry, params, Lanes()) != work_of(entry, other, Lanes())
+    alike = getattr(params, section).model_copy(update={"guidance_scale": 7.5} if section != "train" else {"seed": 9})
+    assert work_of(entry, params, Lanes()) == work_of(entry, params.model_copy(update={section: alike}), Lanes())
+
+
+def test_class_images_that_nobody_draws_are_not_counted(project: Path, params: Params) -> None:
+    teacher = params.model_copy(update={"prior": params.prior.model_copy(update={"kind": "teacher"})})
+    assert units_of("prior", "dog", teacher, project) == 1
 
 
 def test_what_was_measured_with_all_cores_says_nothing_of_a_share_of_them(project: Path, params: Params) -> None:

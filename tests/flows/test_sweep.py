@@ -14,6 +14,7 @@ from toy_project import REPOSITORY, dvc
 
 from dreambooth.params import load_params
 from dreambooth.yaml12 import load_yaml
+from flows.dvcrun import DvcRunner
 from flows.dvcstore import kept_of
 from flows.forget import inventory
 from flows.graph import Graph
@@ -47,10 +48,14 @@ def git(root: Path, *arguments: str) -> str:
 
 
 def sweep(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "flows.cli", "sweep", "biscuit", *arguments]
+    return command(root, "sweep", "biscuit", *arguments)
+
+
+def command(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    program = [sys.executable, "-m", "flows.cli", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     environment.pop("DREAMBOOTH_SCRATCH", None)
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(program, cwd=root, env=environment, capture_output=True, text=True, check=False)
 
 
 def commit_of(root: Path, row: dict[str, str]) -> str:
@@ -106,14 +111,20 @@ def test_a_sweep_goes_on_after_a_failure_compares_the_rest_and_runs_nothing_twic
     found = {path.name for path in inventory(repository, "biscuit").paths}
     assert {table.name, f"{table.stem}.png", f"{table.stem}.log"} <= found
 
-    # One is taken over: its parameters, and its training without training again.
-    chosen = next(line for line in done.stdout.splitlines() if "dvc exp apply" in line)
-    name = chosen.partition("dvc exp apply ")[2].partition(",")[0]
-    command = [sys.executable, "-m", "dvc", "exp", "apply", name]
-    subprocess.run(command, cwd=repository, capture_output=True, check=False)  # it complains of outputs never made
+    # One is taken over: its values alone, and its training without training again.
+    assert "dvc exp apply" not in done.stdout
+    chosen = next(line for line in done.stdout.splitlines() if "sweep --apply" in line)
+    name = chosen.partition("sweep --apply ")[2].partition(",")[0]
+    applied = command(repository, "sweep", "--apply", name)
+    assert applied.returncode == 0, applied.stderr
+    assert "params.yaml: train.learning_rate: 0.0001 -> 7e-05" in applied.stdout
     assert load_params(repository / "params.yaml").train.learning_rate == 7e-5
-    stale = {stage.name for stage in Graph.load(repository).select(["biscuit"]).stale}
-    assert stale == {"report@biscuit", "export@biscuit"}
+    assert "# not committed" in (repository / "params.yaml").read_text()
+    assert git(repository, "status", "--porcelain") == " M params.yaml\n"
+    runner = DvcRunner(repository)
+    stages = [stage for stage in Graph.load(repository).select(["biscuit"]).stale if not stage.is_data]
+    outcomes = {stage.name: runner.run(stage.name, lambda line: None).outcome for stage in stages}
+    assert {one for one, outcome in outcomes.items() if outcome == "ran"} == {"report@biscuit", "export@biscuit"}
 
 
 def test_what_neither_git_nor_dvc_knows_is_named_before_any_work(repository: Path) -> None:
