@@ -31,6 +31,7 @@ from dreambooth.models import (
     model_hash,
     peak_megabytes,
 )
+from dreambooth.prompts import fill
 from dreambooth.sampling import SamplerSettings
 
 COST = ".cost.json"  # hidden: no part of the content, which is the same whenever it is made
@@ -49,13 +50,13 @@ class Plan:
     dtype: str
 
     @property
-    def prompts(self) -> list[str]:
-        """Of the personalised model, one for all seeds."""
-        return list(dict.fromkeys(case.personalised_prompt for case in self.cases))
+    def templates(self) -> list[str]:
+        """Sentences with {} for the subject, one for all seeds."""
+        return list(dict.fromkeys(case.template for case in self.cases))
 
     @property
     def base_prompts(self) -> list[str]:
-        """Of the base model and of the encoder of texts, one for all seeds."""
+        """Of the base model and of the encoder of texts, one for all seeds: no identifier."""
         return list(dict.fromkeys(case.base_prompt for case in self.cases))
 
     @property
@@ -63,15 +64,10 @@ class Plan:
         """Of the cases, then of the class images."""
         return [case.noise_seed for case in self.cases] + self.class_seeds
 
-    @property
-    def base_texts(self) -> list[str]:
-        """What the base model is asked for, and the encoder of texts: no identifier."""
-        return [case.base_prompt for case in self.cases] + [self.class_prompt] * len(self.class_seeds)
-
-    @property
-    def texts(self) -> list[str]:
-        """What a personalised model is asked for."""
-        return [case.personalised_prompt for case in self.cases] + [self.class_prompt] * len(self.class_seeds)
+    def texts(self, called: str) -> list[str]:
+        """Return what a model is asked for that knows the subject by these words."""
+        asked = [fill(case.template, called) for case in self.cases]
+        return asked + [self.class_prompt] * len(self.class_seeds)
 
 
 @dataclass(frozen=True)
@@ -82,6 +78,8 @@ class Candidate:
     """Folder with the parts that a training made of the base (models/<id>, an export); None is the base itself."""
     fingerprint: str
     """Of the training, or the hash of the base."""
+    called: str
+    """Words for the subject: sks dog, of the base a dog. A champion may have been trained with other ones."""
     store: Path
     """Folder of the folders of pictures; those of the base are shared by all subjects of a class."""
 
@@ -126,13 +124,13 @@ def compare_models(
     for name, model in models.items():
         begin = time.monotonic()
         drawn[name] = draw_pictures(plan, name, model)
-        seconds[f"seconds_per_image_drawn_by_{name}"] = (time.monotonic() - begin) / len(plan.texts)
+        seconds[f"seconds_per_image_drawn_by_{name}"] = (time.monotonic() - begin) / len(plan.noise_seeds)
     begin = time.monotonic()
     scores = {
         name: evaluation.score(plan.cases, images[:cases], images[cases:], photos, encoders, texts)
         for name, images in drawn.items()
     }
-    seconds["seconds_per_image_scored"] = (time.monotonic() - begin) / (len(models) * len(plan.texts))
+    seconds["seconds_per_image_scored"] = (time.monotonic() - begin) / (len(models) * len(plan.noise_seeds))
     cost = seconds | {"megabytes_of_memory_at_the_peak": peak_megabytes()}
     return Comparison(plan, models, squares, photos, drawn, scores, fingerprint(plan, encoders, photos_hash), cost)
 
@@ -153,7 +151,8 @@ def write_comparison(target: Path, found: Comparison, safety: float | str = eval
     _write_scores(target, found.scores, found.plan)
     identities = {name: one.cases["identity"].to_list() for name, one in found.scores.items()}
     seeds = list(dict.fromkeys(case.seed for case in found.plan.cases))
-    sheet = comparison_grid(found.squares, found.plan.prompts, seeds, found.drawn, identities)
+    called = {name: model.called for name, model in found.models.items()}
+    sheet = comparison_grid(found.squares, found.plan.templates, called, seeds, found.drawn, identities)
     (target / "grid.png").write_bytes(png_bytes(sheet))
 
 
@@ -182,7 +181,7 @@ def draw_pictures(plan: Plan, name: str, model: Candidate) -> list[Image.Image]:
         name: of the model, for people.
         model: who draws.
     """
-    texts, device = plan.base_texts if model.trained is None else plan.texts, device_name(default_device())
+    texts, device = plan.texts(model.called), device_name(default_device())
     about = {"model": model.fingerprint, "settings": asdict(plan.settings), "dtype": plan.dtype, "device": device}
     folder = model.store / drawing_key(about | {"texts": texts, "seeds": plan.noise_seeds})
     pictures = [Picture(text, (seed,)) for text, seed in zip(texts, plan.noise_seeds, strict=True)]

@@ -320,8 +320,9 @@ def score_checkpoints(
         confidence: of the intervals over prompts.
 
     Returns:
-        A row a step: step, identity, identity_error, prompt, prompt_error (half widths; NaN at one prompt, and for a
-        prompt fidelity that is missing).
+        A row a step: step, prompts (P), identity, identity_error, prompt, prompt_error. The errors are half widths of
+        the interval of the difference from the last step at the same prompts and noise: the spread of the prompts
+        themselves would hide every difference. NaN at one prompt, and for a prompt fidelity that is missing.
     """
     steps = sorted(previews)
     rows, text_rows = look([image for step in steps for image in previews[step]], encoders)
@@ -330,13 +331,12 @@ def score_checkpoints(
     if texts is not None and text_rows is not None:
         by_step = text_rows.view(len(steps), -1, text_rows.shape[1])
         faithful = fidelity.prompt_fidelity(by_step.transpose(0, 1), texts).T
-    found = []
-    for step, *measures in zip(steps, identity.numpy(), faithful.numpy(), strict=True):
-        intervals = [_interval(values, confidence) for values in measures]
-        errors = [(one["high"] - one["low"]) / 2 if one else math.nan for one in intervals]
-        means = [float(values.mean()) for values in measures]
-        found.append((step, means[0], errors[0], means[1], errors[1]))
-    return pd.DataFrame(found, columns=["step", "identity", "identity_error", "prompt", "prompt_error"])
+    table = pd.DataFrame({"step": steps, "prompts": identity.shape[1]})
+    for name, values in (("identity", identity.double().numpy()), ("prompt", faithful.double().numpy())):
+        intervals = [_interval(one - values[-1], confidence) for one in values]
+        table[name] = values.mean(axis=1)
+        table[f"{name}_error"] = [(one["high"] - one["low"]) / 2 if one else math.nan for one in intervals]
+    return table
 
 
 def choose_step(points: pd.DataFrame, drop: float) -> int | None:

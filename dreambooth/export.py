@@ -17,13 +17,13 @@ from dreambooth.card import card
 from dreambooth.consent import Consent
 from dreambooth.errors import ExportError, ModelError
 from dreambooth.families import SDXL
+from dreambooth.folders import GENERATION
 from dreambooth.layouts import UNetShape, is_open_clip, single_file
 from dreambooth.lora import read_lora
 from dreambooth.models import DTYPES, write_pipeline
 from dreambooth.params import METHODS_OF_FORMAT, Params
 from dreambooth.weight_files import cast_weights, kohya_header, modelspec, read_weights, write_weights
 
-GENERATION = "generation.json"
 CARD = "README.md"
 
 

@@ -17,6 +17,7 @@ import platformdirs
 from dreambooth.errors import DreamboothError
 
 MANIFEST = "manifest.json"
+GENERATION = "generation.json"  # of an export: whose it is, in which words, how it is drawn
 MANIFEST_VERSION = 1
 MAX_TEXT = 1 << 20
 

@@ -73,7 +73,8 @@ def grid(
 
 def comparison_grid(
     photos: Sequence[Image.Image],
-    prompts: Sequence[str],
+    templates: Sequence[str],
+    called: Mapping[str, str],
     seeds: Sequence[int],
     pictures: Mapping[str, Sequence[Image.Image]],
     scores: Mapping[str, Sequence[float]],
@@ -82,21 +83,25 @@ def comparison_grid(
 
     Args:
         photos: of the subject.
-        prompts: P texts.
+        templates: P sentences with {} for the subject.
+        called: by model, the words that stood there.
         seeds: S of each prompt.
         pictures: by model, P x S, seeds of one prompt beside each other.
         scores: by model, P x S.
     """
-    columns = [f"{name}, seed {seed}" for seed in seeds for name in pictures]
-    strip: list[Image.Image | None] = [*photos[: len(columns)]]
+    columns = [f"{name}, {{}}: {called[name]}, seed {seed}" for seed in seeds for name in pictures]
     blank = Image.new("RGB", (STRIP_TILE, STRIP_TILE), PAPER)
-    rows, labels = [strip + [blank] * (len(columns) - len(strip))], ["photos of the subject"]
-    captions = [[""] * len(columns)]
-    for number, prompt in enumerate(prompts):
+    rows: list[list[Image.Image | None]] = []
+    for start in range(0, len(photos), len(columns)):
+        strip = photos[start : start + len(columns)]
+        rows.append([*strip, *[blank] * (len(columns) - len(strip))])
+    labels = ["photos of the subject", *[""] * (len(rows) - 1)]
+    captions = [[""] * len(columns) for _ in rows]
+    for number, template in enumerate(templates):
         numbers = range(number * len(seeds), (number + 1) * len(seeds))
         rows.append([images[i] for i in numbers for images in pictures.values()])
         captions.append([f"{values[i]:.3f}" for i in numbers for values in scores.values()])
-        labels.append(prompt)
+        labels.append(template)
     return grid(rows, labels, columns, captions, tile=STRIP_TILE)
 
 

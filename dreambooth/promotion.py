@@ -1,17 +1,20 @@
 """Promote a version to champion through the gate, go back to the one before, and finish what was interrupted."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dreambooth import aliases
+from dreambooth.beside import Beside, Side, lay_beside
 from dreambooth.consent import PERSON, Consent, require_consent, require_lasting
-from dreambooth.errors import EvaluationError, GateError, RegistryError
+from dreambooth.errors import DreamboothError, EvaluationError, GateError, RegistryError
 from dreambooth.folders import TornFolderError, read_manifest, work_folder
-from dreambooth.gate import Scorecard, decide, read_scorecard
+from dreambooth.gate import decide, read_scorecard
+from dreambooth.images import read_prepared
 from dreambooth.params import Params, check_id
 from dreambooth.pointer import resolve
 from dreambooth.registry import alone
@@ -21,6 +24,7 @@ from dreambooth.versions import (
     CONSENT_TAG,
     EVALUATION_TAG,
     FINGERPRINT_TAG,
+    MD5_TAG,
     REASON_TAG,
     VERDICT_TAG,
     check_files,
@@ -28,6 +32,7 @@ from dreambooth.versions import (
     downloaded,
     explained,
     find_version,
+    next_step,
 )
 
 if TYPE_CHECKING:
@@ -35,6 +40,9 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 Rescore = Callable[[Params, str, Path, Path, str, Path], None]
+Trained = Callable[[Path, str, str, str | None], AbstractContextManager[Path]]
+ROLES = ("candidate", "champion")
+BESIDE = "beside"  # folder in the run of a version: what the gate saw of it and of the champion
 REMEDY = "nothing was changed, or what was begun is finished by the next call: dreambooth versions"
 
 
@@ -52,6 +60,38 @@ class Promotion:
     reason: str
 
 
+@contextmanager
+def trained_here(root: Path, subject_id: str, fingerprint: str, md5: str | None) -> Iterator[Path]:
+    """Yield the project, in which a training and the photos that it saw have to lie.
+
+    Args:
+        root: of the project.
+        subject_id: of the subject.
+        fingerprint: of the training.
+        md5: of its export in dvc.lock; None where DVC does not know it.
+
+    Raises:
+        RegistryError: models/<id> is another training, or is not whole.
+    """
+    if not is_trained_in(root, subject_id, fingerprint):
+        raise RegistryError(
+            f"{root / 'models' / subject_id} and build/{subject_id}/instance beside it are not those of the training "
+            f"{fingerprint[:12]}; with its dvc.lock: dvc pull train@{subject_id} validate@{subject_id}; or have the "
+            f"flow fetch them: python -m flows.promote {subject_id}"
+        )
+    yield root
+
+
+def is_trained_in(root: Path, subject_id: str, fingerprint: str) -> bool:
+    """Tell whether models/<id> is the training with this fingerprint, with the photos that it saw beside it."""
+    try:
+        read_manifest(root / "build" / subject_id / "instance")
+        manifest = read_manifest(root / "models" / subject_id)
+    except TornFolderError:
+        return False
+    return bool(manifest.get("fingerprint") == fingerprint)
+
+
 def promote(
     root: Path,
     params: Params,
@@ -59,6 +99,7 @@ def promote(
     version: int | None = None,
     force: str | None = None,
     rescore: Rescore | None = None,
+    trained: Trained = trained_here,
 ) -> Promotion:
     """Make a version the champion if the gate finds it better; write the verdict down, whatever it is.
 
@@ -70,17 +111,19 @@ def promote(
         force: why the gate is overruled. Files that are not whole, and a missing consent, it does not overrule.
         rescore: evaluates challenger and champion in one run where they were evaluated differently, see
             `stages.evaluate.beside_champion`; None keeps the champion then.
+        trained: yields a folder like `root` in which the challenger's training lies, to be scored again there.
 
     Raises:
         GateError: the gate keeps the champion, or cannot tell; the message says why.
         ConsentError: a person without a consent that holds.
-        RegistryError: no such version, files that are not whole, or another process promoted meanwhile.
+        RegistryError: no such version, files that are not whole, two versions that were evaluated differently and
+            cannot be scored again, which is no verdict and is not recorded; or another process promoted meanwhile.
     """
     _require_reason(force)
     with explained(root, f"promote {subject_id}", REMEDY), alone(root, check_id(subject_id)):
         client = client_of(root)
         champion = aliases.settle(client, subject_id, CHAMPION)
-        candidate = _candidate(client, subject_id, version)
+        candidate = _candidate(root, client, subject_id, version)
         number = int(candidate.version)
         if number == champion:
             return Promotion(subject_id, number, number, "unchanged", "it is the champion already")
@@ -88,7 +131,8 @@ def promote(
         _require_files(root, client, candidate)
         if champion is not None and force is None:
             _require_champion(root, client, subject_id, champion)
-        verdict, reason = ("forced", force) if force else _judge(root, client, params, candidate, champion, rescore)
+        judged = None if force else _judge(root, client, params, candidate, champion, rescore, trained)
+        verdict, reason = judged or ("forced", str(force))
         for tag, value in ((VERDICT_TAG, verdict), (REASON_TAG, reason)):
             client.set_model_version_tag(subject_id, str(number), tag, value[: aliases.MAX_TEXT])
         if verdict not in ("promote", "forced"):
@@ -133,6 +177,27 @@ def rollback(root: Path, params: Params, subject_id: str, force: str | None = No
     return Promotion(subject_id, number, champion, "rollback", reason)
 
 
+def beside_champion(root: Path, params: Params, subject_id: str, version: int, champion: int) -> Beside:
+    """Lay a version beside the champion by what was registered with both, for who decides; nothing is drawn.
+
+    Raises:
+        EvaluationError: one of them was registered without an evaluation.
+        RegistryError: the store cannot be reached, or one of them is gone.
+    """
+    with (
+        explained(root, f"compare version {version} of {subject_id} with the champion", "try again when it answers"),
+        work_folder(root, "scores", subject_id) as folder,
+    ):
+        client = client_of(root)
+        sides = []
+        for number, role in zip((version, champion), ROLES, strict=True):
+            found = find_version(client, subject_id, number, None)
+            if found is None:
+                raise RegistryError(f"version {number} of {subject_id} is gone; dreambooth versions {subject_id}")
+            sides.append(_side(client, found, role, Path(folder)))
+        return _beside(root, params, subject_id, *sides)
+
+
 def consent_of(version: "ModelVersion") -> Consent | None:
     """Return the consent that stands in the tags of a version."""
     text = version.tags.get(CONSENT_TAG)
@@ -144,11 +209,12 @@ def _require_reason(force: str | None) -> None:
         raise RegistryError('--force needs a reason, which is recorded: --force "WHY"')
 
 
-def _candidate(client: "MlflowClient", name: str, version: int | None) -> "ModelVersion":
+def _candidate(root: Path, client: "MlflowClient", name: str, version: int | None) -> "ModelVersion":
     found = find_version(client, name, version, None if version else CHALLENGER)
     if found is None:
         which = f"version {version}" if version else CHALLENGER
-        raise RegistryError(f"{name} has no {which} to promote; dreambooth versions {name}, dreambooth register {name}")
+        remedy = f"dreambooth versions {name}" if find_version(client, name, None, None) else next_step(root, name)
+        raise RegistryError(f"{name} has no {which} to promote; {remedy}")
     return found
 
 
@@ -205,51 +271,91 @@ def _judge(
     candidate: "ModelVersion",
     champion: int | None,
     rescore: Rescore | None,
+    trained: Trained,
 ) -> tuple[str, str]:
-    """Return verdict and reason of the gate; what cannot be compared keeps the champion."""
+    """Return verdict and reason of the gate; what cannot be compared keeps the champion.
+
+    What a champion was compared by is kept in the run of the candidate, for people.
+    """
     found = find_version(client, candidate.name, champion, None) if champion else None
-    try:
-        challenger = _scorecard(root, client, candidate)
-        other = _scorecard(root, client, found) if found else _scorecard(root, client, candidate, "base")
-        if found and rescore and challenger.how != other.how and _is_trained_here(root, candidate):
-            challenger, other = _scored_again(root, client, params, found, rescore)
-        decision = decide(challenger, other, params.gate, params.evaluate.confidence)
-    except EvaluationError as error:
-        return "keep", f"keep: {error}"
+    with work_folder(root, "scores", candidate.name) as target:
+        try:
+            ours = _side(client, candidate, ROLES[0], Path(target))
+            theirs = _side(client, found, ROLES[1], Path(target)) if found else replace(ours, model="base")
+            cards = [read_scorecard(side.folder, side.model) for side in (ours, theirs)]
+            if found and rescore and cards[0].how != cards[1].how:
+                differing = _differing(cards[0].how, cards[1].how)
+                with _training_of(root, candidate, found, trained, differing) as project:
+                    ours, theirs = _scored_again(root, client, params, (ours, theirs), found, rescore, project)
+                cards = [read_scorecard(side.folder, side.model) for side in (ours, theirs)]
+            decision = decide(cards[0], cards[1], params.gate, params.evaluate.confidence)
+        except EvaluationError as error:
+            return "keep", f"keep: {error}"
+        if found:
+            page = _beside(root, params, candidate.name, ours, theirs).page
+            client.log_text(candidate.run_id, page, f"{BESIDE}/version-{candidate.version}-and-{found.version}.html")
     return decision.verdict, decision.line
 
 
-def _is_trained_here(root: Path, candidate: "ModelVersion") -> bool:
-    """Tell whether models/<id> is the training that a version was made from."""
-    try:
-        manifest = read_manifest(root / "models" / candidate.name)
-    except TornFolderError:
-        return False
-    return bool(manifest.get("fingerprint") == candidate.tags.get(FINGERPRINT_TAG))
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Name what two evaluations did differently."""
+    return ", ".join(key for key in sorted({*one, *other}) if one.get(key) != other.get(key))
+
+
+@contextmanager
+def _training_of(
+    root: Path, candidate: "ModelVersion", champion: "ModelVersion", trained: Trained, differing: str
+) -> Iterator[Path]:
+    """Yield a folder with the training of a version; that there is none is said, and is no verdict of the gate."""
+    name, tags = candidate.name, candidate.tags
+    with ExitStack() as stack:
+        try:
+            place = stack.enter_context(trained(root, name, tags.get(FINGERPRINT_TAG, ""), tags.get(MD5_TAG)))
+        except DreamboothError as error:
+            raise RegistryError(
+                f"version {candidate.version} of {name} was not judged: it and the champion, version "
+                f"{champion.version}, were evaluated differently ({differing}), and cannot be scored again alike: "
+                f"{error}; to promote it without the gate: dreambooth promote {name} --version {candidate.version} "
+                '--force "WHY"'
+            ) from error
+        yield place
 
 
 def _scored_again(
-    root: Path, client: "MlflowClient", params: Params, champion: "ModelVersion", rescore: Rescore
-) -> tuple[Scorecard, Scorecard]:
-    """Evaluate challenger and champion in one run, with the evaluator of today."""
+    root: Path,
+    client: "MlflowClient",
+    params: Params,
+    sides: tuple[Side, Side],
+    champion: "ModelVersion",
+    rescore: Rescore,
+    project: Path,
+) -> tuple[Side, Side]:
+    """Evaluate challenger and champion in one run, with the evaluator of today; `project` holds the challenger."""
     name, source = champion.name, client.get_model_version_download_uri(champion.name, str(champion.version))
-    with (
-        downloaded(root, source, name) as folder,
-        work_folder(root, "scores", name) as target,
-    ):
-        parts, place = resolve(folder / "artifacts" / name), Path(target) / "evaluation"
-        rescore(params, name, root, parts, champion.tags[FINGERPRINT_TAG], place)
-        return read_scorecard(place, "personalised"), read_scorecard(place, "champion")
+    place = sides[0].folder.with_name("again")
+    with downloaded(root, source, name) as folder:
+        parts = resolve(folder / "artifacts" / name)
+        rescore(params, name, project, parts, champion.tags[FINGERPRINT_TAG], place)
+    return replace(sides[0], folder=place), replace(sides[1], folder=place, model="champion")
 
 
-def _scorecard(root: Path, client: "MlflowClient", version: "ModelVersion", model: str = "personalised") -> Scorecard:
-    """Read the scores that were registered with a version."""
+def _beside(root: Path, params: Params, subject_id: str, candidate: Side, champion: Side) -> Beside:
+    try:
+        photos = [photo for _, photo in read_prepared(root / "build" / subject_id / "instance")]
+    except TornFolderError:
+        photos = []  # they lie where the stages ran
+    return lay_beside(candidate, champion, photos, params.gate, params.evaluate.confidence)
+
+
+def _side(client: "MlflowClient", version: "ModelVersion", role: str, target: Path) -> Side:
+    """Fetch the scores that were registered with a version, and the pictures that lie beside them."""
     key = version.tags.get(EVALUATION_TAG)
     if not key:
         raise EvaluationError(
             f"version {version.version} of {version.name} was registered without an evaluation; evaluate and register "
             f"its export again: dreambooth run {version.name}"
         )
-    with work_folder(root, "scores", version.name) as target:
-        folder = client.download_artifacts(version.run_id, f"evaluation/{key}", target)
-        return read_scorecard(Path(folder), model)
+    place = target / role
+    place.mkdir()
+    folder = client.download_artifacts(version.run_id, f"evaluation/{key}", str(place))
+    return Side(f"{role}, version {version.version}", Path(folder))

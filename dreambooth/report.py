@@ -11,7 +11,7 @@ from matplotlib.figure import Figure as Plot
 
 from dreambooth.curves import png_of, tradeoff_curve
 from dreambooth.errors import shown
-from dreambooth.evaluation import choose_step
+from dreambooth.evaluation import NOT_CHECKED, choose_step
 from dreambooth.folders import write_file
 from dreambooth.gate import Decision, numbers
 from dreambooth.images import read_prepared
@@ -21,6 +21,10 @@ WORST = 5
 NEAREST = 24  # pictures beside their nearest photo
 CLASS_IMAGES = 16  # pairs in the prior panel
 SMOOTHING = 0.05  # of the steps: span of the mean that is drawn over a loss, which is nearly pure noise
+SAFETY = (
+    "not checked: nothing in this pipeline looks for unsafe pictures. To have it checked, look at the pictures of this "
+    "page, or run a safety checker over the PNG files in build/<subject>/evaluation/personalised"
+)
 MEASURES = (("identity", "identity"), ("prompt", "prompt_fidelity"), ("diversity", "diversity"))
 
 
@@ -34,6 +38,8 @@ class Sources:
     trained: Path
     licence: str
     """Of the photos, in words."""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """Section train of params.yaml as the model was trained with it."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +108,9 @@ def make_report(title: str, sources: Sources, metrics: Mapping[str, Any], decisi
     tables = {name: pd.read_csv(sources.evaluation / f"{name}.csv") for name in ("scores", "prompts", "class_images")}
     models = list(about["models"])
     photos = [picture_of(image, name) for name, image in read_prepared(sources.instance)]
-    loss = loss_curves(*read_losses(sources.trained))
-    points = read_points(sources.evaluation, metrics)
+    losses = read_losses(sources.trained)
+    loss, shipped = loss_curves(*losses), shipped_step(*losses, sources.recipe)
+    points = read_points(sources.evaluation, metrics, shipped)
     tradeoff = tradeoff_curve(points) if points is not None else b""
     return Report(
         title=title,
@@ -123,7 +130,7 @@ def make_report(title: str, sources: Sources, metrics: Mapping[str, Any], decisi
         loss=data_uri(loss, "png"),
         loss_note="Faint: each step, which is nearly pure noise. Strong: the mean of its neighbourhood.",
         tradeoff=data_uri(tradeoff, "png") if tradeoff else "",
-        tradeoff_note=_tradeoff_note(points, drop),
+        tradeoff_note=_tradeoff_note(points, drop, shipped, sources.recipe.get("lr_scheduler", "constant")),
         provenance=provenance(about, metrics, sources),
         curves={"loss.png": loss} | ({"tradeoff.png": tradeoff} if tradeoff else {}),
     )
@@ -142,8 +149,8 @@ def summary_table(metrics: Mapping[str, Any]) -> Table:
         if prior
         else ["PRES", "", "", "not measured"]
     )
-    safety = metrics["safety"]
-    rows.append(["safety", "", safety if isinstance(safety, str) else f"{safety:.0%} flagged", ""])
+    if not isinstance(metrics["safety"], str):
+        rows.append(["flagged as unsafe", "", f"{metrics['safety']:.0%}", ""])
     interval = f"difference, {metrics['confidence']:.0%} interval"
     return Table(["measure", "base", "personalised", interval], rows, numbers=(1, 2, 3))
 
@@ -248,16 +255,38 @@ def loss_curves(history: pd.DataFrame, fixed: pd.DataFrame) -> bytes:
     return png_of(plot)
 
 
-def read_points(evaluation: Path, metrics: Mapping[str, Any]) -> pd.DataFrame | None:
-    """Return identity and prompt fidelity with their intervals: a row a checkpoint, or base and final model alone.
+def shipped_step(history: pd.DataFrame, fixed: pd.DataFrame, recipe: Mapping[str, Any]) -> int | None:
+    """Return the step whose weights are in the model; None where they are the average over many steps.
+
+    Args:
+        history: a row a step.
+        fixed: the losses at fixed noise, empty where they were not measured.
+        recipe: section train of params.yaml.
+    """
+    if recipe.get("ema_decay"):
+        return None
+    if recipe.get("load_best_model_at_end") and "score" in fixed:
+        return int(fixed["step"].iloc[int(fixed["score"].argmin())])
+    return len(history)
+
+
+def read_points(evaluation: Path, metrics: Mapping[str, Any], shipped: int | None = None) -> pd.DataFrame | None:
+    """Return identity and prompt fidelity: a row a step with previews, or base and final model alone.
+
+    Args:
+        evaluation: with checkpoints.csv, if there were previews.
+        metrics: of metrics/<id>.json.
+        shipped: the step whose label says so.
 
     Returns:
-        label, identity, identity_error, prompt, prompt_error (half widths); None where the prompt fidelity is missing.
+        label, identity, identity_error, prompt, prompt_error, the errors being half widths of the interval of the
+        difference from the last step, or from the base; None where the prompt fidelity is missing.
     """
     path = evaluation / "checkpoints.csv"
     if path.exists():
         table = pd.read_csv(path)
-        return table.assign(label=[f"step {step}" for step in table["step"]]) if table["prompt"].notna().all() else None
+        labels = [f"step {step}{' (shipped)' if step == shipped else ''}" for step in table["step"]]
+        return table.assign(label=labels) if table["prompt"].notna().all() else None
     if "prompt" not in metrics:
         return None
     identity, prompt = metrics["identity"], metrics["prompt"]
@@ -295,7 +324,7 @@ def provenance(about: Mapping[str, Any], metrics: Mapping[str, Any], sources: So
     rows += [[f"version: {name}", value] for name, value in how["versions"].items()]
     rows += [[name, str(how[name])] for name in ("device", "dtype", "code")]
     rows += [["photos", f"{metrics['photos']}, sha256 {how['photos']}"], ["licence of the photos", sources.licence]]
-    rows.append(["safety", str(metrics["safety"])])
+    rows.append(["safety", SAFETY if metrics["safety"] == NOT_CHECKED else f"{metrics['safety']:.0%} flagged"])
     rows += [[name.replace("_", " "), f"{value:.3g}"] for name, value in read_cost(sources.evaluation).items()]
     return Table(["", ""], rows)
 
@@ -350,11 +379,45 @@ def _prior_note(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _tradeoff_note(points: pd.DataFrame | None, drop: float) -> str:
+def _tradeoff_note(points: pd.DataFrame | None, drop: float, shipped: int | None, lr_scheduler: str) -> str:
     if points is None:
         return "Not drawn: the prompt fidelity was not measured."
-    means = "Up: more like the subject. Right: more like the prompt. Bars: the interval over prompts."
+    means = "Up: more like the subject. Right: more like the prompt."
     if "step" not in points:
-        return f"{means} One point a model; with train.preview_steps the report shows one a step."
-    best = choose_step(points, drop)
-    return f"{means} One point a step, by its previews. Most identity within {drop:g} of the best prompt: step {best}."
+        return (
+            f"{means} One point a model, bars: the interval of the difference from the base; with train.preview_steps "
+            "the report shows one a step."
+        )
+    about = (
+        f"{means} One point a step, by its previews of {points['prompts'].iloc[0]} prompts; bars: the interval of the "
+        "difference from the last step, at the same prompts and noise."
+    )
+    if shipped is None:
+        about = f"{about} Shipped is the average over the steps (train.ema_decay), which no preview shows."
+    return f"{about} {_advice(points, drop, shipped, lr_scheduler)}"
+
+
+def _advice(points: pd.DataFrame, drop: float, shipped: int | None, lr_scheduler: str) -> str:
+    """Say which step the previews speak for and how to get it: the weights of a step are not kept after the training.
+
+    A step that the intervals do not tell apart from the last one is no advice.
+    """
+    step, last = choose_step(points, drop), points.iloc[-1]
+    best = points[points["step"] == step].iloc[0]
+    most = f"Most identity within {drop:g} of the best prompt fidelity: step {step}"
+    if step == shipped:
+        return f"{most}, which is the one that is shipped."
+    if step == last["step"]:
+        return f"{most}, the last one."
+    if not any(best[name] - last[name] > best[f"{name}_error"] for name in ("identity", "prompt")):
+        return (
+            f"{most}, but it is not told apart from the last one: no reason for a shorter training. More "
+            "train.preview_prompts tell more."
+        )
+    ends = (
+        "" if lr_scheduler == "constant" else f"; its rate then falls to 0 by there ({lr_scheduler}), for other weights"
+    )
+    return (
+        f"{most}. Its weights were removed at the end of the training; to ship a training of that length, set "
+        f"train.max_train_steps to {step} and run it again: dreambooth run{ends}."
+    )

@@ -95,7 +95,7 @@ def connect(root: Path) -> "tuple[MlflowClient, str]":
     try:
         with FileLock(scratch_folder(root) / "mlflow.lock", timeout=5 * CLOSE_SECONDS):
             client = MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri)
-            return client, _experiment(client, root, uri)
+            return client, _experiment(client, uri)
     except SQLAlchemyError as error:  # of the first migration, which MLflow does not put into words of its own
         raise OSError(str(error.__cause__ or error)) from error
 
@@ -372,14 +372,18 @@ def _unsent(root: Path) -> Path:
     return scratch_folder(root) / "unsent"
 
 
-def _experiment(client: "MlflowClient", root: Path, uri: str) -> str:
-    """Return the id of the experiment; beside a local database it keeps its files in <root>/mlartifacts."""
+def _experiment(client: "MlflowClient", uri: str) -> str:
+    """Return the id of the experiment; its files lie in mlartifacts/ beside a local database.
+
+    Not in the project's folder: that may be a clone, which uses the database of its home and goes away.
+    """
     from mlflow.exceptions import MlflowException
 
     name = experiment_name()
     if (known := client.get_experiment_by_name(name)) is not None:
         return str(known.experiment_id)
-    location = (root.absolute() / "mlartifacts").as_uri() if database_file(uri) else None
+    file = database_file(uri)
+    location = (file.absolute().parent / "mlartifacts").as_uri() if file else None
     try:
         return str(client.create_experiment(name, artifact_location=location))
     except MlflowException:  # made by another machine a moment ago

@@ -1,9 +1,11 @@
 """Work in clones: make one, change parameters in it, hand back what was made (DVC remote, branch runs/<id>), take it.
 
+What a run made is had again without its clone: a training with the photos that it saw, a folder of DVC by its hash.
 A clone lives for one run. Cache, scratch and MLflow database are those of the home: the checkout of the worker.
 """
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,15 +21,18 @@ from dreambooth.errors import PipelineError
 from dreambooth.folders import scratch_folder, write_file
 from dreambooth.locks import AlreadyRunningError, only_one
 from dreambooth.params import load_params, parse_params, with_values
+from dreambooth.pointer import dvc_cache
 from dreambooth.tracking import tracking_uri
 from dreambooth.yaml12 import dump_yaml, load_yaml
 from flows.dvcrun import child_environment
+from flows.graph import Graph
 from flows.project import PARAMS
 
 LOCK = "dvc.lock"
 BRANCH = "runs/{}"
 OWNER = "owner"  # the lock in the folder of a clone
 SWEEPS = ".dvc/tmp/exps/standalone"  # where `dvc exp run --temp` computes, a folder for each experiment
+FOLDER_HASH = re.compile(r"[0-9a-f]{32}\.dir")
 ROBOT = ("-c", "user.name=dreambooth", "-c", "user.email=dreambooth@localhost")
 
 
@@ -173,6 +178,93 @@ def merge_locks(ours: Mapping[str, Any], theirs: Mapping[str, Any], keys: Collec
     """Return a dvc.lock with their entries of these subjects and classes, and ours of all others."""
     taken = {name: entry for name, entry in theirs.get("stages", {}).items() if name.partition("@")[2] in keys}
     return {"schema": theirs.get("schema", "2.0"), "stages": {**ours.get("stages", {}), **taken}}
+
+
+@contextmanager
+def trained(home: Path, subject_id: str, fingerprint: str, md5: str | None) -> Iterator[Path]:
+    """Yield a folder in which a training and all else lie that its evaluation reads: the home, else a clone.
+
+    The clone has the dvc.lock that names this export, and its files from the DVC remote; the home stays as it is.
+
+    Args:
+        home: the checkout of this worker.
+        subject_id: of the subject.
+        fingerprint: of the training.
+        md5: of its export in dvc.lock; None where DVC does not know it.
+
+    Raises:
+        PipelineError: no dvc.lock names the export, git or the remote refuses, or what came is another training.
+    """
+    from dreambooth.promotion import is_trained_in  # its import takes a second
+
+    if is_trained_in(home, subject_id, fingerprint):
+        yield home
+        return
+    if md5 is None:
+        raise PipelineError(
+            f"models/{subject_id} in {home} is another training than {fingerprint[:12]}, whose version records no hash "
+            f"of DVC to fetch it by; train it again: dreambooth run {subject_id}"
+        )
+    with _clone_that_names(home, md5, subject_id) as clone:
+        dvc(clone, "pull", "--quiet", *_read_by_evaluation(clone, subject_id))
+        if not is_trained_in(clone, subject_id, fingerprint):
+            raise PipelineError(
+                f"dvc.lock names the export {md5} of {subject_id} and another training than {fingerprint[:12]}; "
+                f"train it again: dreambooth run {subject_id}"
+            )
+        yield clone
+
+
+@contextmanager
+def _clone_that_names(home: Path, md5: str, subject_id: str) -> Iterator[Path]:
+    """Yield a clone whose dvc.lock names an output by its hash: that of the home, of the default branch, of a run."""
+    lock = home / LOCK
+    text = lock.read_text(encoding="utf-8") if lock.is_file() else ""
+    is_at_home = md5 in text
+    repository = str(home) if is_at_home else repository_of(home)
+    with cloned(home, repository, None) as clone:
+        if is_at_home:  # perhaps not committed yet
+            write_file(clone / LOCK, text.encode())
+        else:
+            git(clone, "checkout", "--quiet", "--detach", _revision_that_names(clone, repository, md5, subject_id))
+        yield clone
+
+
+def _revision_that_names(clone: Path, repository: str, md5: str, subject_id: str) -> str:
+    runs = f"refs/remotes/origin/{BRANCH.format('')}"
+    newest_first = git(clone, "for-each-ref", "--sort=-committerdate", "--format=%(refname)", runs).splitlines()
+    for revision in ("HEAD", *newest_first):
+        if md5 in _call(["git", "show", f"{revision}:{LOCK}"], clone, check=False).stdout:
+            return revision
+    raise PipelineError(
+        f"{LOCK} names the export {md5} of {subject_id} neither here nor on a branch {BRANCH.format('<id>')} of "
+        f"{repository}; push the commit or the branch that does, or train it again: dreambooth run {subject_id}"
+    )
+
+
+def _read_by_evaluation(project: Path, subject_id: str) -> list[str]:
+    """Return the stages and .dvc files whose outputs `evaluate` reads."""
+    name = f"evaluate@{subject_id}"
+    stages = Graph.load(project, allow_missing=True).select([subject_id]).stages
+    return [above for stage in stages if stage.name == name for above in stage.upstream]
+
+
+def fetch(home: Path, md5: str) -> None:
+    """Fetch a folder of DVC by its hash from the remote into the cache of the home, whatever dvc.lock says there.
+
+    Raises:
+        PipelineError: it is no hash of a folder, there is no remote, or it does not have all of the files.
+    """
+    if not FOLDER_HASH.fullmatch(md5):
+        raise PipelineError(
+            f"{md5!r} is no hash of a folder of DVC, which is 32 digits and .dir; register the export again"
+        )
+    with cloned(home, repository_of(home), None) as clone:
+        outs = [{"md5": md5, "hash": "md5", "path": "fetched"}]
+        write_file(clone / "fetched.dvc", dump_yaml({"outs": outs}).encode())
+        dvc(clone, "fetch", "fetched.dvc")
+    if not (dvc_cache(home) / md5[:2] / md5[2:]).is_file():  # of a list of files that is nowhere DVC only warns
+        raise PipelineError(f"the DVC remote of {repository_of(home)} lacks {md5}; dvc push it from where it was made")
 
 
 def git(folder: Path, *arguments: str) -> str:

@@ -1,15 +1,14 @@
 """The commands beside the run: promote, versions, doctor, plan, sweep, forget and their like; nothing heavy here."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from dreambooth.errors import PipelineError
-from flows.console import out, say, shown
+from flows.console import out, print_whole, say, shown
 from flows.project import PARAMS, find_root
 
-WIDEST = 400  # letters of a table that no terminal may narrow
 SubjectId = Annotated[str, typer.Argument(metavar="ID", help="Subject, such as biscuit.")]
 Force = Annotated[str | None, typer.Option("--force", metavar="REASON", help="Overrule; the reason is recorded.")]
 
@@ -29,12 +28,13 @@ def promote(
     """Make a version the champion, if the gate finds it better; the verdict is written down either way."""
     from dreambooth import promotion
     from dreambooth.params import load_params
+    from flows.clones import trained
     from stages.evaluate import beside_champion
 
     root = find_root(context.obj)
     params = load_params(root / PARAMS)
     params.subject(subject_id)
-    _say_promotion(promotion.promote(root, params, subject_id, version, force, beside_champion))
+    _say_promotion(promotion.promote(root, params, subject_id, version, force, beside_champion, trained))
 
 
 def rollback(context: typer.Context, subject_id: SubjectId, force: Force = None) -> None:
@@ -43,7 +43,9 @@ def rollback(context: typer.Context, subject_id: SubjectId, force: Force = None)
     from dreambooth.params import load_params
 
     root = find_root(context.obj)
-    _say_promotion(promotion.rollback(root, load_params(root / PARAMS), subject_id, force))
+    params = load_params(root / PARAMS)
+    params.subject(subject_id)
+    _say_promotion(promotion.rollback(root, params, subject_id, force))
 
 
 def versions(
@@ -56,19 +58,18 @@ def versions(
     """Show the versions of a subject: aliases, verdicts, scores, age, size, and whether their files are whole."""
     from dreambooth import aliases
     from dreambooth import versions as registered
-    from dreambooth.params import check_id
+    from dreambooth.params import check_id, load_params
     from flows.registry_tables import log_table, versions_table
 
     root = find_root(context.obj)
-    if not registered.is_there(root):
-        raise PipelineError(f"nothing is registered yet; dreambooth register {check_id(subject_id)}")
-    entries = aliases.recover(root, check_id(subject_id))
+    entries = aliases.recover(root, check_id(subject_id)) if registered.is_there(root) else []
     found = registered.rows(root, subject_id, None if everything else 20, verify)
     if not found:
-        raise PipelineError(f"{subject_id} has no version; dreambooth register {subject_id}")
-    out.print(versions_table(found))
+        load_params(root / PARAMS).subject(subject_id)
+        raise PipelineError(f"{subject_id} has no version; {registered.next_step(root, subject_id)}")
+    print_whole(versions_table(found))
     if log:
-        out.print(log_table(entries))
+        print_whole(log_table(entries))
 
 
 def doctor(context: typer.Context) -> None:
@@ -77,7 +78,7 @@ def doctor(context: typer.Context) -> None:
     from flows.registry_tables import findings_table
 
     findings = examine(find_root(context.obj))
-    out.print(findings_table(findings))
+    print_whole(findings_table(findings))
     if any(one.is_broken for one in findings):
         raise typer.Exit(1)
 
@@ -106,12 +107,17 @@ def plan(
 
 def sweep(
     context: typer.Context,
-    subject_ids: Annotated[list[str], typer.Argument(metavar="ID", help="Subjects that each experiment trains.")],
+    subject_ids: Annotated[
+        list[str] | None, typer.Argument(metavar="ID", help="Subjects that each experiment trains.")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("-S", "--set", metavar="NAME=VALUE,VALUE", help="A parameter and its values; may be repeated."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Of the table: reports/sweep-NAME.csv.")] = None,
+    experiment: Annotated[
+        str | None, typer.Option("--apply", metavar="EXPERIMENT", help="Write its values into params.yaml; no more.")
+    ] = None,
 ) -> None:
     """Train with every combination of values, one after the other, and compare; what ran before is not run again."""
     from dreambooth.params import load_params
@@ -119,19 +125,35 @@ def sweep(
     from flows.tables import sweep_table
 
     root = find_root(context.obj)
+    if experiment is not None:
+        if subject_ids or settings or name:
+            raise PipelineError(f"--apply {experiment}: stands alone, without ID, -S and --name")
+        _take_over(root, experiment)
+        return
+    if not subject_ids:
+        raise PipelineError("no subject; dreambooth sweep ID -S NAME=VALUE,VALUE, or --apply EXPERIMENT of a sweep")
     params = load_params(root / PARAMS)
     for subject_id in subject_ids:
         params.subject(subject_id)
     done = sweeping.sweep(root, params, list(dict.fromkeys(subject_ids)), settings or [], name, say)
-    table = sweep_table(done.results)
-    wide = out.measure(table, options=out.options.update(max_width=WIDEST)).maximum
-    Console(width=max(out.width, wide)).print(table)  # nothing of it is cut
+    print_whole(sweep_table(done.results))
     for path in done.files:
         say(shown(path))
     for line in done.in_words(params.gate.first_prompt_drop):
         say(line)
     if done.failures:
         raise PipelineError("\n".join(done.failures))
+
+
+def _take_over(root: Path, experiment: str) -> None:
+    from flows.sweep import take_over
+
+    changes, subjects = take_over(root, experiment)
+    for change in changes:
+        say(f"{PARAMS}: {change}")
+    if not changes:
+        say(f"{PARAMS} says what {experiment} says already")
+    say(f"Next: dreambooth run {' '.join(subjects)}, which takes what DVC has of {experiment} and makes the rest")
 
 
 def automations(

@@ -3,6 +3,7 @@
 Without a server: python -m flows.promote biscuit
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from pydantic import Field
 
 from dreambooth.errors import ConsentError, DreamboothError, GateError, PipelineError
 from dreambooth.params import Params, load_params
-from flows import summary
+from flows import clones, summary
 from flows.project import PARAMS, choose_subjects, find_root
 from flows.turns import gpu, has_limit
 
@@ -48,7 +49,10 @@ def _may_pass(task: Any, run: Any, state: "State[Any]") -> bool:
 def promote_one(
     subject_id: str, root: Path, params: Params, force: str | None, version: int | None = None
 ) -> "Promotion | State[Any]":
-    """Promote the challenger of one subject; what was begun by an earlier try is finished, not repeated."""
+    """Promote the challenger of one subject; what was begun by an earlier try is finished, not repeated.
+
+    What clones made elsewhere is fetched to be checked and judged: by the hash of DVC that each version records.
+    """
     from dreambooth import promotion
     from stages.evaluate import beside_champion
 
@@ -58,7 +62,8 @@ def promote_one(
             beside_champion(*arguments)
 
     try:
-        done = promotion.promote(root, params, subject_id, version, force=force, rescore=in_turn)
+        _fetch_exports(root, subject_id, version)
+        done = promotion.promote(root, params, subject_id, version, force, in_turn, clones.trained)
     except (GateError, ConsentError) as error:
         return Failed(message=f"{error.code}: {error}")
     except DreamboothError as error:
@@ -67,6 +72,24 @@ def promote_one(
         return Failed(message=f"{error.code}: {error}")
     get_run_logger().info("models:/%s@champion is version %s: %s", done.name, done.champion, done.reason)
     return done
+
+
+def _fetch_exports(root: Path, subject_id: str, version: int | None) -> None:
+    """Have challenger and champion in the cache of DVC where the registry only points there: docs/decisions/0054."""
+    from dreambooth import versions
+
+    os.environ.setdefault("DREAMBOOTH_HOME", str(root))  # a pointer names the clone that made it, which is gone
+    with versions.explained(root, f"find {subject_id}", "try again when it answers"):
+        client = versions.client_of(root)
+        challenger = versions.find_version(client, subject_id, version, None if version else versions.CHALLENGER)
+        champion = versions.find_version(client, subject_id, None, versions.CHAMPION)
+        recorded = [one for one in (challenger, champion) if one and one.tags.get(versions.MD5_TAG)]
+        lost = [one for one in recorded if versions.check_files(root, client, one, deep=False)]
+    for one in lost:
+        try:
+            clones.fetch(root, one.tags[versions.MD5_TAG])
+        except PipelineError as error:  # the promotion says what is missing; this says why it did not come
+            get_run_logger().warning("version %s of %s: %s: %s", one.version, subject_id, error.code, error)
 
 
 @flow(name="promote", persist_result=False)
@@ -134,10 +157,22 @@ def approve(subject: str, root: str | None = None, patience_days: float = 14.0) 
 
 
 def _show(root: Path, params: Params, subject_id: str, version: int, champion: int | None) -> None:
-    """Leave the report of what is asked about in the run: verdict, scores and pictures, where they lie here."""
+    """Leave what is asked about in the run: the champion beside it, then its report, where that lies here."""
     more = [("version", str(version)), ("champion", str(champion or "none yet"))]
     page = summary.markdown(summary.read_summary(root, params, subject_id), more)
+    if champion is not None:
+        page = f"{_beside_champion(root, params, subject_id, version, champion)}\n\n## Beside the base\n\n{page}"
     create_markdown_artifact(page, key=f"approve-{subject_id}", description=f"Version {version} of {subject_id}")
+
+
+def _beside_champion(root: Path, params: Params, subject_id: str, version: int, champion: int) -> str:
+    """Return both side by side in markdown, or why that cannot be: the question is asked all the same."""
+    from dreambooth import promotion
+
+    try:
+        return summary.markdown_beside(promotion.beside_champion(root, params, subject_id, version, champion))
+    except DreamboothError as error:
+        return f"The champion is not shown: {error.code}: {error}"
 
 
 def run(subjects: Sequence[str], root: Path) -> list[str]:

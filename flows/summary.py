@@ -8,11 +8,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dreambooth.errors import DreamboothError
 from dreambooth.folders import read_manifest, sha256_of
 from dreambooth.params import Params
+
+if TYPE_CHECKING:
+    from dreambooth.beside import Beside
 
 LARGEST_PICTURE = 500_000  # bytes of PNG in an artifact of Prefect, which keeps it in its database
 
@@ -139,6 +142,17 @@ def rows(summary: Summary) -> list[tuple[str, str]]:
     return found
 
 
+def markdown_beside(beside: "Beside") -> str:
+    """Return candidate and champion side by side: the verdict of the gate, their scores, and their pictures as data."""
+    from dreambooth.beside import COLUMNS
+
+    lines = [f"| {' | '.join(map(_cell, row))} |" for row in (COLUMNS, *beside.rows)]
+    lines.insert(1, f"|---{'|---:' * (len(COLUMNS) - 1)}|")
+    sheet = [f"![{_cell(beside.title)}]({png_uri(beside.sheet)})"] if beside.sheet else []
+    title, line, note = map(_cell, (beside.title, beside.line, beside.note))
+    return "\n\n".join([f"## {title}", f"The gate: {line}", "\n".join(lines), note, *sheet])
+
+
 def markdown(summary: Summary, more: list[tuple[str, str]]) -> str:
     """Return a table, with the pictures and curves of the report inside it as data: Prefect keeps no files."""
     lines = [f"| {_cell(label)} | {_cell(value)} |" for label, value in [*rows(summary), *more]]
@@ -149,10 +163,14 @@ def markdown(summary: Summary, more: list[tuple[str, str]]) -> str:
 
 
 def picture_uri(path: Path, largest: int = LARGEST_PICTURE) -> str:
-    """Return a PNG as a data URI, halved until it is small enough."""
+    """Return the PNG of a file as a data URI, halved until it is small enough."""
+    return png_uri(path.read_bytes(), largest)
+
+
+def png_uri(content: bytes, largest: int = LARGEST_PICTURE) -> str:
+    """Return a PNG as a data URI, halved until it has at most `largest` bytes."""
     from PIL import Image
 
-    content = path.read_bytes()
     while len(content) > largest:
         with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
             half = image.convert("RGB").reduce(2)

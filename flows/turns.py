@@ -1,9 +1,11 @@
 """Take turns on the GPU: a slot of the server's limit `gpu`, or of this process where the server has no limit.
 
+A limit counts on all machines together, so each machine names its own: DREAMBOOTH_GPU_SLOT, docs/decisions/0102.
 A slot is lent for LEASE seconds and kept by asking for it again and again, so that the slot of a killed process comes
 free by itself. A server that is away for a while costs nobody his work: docs/decisions/0065.
 """
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +17,8 @@ from httpx import HTTPStatusError, Response, TransportError
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import ObjectNotFound
 
-GPU = "gpu"
+VARIABLE = "DREAMBOOTH_GPU_SLOT"
+GPU = "gpu"  # the name of the limit where the variable says none
 LEASE = 60.0  # seconds, the least that Prefect allows
 RENEWAL = 15.0  # seconds: three may fail before the lease has run out
 PAUSE = 5.0  # seconds between two questions for a slot
@@ -23,11 +26,25 @@ LOCKED, GONE = 423, 410  # HTTP: all slots are taken; this lease has run out
 Turn = Literal["server", "none"] | threading.Semaphore
 
 
+def limit_name() -> str:
+    """Return the name of the limit on the server that gives out the GPU of this machine."""
+    return os.environ.get(VARIABLE) or GPU
+
+
+def without_limit() -> str:
+    """Say what it means that the server has no limit for this machine, and how it gets one."""
+    name = limit_name()
+    return (
+        f"the server has no limit `{name}` ({VARIABLE}): subjects that are trained at the same time share one GPU, or "
+        f"the cores; once: prefect gcl create {name} --limit 1"
+    )
+
+
 def has_limit() -> bool:
-    """Say whether the server gives out the GPU; else each process does so for itself."""
+    """Say whether the server gives out the GPU of this machine; else each process does so for itself."""
     with get_client(sync_client=True) as client:
         try:
-            client.read_global_concurrency_limit_by_name(GPU)
+            client.read_global_concurrency_limit_by_name(limit_name())
         except ObjectNotFound:
             return False
     return True
@@ -41,7 +58,7 @@ def gpu(turn: Turn, say: Callable[[str], object]) -> AbstractContextManager[Any]
         say: hears of a server that is away.
     """
     if turn == "server":
-        return _slot(say)
+        return _slot(limit_name(), say)
     return nullcontext() if turn == "none" else turn
 
 
@@ -50,10 +67,10 @@ class _AwayError(Exception):
 
 
 @contextmanager
-def _slot(say: Callable[[str], object]) -> Iterator[None]:
+def _slot(name: str, say: Callable[[str], object]) -> Iterator[None]:
     """Wait for a slot of the server and keep it; neither a lost slot nor a silent server ends the block."""
-    lease, done = _wait_for(say), threading.Event()
-    keeper = threading.Thread(target=_keep, args=(lease, done), name="gpu slot", daemon=True)
+    lease, done = _wait_for(name, say), threading.Event()
+    keeper = threading.Thread(target=_keep, args=(name, lease, done), name="gpu slot", daemon=True)
     keeper.start()
     try:
         yield
@@ -62,12 +79,12 @@ def _slot(say: Callable[[str], object]) -> Iterator[None]:
         keeper.join(LEASE)
 
 
-def _wait_for(say: Callable[[str], object]) -> UUID:
+def _wait_for(name: str, say: Callable[[str], object]) -> UUID:
     """Return the lease of a slot, however long that takes."""
     silent = False
     while True:
         try:
-            if lease := _ask():
+            if lease := _ask(name):
                 return lease
             silent = False
         except _AwayError as error:
@@ -77,19 +94,21 @@ def _wait_for(say: Callable[[str], object]) -> UUID:
         time.sleep(PAUSE)
 
 
-def _keep(lease: UUID | None, done: threading.Event) -> None:
+def _keep(name: str, lease: UUID | None, done: threading.Event) -> None:
     """Renew a lease until `done`, take a new one when it has run out, and give it back."""
     while not done.wait(RENEWAL):
         with suppress(_AwayError):  # it may be back the next time
-            lease = (lease and _renewed(lease)) or _ask()
+            lease = (lease and _renewed(lease)) or _ask(name)
     if lease is not None:
         with suppress(_AwayError):  # then it runs out
             _call(lambda client: client.release_concurrency_slots_with_lease(lease))
 
 
-def _ask() -> UUID | None:
+def _ask(name: str) -> UUID | None:
     """Return the lease of a slot, None if all are taken."""
-    answer = _call(lambda client: client.increment_concurrency_slots_with_lease([GPU], 1, "concurrency", LEASE), LOCKED)
+    answer = _call(
+        lambda client: client.increment_concurrency_slots_with_lease([name], 1, "concurrency", LEASE), LOCKED
+    )
     return UUID(answer.json()["lease_id"]) if answer else None
 
 

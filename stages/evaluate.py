@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,17 @@ from dreambooth.comparison import BASE, Candidate, Comparison, Plan, compare_mod
 from dreambooth.encoders import Lite0Encoder
 from dreambooth.errors import EvaluationError
 from dreambooth.evaluation import Encoders, Reference
-from dreambooth.folders import cache_folder, new_folder, read_manifest, scratch_folder, sha256_of, write_file
+from dreambooth.folders import (
+    GENERATION,
+    cache_folder,
+    new_folder,
+    read_manifest,
+    scratch_folder,
+    sha256_of,
+    write_file,
+)
 from dreambooth.images import read_prepared
+from dreambooth.locks import only_one
 from dreambooth.models import model_hash, resolve_model
 from dreambooth.params import Params
 from dreambooth.sampling import settings_of
@@ -33,20 +43,20 @@ def run(params: Params, subject_id: str, root: Path) -> None:
     """Write build/<id>/evaluation/ (pictures, grid.png, {scores,prompts,class_images}.csv) and metrics/<id>.json."""
     trained = root / INPUTS[0].format(id=subject_id)
     model, encoders = read_manifest(trained)["fingerprint"], encoders_of(params, root)
-    found = compare(params, subject_id, root, {"personalised": (trained, model)}, encoders)
-    confidence = params.evaluate.confidence
-    metrics = evaluation.summarise(found.scores[BASE], found.scores["personalised"], found.photos, confidence)
-    about = {"fingerprint": sha256_of(found.how), "model": model}
-    metrics |= encoders.describe() | about
-    with new_folder(root / OUTPUTS[0].format(id=subject_id), about) as target:
-        write_comparison(target, found)
-        if (checkpoints := _checkpoints(params, subject_id, trained, found.photos, encoders)) is not None:
-            checkpoints.to_csv(target / "checkpoints.csv", index=False)
-    shutil.rmtree(found.models["personalised"].store)  # only a drawing that was stopped needs it
+    with _alone_with_drawings(root, subject_id):
+        found = compare(params, subject_id, root, {"personalised": (trained, model)}, encoders)
+        confidence = params.evaluate.confidence
+        metrics = evaluation.summarise(found.scores[BASE], found.scores["personalised"], found.photos, confidence)
+        about = {"fingerprint": sha256_of(found.how), "model": model}
+        metrics |= encoders.describe() | about
+        with new_folder(root / OUTPUTS[0].format(id=subject_id), about) as target:
+            write_comparison(target, found)
+            if (checkpoints := _checkpoints(params, subject_id, trained, found.photos, encoders)) is not None:
+                checkpoints.to_csv(target / "checkpoints.csv", index=False)
     path = root / OUTPUTS[1].format(id=subject_id)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, json.dumps(metrics, indent=1).encode() + b"\n")
-    _track(root, subject_id, model, metrics)
+    _track(root, subject_id, metrics)
     say(f"evaluate {subject_id}: {evaluation.headline(metrics)}")
 
 
@@ -66,10 +76,11 @@ def beside_champion(
     trained = root / INPUTS[0].format(id=subject_id)
     model, encoders = read_manifest(trained)["fingerprint"], encoders_of(params, root)
     models = {"champion": (champion, fingerprint), "personalised": (trained, model)}
-    with new_folder(target, {"model": model, "champion": fingerprint}) as folder:
-        found = compare(params, subject_id, root, models, encoders)
-        write_comparison(folder, found)
-    shutil.rmtree(found.models["personalised"].store)  # only a drawing that was stopped needs it
+    with (
+        _alone_with_drawings(root, subject_id),
+        new_folder(target, {"model": model, "champion": fingerprint}) as folder,
+    ):
+        write_comparison(folder, compare(params, subject_id, root, models, encoders))
 
 
 def compare(
@@ -77,15 +88,47 @@ def compare(
 ) -> Comparison:
     """Draw and score the base and these models: by name, the folder of the trained parts and its fingerprint."""
     plan, prepared = _plan(params, subject_id, root), root / INPUTS[1].format(id=subject_id)
-    shared, own = cache_folder() / "evaluation", scratch_folder(root) / "evaluation" / subject_id
-    candidates = {BASE: Candidate(None, model_hash(plan.base), shared)}
-    candidates |= {name: Candidate(folder, fingerprint, own) for name, (folder, fingerprint) in models.items()}
+    shared, own = cache_folder() / "evaluation", _own_drawings(root, subject_id)
+    identifier, class_noun = params.subject(subject_id).identifier, params.class_of(subject_id).class_noun
+    candidates = {BASE: Candidate(None, model_hash(plan.base), prompts.with_article(class_noun), shared)}
+    for name, (folder, fingerprint) in models.items():
+        called = _words_of(folder) or f"{identifier} {class_noun}"
+        candidates[name] = Candidate(folder, fingerprint, called, own)
     squares = [evaluation.as_photo(photo) for _, photo in read_prepared(prepared)]
     photos_hash, texts = (
         sha256_of(read_manifest(prepared)["files"]),
         _embed_texts(plan.base_prompts, encoders, subject_id),
     )
     return compare_models(plan, candidates, squares, photos_hash, encoders, texts)
+
+
+def _words_of(trained: Path) -> str | None:
+    """Return what an export says that its subject is called: it may have been trained before params.yaml changed."""
+    path = trained / GENERATION
+    if not path.is_file():
+        return None
+    told = json.loads(path.read_text(encoding="utf-8"))
+    return f"{told['identifier']} {told['class_noun']}"
+
+
+def _own_drawings(root: Path, subject_id: str) -> Path:
+    """Return the folder of what the trainings of one subject have drawn, until it is written down elsewhere."""
+    return scratch_folder(root) / "evaluation" / subject_id
+
+
+@contextmanager
+def _alone_with_drawings(root: Path, subject_id: str) -> Iterator[None]:
+    """Let one evaluation at a time draw for a subject, then remove its drawings: another one would lose its own.
+
+    A promotion evaluates too, and may begin at any moment: whoever comes second waits. An evaluation that is stopped
+    leaves its drawings, and the next one goes on with them.
+    """
+    locks, name = scratch_folder(root) / "locks", f"evaluate-{subject_id}"
+    with only_one(
+        locks, name, f"an evaluation of {subject_id}", wait=lambda line: say(f"evaluate {subject_id}: {line}")
+    ):
+        yield
+        shutil.rmtree(_own_drawings(root, subject_id))
 
 
 def _plan(params: Params, subject_id: str, root: Path) -> Plan:
@@ -141,8 +184,13 @@ def _checkpoints(
     return evaluation.score_checkpoints(whole, photos, encoders, texts, params.evaluate.confidence)
 
 
-def _track(root: Path, subject_id: str, fingerprint: str, metrics: dict[str, Any]) -> None:
-    with open_run(root, key=fingerprint, name=subject_id, tags={"subject": subject_id}) as tracked:
+def _track(root: Path, subject_id: str, metrics: dict[str, Any]) -> None:
+    """Send the scores to the run of the training; of the pictures the sheet, and those of the first seed one by one.
+
+    The latter lie where the registration puts the scores: beside those of a later version, people choose by them.
+    """
+    folder = root / OUTPUTS[0].format(id=subject_id)
+    with open_run(root, key=metrics["model"], name=subject_id, tags={"subject": subject_id}) as tracked:
         values = {
             f"{measure}.{name}": float(value)
             for measure in ("identity", "identity_second", "prompt", "diversity", "copying", "prior")
@@ -151,7 +199,10 @@ def _track(root: Path, subject_id: str, fingerprint: str, metrics: dict[str, Any
         }
         tracked.metrics(values, step=0)
         for name in ("grid.png", "scores.csv", "prompts.csv"):
-            tracked.file(root / OUTPUTS[0].format(id=subject_id) / name)
+            tracked.file(folder / name)
+        for name in (BASE, "personalised"):
+            for path in sorted((folder / name).glob("*.png"))[:: metrics["seeds"]]:  # seeds of a prompt are neighbours
+                tracked.file(path, f"evaluation/{metrics['fingerprint']}/{name}")
 
 
 if __name__ == "__main__":

@@ -258,7 +258,18 @@ def test_previews_are_scored_by_step_over_their_prompts() -> None:
     assert points["identity"].tolist() == pytest.approx([0, 1])
     assert points["identity_error"].tolist() == pytest.approx([0, 0])
     assert points["prompt"].tolist() == pytest.approx([0.5, 0.5])
-    assert points["prompt_error"].tolist() == pytest.approx([12.7062 / 2] * 2, rel=1e-4)
+    assert points["prompts"].tolist() == [2, 2]
+
+
+def test_the_error_of_a_step_is_that_of_its_difference_from_the_last_one_at_the_same_prompts() -> None:
+    encoders = Encoders(ColourEncoder(), ColourEncoder())
+    texts = ColourEncoder().embed_texts(["a red dog", "a green dog"])
+    # Prompt fidelity by prompt: 1, 0 at step 100; the same at step 50, though the prompts differ; 0, 1 at step 20.
+    previews = {100: plain(RED, RED), 50: plain(RED, RED), 20: plain(GREEN, GREEN)}
+    points = score_checkpoints(previews, reference(plain(RED, RED), encoders), encoders, texts, 0.95)
+    assert points["prompt_error"].tolist() == pytest.approx([12.7062, 0, 0], rel=1e-4)
+    alone = score_checkpoints({100: plain(RED)}, reference(plain(RED, RED), encoders), encoders, texts[:1], 0.95)
+    assert np.isnan(alone["prompt_error"][0])  # one prompt has no spread
 
 
 def test_the_step_is_the_one_with_most_identity_while_the_prompt_holds() -> None:

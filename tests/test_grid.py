@@ -137,7 +137,17 @@ def test_what_is_no_rectangle_is_refused(arguments, message):
 def test_a_comparison_has_a_row_a_prompt_below_the_photos():
     pictures = [Image.new("RGB", (32, 32), (10 * i, 0, 0)) for i in range(6)]
     models = {"base": pictures, "personalised": pictures}
-    short = comparison_grid(pictures[:3], ["one"], [1, 2], models, {name: [0.1] * 6 for name in models})
-    tall = comparison_grid(pictures[:3], ["one", "two", "three"], [1, 2], models, {name: [0.1] * 6 for name in models})
+    called, scores = {"base": "a dog", "personalised": "sks dog"}, {name: [0.1] * 6 for name in models}
+    short = comparison_grid(pictures[:3], ["{}"], called, [1, 2], models, scores)
+    tall = comparison_grid(pictures[:3], ["{}", "{} in space", "red {}"], called, [1, 2], models, scores)
     assert tall.width == short.width
     assert tall.height > short.height + 2 * STRIP_TILE
+
+
+def test_a_comparison_shows_every_photo_in_as_many_rows_as_they_need():
+    pictures = [Image.new("RGB", (32, 32), (10 * i, 0, 0)) for i in range(6)]
+    models, called = {"base": pictures, "personalised": pictures}, {"base": "a dog", "personalised": "sks dog"}
+    scores = {name: [0.1] * 6 for name in models}
+    two, five = (comparison_grid(pictures[:count], ["{}"], called, [1], models, scores) for count in (2, 5))
+    assert five.width == two.width
+    assert five.height > two.height + 2 * STRIP_TILE

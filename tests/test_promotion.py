@@ -17,9 +17,10 @@ from dreambooth import aliases, tracking
 from dreambooth.errors import ConsentError, GateError, RegistryError
 from dreambooth.folders import new_folder
 from dreambooth.params import Params, load_params
-from dreambooth.promotion import promote, rollback
+from dreambooth.promotion import beside_champion, promote, rollback
 from dreambooth.registry import register
 from dreambooth.versions import CHAMPION, aliases_of, rows
+from flows import promote as flow
 
 # Version 1 is as good as version 3; version 2 is better than both.
 IDENTITIES = {1: 0.5, 2: 0.6, 3: 0.5}
@@ -180,6 +181,42 @@ def test_rollback_passes_over_what_cannot_be_served(root: Path, params: Params) 
         rollback(root, params, BISCUIT)
 
 
+def test_what_the_gate_saw_of_champion_and_candidate_is_kept_beside_the_candidate(
+    root: Path, params: Params, tmp_path: Path
+) -> None:
+    client = tracking.connect(root)[0]
+
+    def pages(version: int) -> list[str]:
+        run_id = client.get_model_version(BISCUIT, str(version)).run_id
+        return [entry.path for entry in client.list_artifacts(run_id, "beside")]
+
+    promote(root, params, BISCUIT, 1)
+    assert pages(1) == []  # the first one has no champion beside it
+    promote(root, params, BISCUIT, 2)
+    with pytest.raises(GateError):
+        promote(root, params, BISCUIT, 3)
+    assert pages(2) == ["beside/version-2-and-1.html"]
+    assert pages(3) == ["beside/version-3-and-2.html"]
+    run_id = client.get_model_version(BISCUIT, "3").run_id
+    page = client.download_artifacts(run_id, pages(3)[0], str(tmp_path))
+    assert "candidate, version 3, beside the champion, version 2" in Path(page).read_text()
+
+
+def test_who_decides_sees_the_champion_before_the_promotion_and_nothing_is_changed(root: Path, params: Params) -> None:
+    promote(root, params, BISCUIT, 1)
+    before = log(root)
+    beside = beside_champion(root, params, BISCUIT, 2, 1)
+    assert beside.title == "candidate, version 2, beside the champion, version 1"
+    assert beside.line.startswith("promote: identity +0.100")
+    assert log(root) == before
+    shown = flow._beside_champion(root, params, BISCUIT, 2, 1)
+    assert shown.startswith("## candidate, version 2, beside the champion, version 1")
+    assert " | +0.100 [+0.100, +0.100] |" in shown
+    assert flow._beside_champion(root, params, BISCUIT, 9, 1).startswith("The champion is not shown: E_REG")
+    with pytest.raises(RegistryError, match="version 9 of biscuit is gone"):
+        beside_champion(root, params, BISCUIT, 9, 1)
+
+
 @pytest.mark.fault(32)
 def test_scores_of_two_evaluators_keep_the_champion(root: Path, params: Params, tiny_model_folder: Path) -> None:
     promote(root, params, BISCUIT, 1)
@@ -216,15 +253,20 @@ def test_a_champion_of_another_evaluator_is_scored_again_where_the_challenger_wa
             pd.concat([table, same]).to_csv(target / f"{file}.csv", index=False)
 
     try:
-        with pytest.raises(GateError, match="evaluated alike"):  # models/biscuit is not there: nothing to score
-            promote(root, params, BISCUIT, 2, rescore=rescore)
-        with new_folder(root / "models" / BISCUIT, {"fingerprint": "2" * 64}):
-            pass
+        known = len(log(root))
+        with pytest.raises(RegistryError, match=r"version 2 .* was not judged: .* version 1, .* \(code\).* dvc pull"):
+            promote(root, params, BISCUIT, 2, rescore=rescore)  # models/biscuit is not there: nothing to score
+        assert len(log(root)) == known
+        assert "dreambooth.verdict" not in tags(root, 2)
+        for folder in (root / "models" / BISCUIT, root / "build" / BISCUIT / "instance"):
+            with new_folder(folder, {"fingerprint": "2" * 64, "photos": []}):
+                pass
         with pytest.raises(GateError, match=r"identity \+0\.000"):
             promote(root, params, BISCUIT, 2, rescore=rescore)
         assert asked == ["1" * 64]
     finally:
         shutil.rmtree(root / "models", ignore_errors=True)
+        shutil.rmtree(root / "build" / BISCUIT / "instance", ignore_errors=True)
         write_evaluation(root, "2" * 64, 0.6)
         register(root, BISCUIT)
 

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import re
 import shutil
@@ -15,9 +16,11 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
+from matplotlib.figure import Figure as Plot
 from PIL import Image
 from tiny_project import REPOSITORY, make_photo
 
+from dreambooth.curves import _write_labels
 from dreambooth.evaluation import Encoders, cases, class_seeds, reference, score, summarise
 from dreambooth.folders import new_folder
 from dreambooth.gate import decide, read_scorecard
@@ -25,7 +28,16 @@ from dreambooth.images import png_bytes
 from dreambooth.pages import picture_of, write_index
 from dreambooth.params import parse_params
 from dreambooth.prompts import Template
-from dreambooth.report import Sources, make_report, write_report
+from dreambooth.report import (
+    Sources,
+    _advice,
+    _tradeoff_note,
+    make_report,
+    provenance,
+    shipped_step,
+    summary_table,
+    write_report,
+)
 
 MARGINS = parse_params(yaml.safe_load((REPOSITORY / "params.yaml").read_text())).gate
 EVIL = "<script>document.title='owned'</script>"
@@ -227,12 +239,72 @@ def test_with_scored_previews_the_plot_has_a_point_a_step_and_a_choice(
     where, metrics = sources
     copy = Path(shutil.copytree(where.evaluation, tmp_path / "evaluation"))
     points = {"step": [50, 100, 150], "identity": [0.3, 0.5, 0.6], "prompt": [0.4, 0.39, 0.2]}
-    errors = {"identity_error": [0.1] * 3, "prompt_error": [0.1] * 3}
+    errors = {"identity_error": [0.1] * 3, "prompt_error": [0.1] * 3, "prompts": [5] * 3}
     pd.DataFrame(points | errors).to_csv(copy / "checkpoints.csv", index=False)
     decision = decide(*(read_scorecard(copy, name) for name in ("personalised", "base")), MARGINS)
     report = make_report("biscuit", dataclasses.replace(where, evaluation=copy), metrics, decision, 0.03)
-    assert report.tradeoff_note.endswith("step 100.")
+    assert "previews of 5 prompts" in report.tradeoff_note
+    assert "step 100. Its weights were removed" in report.tradeoff_note
     assert report.tradeoff.startswith("data:image/png")
+
+
+def points_of(error: float) -> pd.DataFrame:
+    """Return three steps; the second one has the most identity within .03 of the best prompt fidelity."""
+    means = {"step": [50, 100, 150], "identity": [0.3, 0.5, 0.6], "prompt": [0.4, 0.39, 0.2], "prompts": [5] * 3}
+    return pd.DataFrame(means | {"identity_error": [error] * 3, "prompt_error": [error] * 3})
+
+
+def test_a_step_that_is_better_comes_with_the_way_to_get_it_for_its_weights_are_gone() -> None:
+    advice = _advice(points_of(0.1), 0.03, 150, "constant")
+    assert advice.endswith("set train.max_train_steps to 100 and run it again: dreambooth run.")
+    assert _advice(points_of(0.1), 0.03, 150, "cosine").endswith("falls to 0 by there (cosine), for other weights.")
+
+
+def test_a_step_that_is_not_told_apart_from_the_last_one_is_no_advice() -> None:
+    for error in (0.2, float("nan")):
+        advice = _advice(points_of(error), 0.03, 150, "constant")
+        assert "not told apart" in advice
+        assert "max_train_steps" not in advice
+
+
+def test_the_step_that_is_shipped_says_so() -> None:
+    assert _advice(points_of(0.1), 0.5, 150, "constant").endswith("step 150, which is the one that is shipped.")
+    assert _advice(points_of(0.1), 0.5, None, "constant").endswith("step 150, the last one.")
+    assert "average over the steps" in _tradeoff_note(points_of(0.1), 0.5, None, "constant")
+
+
+def test_what_is_shipped_is_the_last_step_the_best_one_or_no_step() -> None:
+    history = pd.DataFrame({"step": range(150)})
+    fixed = pd.DataFrame({"step": [50, 100, 150], "score": [0.3, 0.1, 0.2]})
+    assert shipped_step(history, fixed, {}) == 150
+    assert shipped_step(history, fixed, {"load_best_model_at_end": True}) == 100
+    assert shipped_step(history, pd.DataFrame(), {"load_best_model_at_end": True}) == 150
+    assert shipped_step(history, fixed, {"ema_decay": 0.99}) is None
+
+
+def test_labels_of_steps_that_lie_together_do_not_cover_each_other() -> None:
+    plot = Plot(figsize=(5.5, 4), layout="constrained")
+    axes = plot.add_subplot()
+    points = pd.DataFrame({"label": [f"step {i}" for i in range(4)], "prompt": [0.5] * 4, "identity": [0.5] * 4})
+    axes.plot(points["prompt"], points["identity"])
+    _write_labels(plot, axes, points)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 4
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
+def test_a_page_without_a_safety_check_says_how_to_have_one_and_no_measure_claims_it(
+    sources: tuple[Sources, dict[str, Any]],
+) -> None:
+    where, metrics = sources
+    assert "safety" not in {row[0] for row in summary_table(metrics).rows}
+    about = json.loads((where.evaluation / "evaluation.json").read_text())
+    safety = dict(provenance(about, metrics, where).rows)["safety"]
+    assert safety.startswith("not checked")
+    assert "run a safety checker over the PNG files" in safety
+    checked = metrics | {"safety": 0.25}
+    assert ["flagged as unsafe", "", "25%", ""] in summary_table(checked).rows
+    assert dict(provenance(about, checked, where).rows)["safety"] == "25% flagged"
 
 
 def test_a_large_picture_is_shrunk_and_a_small_one_keeps_its_pixels() -> None:

@@ -1,11 +1,14 @@
 """Every stage, run for real on a tiny pipeline: what it reads, writes, reuses and refuses."""
 
+import io
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +20,13 @@ from PIL import Image
 from tiny_project import REPOSITORY, TINY_RESOLUTION, add_photos, tiny_values, write_params
 
 from dreambooth import tracking, trainer
+from dreambooth.beside import Side, lay_beside
 from dreambooth.errors import DivergedError, EvaluationError, PhotosError, SubjectError
 from dreambooth.folders import TornFolderError, content_hash, read_manifest, scratch_folder
 from dreambooth.gate import decide, read_scorecard
 from dreambooth.locks import only_one
 from dreambooth.models import load_model
-from dreambooth.params import load_params
+from dreambooth.params import load_params, parse_params
 from stages import evaluate, export, prior, report, train, validate
 
 
@@ -106,6 +110,10 @@ def test_the_training_is_logged_with_its_curve_and_its_scores(done: Path) -> Non
     assert [metric.step for metric in history] == [0, 1, 2, 3]
     assert runs[0].data.params["train.max_train_steps"] == "4"
     assert "identity.gain" in runs[0].data.metrics
+    key = read_manifest(done / "build/biscuit/evaluation")["fingerprint"]
+    for name in ("base", "personalised"):  # one seed of two
+        kept = client.list_artifacts(runs[0].info.run_id, f"evaluation/{key}/{name}")
+        assert [Path(entry.path).name for entry in kept] == ["000.png", "002.png", "004.png"]
 
 
 def test_the_same_inputs_give_the_same_bytes(done: Path, project: Path) -> None:
@@ -145,6 +153,60 @@ def test_a_champion_is_evaluated_beside_the_challenger_by_the_same_evaluator(
     assert cards["base"].how == read_scorecard(root / "build/biscuit/evaluation", "base").how
     verdict = decide(cards["personalised"], cards["champion"], params.gate)
     assert (verdict.verdict, verdict.against) == ("inconclusive", "champion")  # three prompts decide nothing
+    sides = (Side("candidate", tmp_path / "both"), Side("champion", tmp_path / "both", "champion"))
+    beside = lay_beside(*sides, [], params.gate, 0.95)
+    assert beside.line == verdict.line
+    with Image.open(io.BytesIO(beside.sheet)) as sheet:
+        assert sheet.height > 3 * 128
+
+
+def test_a_champion_is_asked_for_the_subject_by_the_word_that_it_was_trained_with(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(shutil.copytree(done, tmp_path / "copy"))
+    monkeypatch.setenv("DREAMBOOTH_CACHE", str(done.parent / "cache"))
+    values = tiny_values()
+    values["subjects"]["biscuit"]["identifier"] = "zwx"
+    params = parse_params(values)
+    evaluate.beside_champion(params, "biscuit", root, root / "export/biscuit", "the champion", tmp_path / "both")
+    before = root / "build/biscuit/evaluation/personalised"  # drawn when params.yaml said sks
+    pictures = {path.name: path.read_bytes() for path in before.iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "both/champion").iterdir()} == pictures
+    assert {path.name: path.read_bytes() for path in (tmp_path / "both/personalised").iterdir()} != pictures
+
+
+def test_two_evaluations_of_a_subject_at_one_moment_leave_each_other_their_drawings(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(shutil.copytree(done, tmp_path / "copy"))
+    params, first_draws, lost = load_params(root / "params.yaml"), threading.Event(), []
+
+    def draw(params: Any, subject_id: str, root: Path, models: Any, encoders: Any) -> None:
+        own = scratch_folder(root) / "evaluation" / subject_id
+        own.mkdir(parents=True, exist_ok=True)
+        drawing = own / f"{threading.get_ident()}.png"
+        drawing.touch()
+        first_draws.set()
+        time.sleep(0.5)
+        if not drawing.exists():
+            lost.append(drawing)
+
+    def promotion(number: int) -> None:
+        evaluate.beside_champion(params, "biscuit", root, root / "export/biscuit", "f", tmp_path / f"scores-{number}")
+
+    monkeypatch.setattr(evaluate, "compare", draw)
+    monkeypatch.setattr(evaluate, "write_comparison", lambda folder, found: None)
+    first, second = (threading.Thread(target=promotion, args=(number,)) for number in range(2))
+    first.start()
+    assert first_draws.wait(60)
+    time.sleep(0.25)  # the second begins in the middle of the first, which removes its drawings in that of the second
+    second.start()
+    for thread in (first, second):
+        thread.join(60)
+    assert lost == []
+    assert (tmp_path / "scores-0").is_dir()
+    assert (tmp_path / "scores-1").is_dir()
+    assert not (scratch_folder(root) / "evaluation/biscuit").exists()
 
 
 def test_class_images_that_were_drawn_before_come_from_the_store(

@@ -321,6 +321,17 @@ def test_the_environment_names_store_and_experiment(root: Path, monkeypatch: pyt
     assert tracking.tracking_uri(root) == "http://127.0.0.1:5000"
 
 
+def test_a_clone_that_uses_the_database_of_its_home_keeps_the_files_there_too(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "first made by a clone")
+    client, experiment = tracking.connect(clone)
+    assert client.get_experiment(experiment).artifact_location == (root / "mlartifacts").as_uri()
+
+
 def test_a_key_that_is_no_hash_is_refused(root: Path) -> None:
     with pytest.raises(ValueError, match="should be a hash"), open_run(root, key="a' OR 'a", name="biscuit"):
         pass
