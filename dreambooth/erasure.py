@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from dreambooth.aliases import log_name
 from dreambooth.tracking import connect, database_file, explain, hide_password, tracking_uri
-from dreambooth.versions import all_versions, explained, is_there
+from dreambooth.versions import HASH_TAG, all_versions, explained, is_there
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -25,6 +25,8 @@ class Holdings:
     """Ids of logged models: uploads, whether a version came of them or not."""
     runs: tuple[str, ...] = ()
     log_entries: int = 0
+    exports: tuple[str, ...] = ()
+    """Content hashes of the exports that the versions were made from."""
 
 
 def holdings(root: Path, subject_id: str) -> Holdings:
@@ -33,11 +35,13 @@ def holdings(root: Path, subject_id: str) -> Holdings:
         return Holdings()
     with explained(root, f"list what it holds of {subject_id}", "try again when it answers"):
         client, _ = connect(root)
+        versions = all_versions(client, subject_id)
         return Holdings(
-            tuple(int(version.version) for version in all_versions(client, subject_id)),
+            tuple(int(version.version) for version in versions),
             tuple(sorted(set(_models(client, root, subject_id)))),
             tuple(sorted(set(_runs(client, subject_id)))),
             len(all_versions(client, log_name(subject_id))),
+            tuple(version.tags[HASH_TAG] for version in versions if HASH_TAG in version.tags),
         )
 
 

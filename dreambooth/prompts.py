@@ -17,6 +17,13 @@ ARTICLE = re.compile(r"\b(?:an?|the) ", re.IGNORECASE)
 PREPOSITION = re.compile(
     r"\b(?:and|at|behind|beside|by|for|from|in|like|near|of|on|over|to|under|with) ", re.IGNORECASE
 )
+# Beginnings whose first letter misleads: the h of hour is silent, an x-ray begins as an egg does ...
+VOWEL_SOUND = re.compile(r"hour|heir|honest|honou?r|x-?ray", re.IGNORECASE)
+# ... a unicorn (not an unidentified bird), a user (not an usher), a euphonium as a yacht does, and a onesie as a wand.
+CONSONANT_SOUND = re.compile(
+    r"uni(?!d|m|n)|us(?:e|ua|ur)|ut(?:e|i|o)|uk|ub|ur(?:al|an|ea|in)|u(?:fo|sb)\b|eu|ewe|one(?:s|\b)|once|oui",
+    re.IGNORECASE,
+)
 KINDS = ("recontextualisation", "property", "accessory")
 
 
@@ -66,8 +73,9 @@ def class_prompts(class_noun: str, templates: Sequence[str]) -> list[str]:
 
 
 def with_article(noun: str) -> str:
-    """Put a or an before a noun, by its first letter."""
-    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
+    """Put a or an before a noun by its first sound: the first letter tells it, but for a short list of beginnings."""
+    has_vowel = noun[:1].lower() in "aeiou" and not CONSONANT_SOUND.match(noun)
+    return f"{'an' if has_vowel or VOWEL_SOUND.match(noun) else 'a'} {noun}"
 
 
 def fill(template: str, words: str) -> str:

@@ -20,6 +20,7 @@ from dreambooth import __version__
 from dreambooth.aliases import move, settle
 from dreambooth.errors import RegistryError
 from dreambooth.folders import (
+    GENERATION,
     MANIFEST,
     TornFolderError,
     content_hash,
@@ -45,6 +46,7 @@ from dreambooth.versions import (
     explained,
     listing,
     load_folder,
+    made_of,
     recorded_md5,
 )
 
@@ -137,9 +139,9 @@ def _read_export(root: Path, subject_id: str, max_logged_bytes: int | None) -> E
     if not folder.is_dir():
         raise RegistryError(f"{folder} does not exist; dreambooth run {subject_id} makes it")
     manifest = read_manifest(folder)
-    if "generation.json" not in manifest["files"]:
-        raise RegistryError(f"{folder} has no generation.json; dreambooth run {subject_id} makes the export again")
-    generation = json.loads((folder / "generation.json").read_text(encoding="utf-8"))
+    if GENERATION not in manifest["files"]:
+        raise RegistryError(f"{folder} has no {GENERATION}; dreambooth run {subject_id} makes the export again")
+    generation = json.loads((folder / GENERATION).read_text(encoding="utf-8"))
     size = sum(entry["size"] for entry in manifest["files"].values())
     return Export(
         subject=subject_id,
@@ -155,17 +157,11 @@ def _read_export(root: Path, subject_id: str, max_logged_bytes: int | None) -> E
 
 def _version_with(client: "MlflowClient", export: Export) -> "tuple[ModelVersion, LoggedModel] | None":
     """Return the version that was made from the same bytes with the place of its files, or None."""
-    for version in _made_of(client, export):
+    for version in made_of(client, export.subject, HASH_TAG, export.hash):
         model = _logged_model(client, version.tags.get(MODEL_TAG))
         if version.status == "READY" and model is not None:
             return version, model
     return None
-
-
-def _made_of(client: "MlflowClient", export: Export) -> "list[ModelVersion]":
-    """Return the versions that were made from the same bytes, the oldest first."""
-    query = f"name = '{export.subject}' and tags.`{HASH_TAG}` = '{export.hash}'"
-    return sorted(client.search_model_versions(query), key=lambda version: int(version.version))
 
 
 def _only_one(client: "MlflowClient", export: Export, made: "ModelVersion") -> "ModelVersion":

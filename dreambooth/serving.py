@@ -19,8 +19,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import AnyType
 
 from dreambooth import __version__
-from dreambooth.export import GENERATION
-from dreambooth.folders import content_hash
+from dreambooth.folders import GENERATION, content_hash
 from dreambooth.images import png_bytes
 from dreambooth.models import DTYPES, load_model
 from dreambooth.pointer import resolve
@@ -60,6 +59,11 @@ class PictureModel(PythonModel):  # type: ignore[misc]  # mlflow has no types
         self._export_hash = content_hash(folder)
         self._defaults = _generation(folder)
         self._model = load_model(folder, DTYPES[self._defaults.get("inference_dtype", "float32")])
+
+    @property
+    def generation(self) -> Mapping[str, Any]:
+        """What generation.json of the export says: whose it is, in which words, and how it is drawn by default."""
+        return self._defaults
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[bytes]:
         """Draw prompt i with seed + i, by default each picture alone, so that it does not depend on what else is asked.

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from dreambooth.errors import ModelError, RegistryError
+from dreambooth.errors import ModelError, ParamsError, RegistryError
 from dreambooth.folders import MANIFEST, TornFolderError, content_hash, sha256_of, work_folder
 from dreambooth.params import check_id
 from dreambooth.pointer import POINTER, resolve
@@ -70,10 +70,43 @@ def find(root: Path, subject_id: str, version: int | None = None, alias: str | N
         return None
     with explained(root, f"find {subject_id}", "try again when it answers"):
         found = find_version(client_of(root), check_id(subject_id), version, alias)
-    if found is None:
+    return _registered(found) if found else None
+
+
+def find_export(root: Path, subject_id: str, tag: str, value: str | None) -> RegisteredVersion | None:
+    """Return the version of an export, whatever was registered after it; None if there is none.
+
+    Args:
+        root: of the project.
+        subject_id: of the subject.
+        tag: what the export is known by: HASH_TAG, or MD5_TAG where its files lie elsewhere.
+        value: of that tag; None is no export.
+
+    Returns:
+        Of several versions of the same files the challenger, else the oldest.
+    """
+    if value is None or not is_there(root):
         return None
-    tags = found.tags
-    return RegisteredVersion(subject_id, int(found.version), False, tags.get(HASH_TAG, ""), tags.get(MD5_TAG))
+    with explained(root, f"find the export of {subject_id}", "try again when it answers"):
+        client = client_of(root)
+        found = [one for one in made_of(client, check_id(subject_id), tag, value) if one.status == "READY"]
+        challenger = aliases_of(client, subject_id).get(CHALLENGER) if len(found) > 1 else None
+    chosen = next((one for one in found if int(one.version) == challenger), found[0] if found else None)
+    return _registered(chosen) if chosen else None
+
+
+def is_registered(root: Path, subject_id: str, tag: str, value: str | None) -> bool:
+    """Tell whether an export has a version to which `challenger` points: to register it would change nothing.
+
+    Args:
+        root: of the project.
+        subject_id: of the subject.
+        tag: see `find_export`.
+        value: of that tag.
+    """
+    found = find_export(root, subject_id, tag, value)
+    challenger = find(root, subject_id, alias=CHALLENGER) if found else None
+    return found is not None and (challenger is None or challenger.version == found.version)
 
 
 def recorded_md5(root: Path, path: str) -> str | None:
@@ -114,7 +147,7 @@ def choose(root: Path, subject_id: str, version: int | None = None) -> Registere
     if found is None:
         which = f"version {version}" if version else "version"
         raise RegistryError(
-            f"{subject_id} has no {which} in {hide_password(tracking_uri(root))}; dreambooth register {subject_id}"
+            f"{subject_id} has no {which} in {hide_password(tracking_uri(root))}; {next_step(root, subject_id)}"
         )
     return found
 
@@ -131,6 +164,33 @@ def load_found(root: Path, found: RegisteredVersion) -> "PyFuncModel":
         source = client_of(root).get_model_version_download_uri(name, str(found.version))
         with downloaded(root, source, name) as folder:
             return load_folder(folder)
+
+
+def generation_of(model: "PyFuncModel") -> dict[str, Any]:
+    """Return generation.json of a loaded version: whose it is, the words that it was trained with, how it draws."""
+    return dict(model.unwrap_python_model().generation)
+
+
+def predict(model: "PyFuncModel", prompts: Sequence[str], options: Mapping[str, Any]) -> list[bytes]:
+    """Draw prompts with a loaded version; return a PNG for each.
+
+    Raises:
+        ParamsError: an option that the model refuses.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return list(model.predict({"prompt": list(prompts)}, params=dict(options)))
+    except MlflowException as error:
+        if error.error_code != "INVALID_PARAMETER_VALUE":
+            raise
+        raise ParamsError(str(error.message).splitlines()) from error
+
+
+def next_step(root: Path, subject_id: str) -> str:
+    """Return the command that registers a version of a subject: what never ran has no export to register."""
+    verb = "register" if (root / "export" / subject_id).is_dir() else "run"
+    return f"dreambooth {verb} {subject_id}"
 
 
 def rows(root: Path, subject_id: str, limit: int | None = 20, deep: bool = False) -> list[Row]:
@@ -233,6 +293,12 @@ def _newest_first(client: "MlflowClient", name: str, page_size: int) -> "Iterato
             return
 
 
+def made_of(client: "MlflowClient", name: str, tag: str, value: str) -> "list[ModelVersion]":
+    """Return the versions that were made from the same bytes, the oldest first."""
+    found = client.search_model_versions(f"name = '{name}' and tags.`{tag}` = '{value}'")
+    return sorted(found, key=lambda version: int(version.version))
+
+
 def find_version(client: "MlflowClient", name: str, version: int | None, alias: str | None) -> "ModelVersion | None":
     """Return a version that is READY: this one, the one with this alias, or the newest; None if there is none."""
     from mlflow.exceptions import MlflowException
@@ -299,6 +365,11 @@ def listing(client: "MlflowClient", model_id: str, folder: str) -> Iterator[tupl
 def client_of(root: Path) -> "MlflowClient":
     """Return a client of the registry of a project."""
     return connect(root)[0]
+
+
+def _registered(version: "ModelVersion") -> RegisteredVersion:
+    tags = version.tags
+    return RegisteredVersion(version.name, int(version.version), False, tags.get(HASH_TAG, ""), tags.get(MD5_TAG))
 
 
 def _shallow_hash(root: Path, client: "MlflowClient", version: "ModelVersion", source: str) -> str:

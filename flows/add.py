@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from dreambooth.yaml12 import YamlError, dump_yaml, load_yaml
 from flows.dvcrun import child_environment
 from flows.project import PARAMS, read_params_text, write_params_text
 
+IDENTIFIER, KIND = "sks", "object"  # of a new subject of which nothing else is said
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -40,8 +41,10 @@ class Wish:
 
     subject_id: str
     class_noun: str
-    identifier: str
-    kind: str
+    identifier: str | None = None
+    """None: as its entry in params.yaml says, IDENTIFIER for a new subject."""
+    kind: str | None = None
+    """None: as its entry says, KIND for a new subject."""
     consent: Path | None = None
     """The record of a person's consent; it is kept beside the photos."""
 
@@ -56,6 +59,8 @@ class Added:
     ignored: list[str]
     remarks: list[str]
     """Warnings about the photos together and the identifier."""
+    assumed_kind: bool = False
+    """Whether nobody said the kind."""
 
 
 def add_subject(root: Path, wish: Wish, sources: Sequence[Path], force: bool = False) -> Added:
@@ -65,7 +70,7 @@ def add_subject(root: Path, wish: Wish, sources: Sequence[Path], force: bool = F
         root: the project.
         wish: who the subject is.
         sources: photos, and folders with photos.
-        force: replace the photos of a subject of the same id; its entry must say the same.
+        force: replace the photos of a subject of the same id; its entry must say what the wish says.
 
     Raises:
         SubjectError: the id is no id, or is taken.
@@ -76,20 +81,24 @@ def add_subject(root: Path, wish: Wish, sources: Sequence[Path], force: bool = F
     folder = root / "data" / "subjects" / check_id(wish.subject_id)
     if not force:
         _require_new(params, wish.subject_id, folder)
+    assumed_kind = wish.kind is None and wish.subject_id not in params.subjects
     class_id = class_of_noun(params, wish.class_noun)
+    entry = entry_of(params, wish, class_id)
     text = with_subject(read_params_text(root), params, wish, class_id)
     photos, ignored = collect(sources)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{wish.subject_id}.", dir=folder.parent) as temporary:
         place = Path(temporary) / "photos"
         reports = _copy_and_check(photos, place, folder, params.photos)
-        _copy_consent(wish, place)
+        if entry["kind"] == PERSON:
+            _copy_consent(wish, place)
         with _replaced(folder, Path(temporary) / "old"):
             place.rename(folder)
             write_params_text(root, text)
     tokenizer = root / params.base.pretrained_model_name_or_path / "tokenizer/tokenizer.json"
     remarks = [str(remark)] if (remark := alike(reports, params.photos)) else []
-    return Added(folder, class_id, reports, ignored, remarks + remarks_by_tokenizer(wish.identifier, tokenizer))
+    remarks += remarks_by_tokenizer(entry["identifier"], tokenizer)
+    return Added(folder, class_id, reports, ignored, remarks, assumed_kind)
 
 
 def collect(sources: Sequence[Path]) -> tuple[list[Path], list[str]]:
@@ -144,19 +153,25 @@ def class_of_noun(params: Params, class_noun: str) -> str:
     return class_id
 
 
+def entry_of(params: Params, wish: Wish, class_id: str) -> dict[str, str]:
+    """Return the entry that a wish means: what it leaves out is as in params.yaml, or the usual for a new subject."""
+    before = params.subjects.get(wish.subject_id)
+    identifier, kind = (before.identifier, before.kind) if before else (IDENTIFIER, KIND)
+    return {"class_id": class_id, "identifier": wish.identifier or identifier, "kind": wish.kind or kind}
+
+
 def with_subject(text: str, params: Params, wish: Wish, class_id: str) -> str:
     """Return params.yaml with the new entries, every other byte as it was.
 
     Raises:
         ParamsError: the result is not valid, or the file is written in a way that lines cannot be added to.
     """
-    wanted = params.model_dump(mode="json")
-    entry = {"class_id": class_id, "identifier": wish.identifier, "kind": wish.kind}
+    wanted, entry = params.model_dump(mode="json"), entry_of(params, wish, class_id)
+    if contradictions := list(_contradictions(params, wish, entry)):
+        raise ParamsError(contradictions)
     if class_id not in wanted["classes"]:
         wanted["classes"][class_id] = {"class_noun": wish.class_noun}
         text = _insert(text, "classes", class_id, wanted["classes"][class_id])
-    if (before := wanted["subjects"].get(wish.subject_id, entry)) != entry:
-        raise ParamsError([f"{PARAMS}: subjects.{wish.subject_id} is {before}, not {entry}; change it there"])
     if wish.subject_id not in wanted["subjects"]:
         wanted["subjects"][wish.subject_id] = entry
         text = _insert(text, "subjects", wish.subject_id, entry)
@@ -165,6 +180,19 @@ def with_subject(text: str, params: Params, wish: Wish, class_id: str) -> str:
         lines = dump_yaml({"subjects": {wish.subject_id: entry}}, flow=True).strip()
         raise ParamsError([f"{PARAMS}: lines cannot be added to `classes:` and `subjects:`; add by hand: {lines}"])
     return text
+
+
+def _contradictions(params: Params, wish: Wish, entry: Mapping[str, str]) -> Iterator[str]:
+    """Yield what a wish says otherwise than the entry of a subject that is there."""
+    if wish.subject_id not in params.subjects:
+        return
+    subject, class_noun = params.subject(wish.subject_id), params.class_of(wish.subject_id).class_noun
+    where = f"{PARAMS}: subjects.{wish.subject_id}"
+    if subject.class_id != entry["class_id"]:
+        yield f"{where}: its class noun is {class_noun}, not {wish.class_noun}; say --class-noun {class_noun!r}"
+    for key, before in (("identifier", subject.identifier), ("kind", subject.kind)):
+        if before != entry[key]:
+            yield f"{where}.{key}: is {before}, not {entry[key]}; change it there, or leave --{key} out"
 
 
 def track_photos(root: Path, folder: Path) -> str | None:
@@ -226,8 +254,6 @@ def _copy_and_check(photos: Sequence[Path], place: Path, folder: Path, limits: P
 
 def _copy_consent(wish: Wish, place: Path) -> None:
     """Put the record of a person's consent beside the photos, after it was found to hold today."""
-    if wish.kind != PERSON:
-        return
     if wish.consent is None:
         raise ConsentError(
             f"{wish.subject_id} is a person: the photos are used only with a consent that says who, given, purpose and "

@@ -9,7 +9,7 @@ from prefect.states import Completed, Failed
 
 from dreambooth.errors import DreamboothError
 from dreambooth.params import load_params
-from flows.generate import draw_registered, full_prompts
+from flows.generate import draw_registered
 from flows.project import PARAMS, find_root
 from flows.summary import picture_uri
 from flows.turns import gpu, has_limit
@@ -38,12 +38,11 @@ def generate(
     """
     try:
         project = find_root(root)
-        complete, nameless = full_prompts(load_params(project / PARAMS), subject, prompts)
-        for prompt in nameless:
-            get_run_logger().warning("%r does not name %s; write {} where it should stand", prompt, subject)
-        with gpu("server" if has_limit() else "none", get_run_logger().warning):
+        load_params(project / PARAMS).subject(subject)
+        log, target = get_run_logger(), Path(folder) if folder else None
+        with gpu("server" if has_limit() else "none", log.warning):
             drawn = draw_registered(
-                project, subject, complete, count, {"seed": seed}, version, Path(folder) if folder else None
+                project, subject, prompts, count, {"seed": seed}, log.info, log.warning, version, target
             )
     except DreamboothError as error:
         return Failed(message=f"{error.code}: {error}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from dreambooth.errors import SubjectError, shown
-from dreambooth.folders import scratch_folder
+from dreambooth.folders import scratch_folder, sha256_of_file
 from dreambooth.images import png_bytes, shrunk
 from dreambooth.params import check_id, load_params
 from dreambooth.photos import PhotoReport, Remark, alike, check_photos, find_photos, require_usable, subject_folder
@@ -49,7 +49,8 @@ def check(root: Path, what: str) -> Checked:
     def draw(report: PhotoReport, image: Image.Image) -> None:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = place / f"{len(thumbnails):02d}.png"
-        path.write_bytes(png_bytes(shrunk(image, THUMBNAIL_SIDE)))
+        photo = sha256_of_file(folder / report.file)  # by which `dreambooth forget` knows whose it is
+        path.write_bytes(png_bytes(shrunk(image, THUMBNAIL_SIDE), {"photo": photo}))
         thumbnails[report.file] = path
 
     reports = check_photos(folder, params.photos, params.base.resolution, draw)

@@ -4,7 +4,7 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,14 +13,16 @@ import psutil
 
 from dreambooth import erasure, sweeps, versions
 from dreambooth.errors import ParamsError, SubjectError
-from dreambooth.folders import scratch_folder, write_file
+from dreambooth.folders import GENERATION, scratch_folder, sha256_of_file, write_file
 from dreambooth.locks import AlreadyRunningError, only_one
-from dreambooth.params import check_id, load_params
+from dreambooth.params import check_id, load_params, parse_params
 from dreambooth.registry import alone
-from dreambooth.yaml12 import dump_yaml, load_yaml
+from dreambooth.yaml12 import YamlError, dump_yaml, load_yaml
 from flows import dvcstore, prefectstore, summary
 from flows.clones import copies
 from flows.dvcstore import Kept, being_written
+from flows.experiments import experiments_of
+from flows.experiments import remove as remove_experiments
 from flows.project import PARAMS, read_params_text, write_params_text
 
 FOLDERS = ("data/subjects/{id}", "build/{id}", "models/{id}", "export/{id}", "reports/{id}")
@@ -28,14 +30,17 @@ FILES = ("data/subjects/{id}.dvc", "metrics/{id}.json")
 LEFTOVERS = ("data/subjects", "models", "export", "reports")  # of killed writers beside their folder: `new_folder`
 HEX = "[0-9a-f]"  # exactly as many as a name has: rex must not take what is of rex-2
 SCRATCH = (
-    "check", f"checkpoints/{{id}}-{16 * HEX}", "evaluation/{id}", "latents/{id}", "pipelines", "trackers/{id}",
+    f"checkpoints/{{id}}-{16 * HEX}", "evaluation/{id}", "latents/{id}", "trackers/{id}",
     *(f"{work}-{{id}}-{8 * '[a-z0-9_]'}" for work in ("upload", "download", "scores")),
 )  # fmt: skip
-LOCKS = ("locks/train-{id}.*", "register-{id}.lock")
+CHECKED, LAID_OUT = "check", "pipelines"  # of all subjects: `flows.check`, `dreambooth.pointer`
+LOCKS = ("locks/train-{id}.*", "locks/evaluate-{id}.*", "register-{id}.lock")
 TEXTS = (PARAMS, "dvc.lock")  # which name subjects
 OUT_OF_REACH = (
-    "the history of git: the photos' hashes and the subject's id stand in old commits (git filter-repo)",
-    "experiments of sweeps, which are commits of git too (dvc exp remove --all-commits)",
+    "the history of git: the photos' hashes and the subject's id stand in old commits (git filter-repo), and in those "
+    "of removed experiments until git gc --prune=now",
+    "experiments of a sweep whose table is gone, replaced or elsewhere (dvc exp list --all-commits; dvc exp remove)",
+    "thumbnails of photos that the subject does not have (now), until dreambooth check looks at the next folder",
     "clones, backups, and copies of exports, pictures and cards that left this machine",
     "runs in Weights & Biases, where tracking.report_to named it: delete them there",
     "caches of DVC in other clones: there, dreambooth forget as well",
@@ -50,6 +55,10 @@ class Inventory:
     paths: list[Path]
     kept: Kept
     places: dict[str, int]
+    shared: list[Path] = field(default_factory=list)
+    """What is the subject's in folders of the scratch folder that all subjects share."""
+    experiments: dict[str, str] = field(default_factory=dict)
+    """Commits of sweeps, by their refs."""
     out_of_reach: list[str] = field(default_factory=lambda: list(OUT_OF_REACH))
 
 
@@ -61,14 +70,17 @@ def inventory(root: Path, subject_id: str) -> Inventory:
     """
     check_id(subject_id)
     paths = sorted(_paths(root, subject_id))
+    experiments = experiments_of(root, subject_id)
     kept = dvcstore.kept_of(root, subject_id) if (root / ".dvc").is_dir() else Kept()
     journal, before = _read_journal(root, subject_id)
     kept = Kept(kept.objects | journal.objects, kept.runs | journal.runs)
     held = erasure.holdings(root, subject_id)
+    shared = [*_thumbnails(root, subject_id), *_pipelines(root, subject_id, held.exports)]
     places = {
-        "files and folders": sum(1 for path in paths for _ in _files(path)),
+        "files and folders": sum(1 for path in [*paths, *shared] for _ in _files(path)),
         "copies of the project that killed runs left": sum(_knows(one, subject_id) for one in _left_copies(root)),
         "entries of params.yaml, dvc.lock": _mentions(root, subject_id),
+        "experiments of sweeps": len(set(experiments.values())),
         "objects of DVC (cache and remotes)": len(kept.objects),
         "entries of the run cache": len(kept.runs),
         "versions in MLflow": len(held.versions),
@@ -80,7 +92,7 @@ def inventory(root: Path, subject_id: str) -> Inventory:
     places = {place: max(count, before.get(place, 0)) for place, count in places.items()}  # the receipt tells both
     if not any(places.values()) and not _journal(root, subject_id).exists():
         raise SubjectError(f"nothing is known of {subject_id!r} here; see {PARAMS} for the subjects there are")
-    return Inventory(subject_id, paths, kept, places)
+    return Inventory(subject_id, paths, kept, places, shared, experiments)
 
 
 def erase(root: Path, found: Inventory) -> Path:
@@ -95,6 +107,9 @@ def erase(root: Path, found: Inventory) -> Path:
         _refuse_beside_stages(root, subject_id)
         _refuse_beside_copies(root, subject_id)
         _write_journal(root, found)
+        for path in found.shared:  # first: what tells whose they are, photos and versions, goes as well
+            _remove(path)
+        remove_experiments(root, found.experiments.items())  # before the tables that name them
         found.out_of_reach += erasure.erase(root, subject_id)
         found.out_of_reach += prefectstore.erase(subject_id)
         if (root / ".dvc").is_dir():
@@ -116,30 +131,44 @@ def erase(root: Path, found: Inventory) -> Path:
 
 
 def without_subject(text: str, subject_id: str) -> str:
-    """Return params.yaml without the lines of a subject, every other byte as it was."""
+    """Return params.yaml without the lines of a subject, every other byte as it was.
+
+    Only a direct entry of `subjects:` is one: a subject may be called as a field of all others is, kind.
+    """
     lines = text.splitlines(keepends=True)
     start = next((number for number, line in enumerate(lines) if re.match(r"subjects\s*:", line)), None)
     if start is None:
         return text
-    kept, inside, indent = lines[: start + 1], False, 0
-    for number, line in enumerate(lines[start + 1 :], start + 1):
-        width = len(line) - len(line.lstrip())
-        if line.strip() and width == 0 and not line.startswith("#"):
-            return "".join([*_with_value(kept, start), *lines[number:]])
-        if inside and line.strip() and width <= indent:
-            inside = False
-        if re.match(rf"""\s+(["']?){re.escape(subject_id)}\1\s*:""", line):
-            inside, indent = True, width
-        if not inside:
+    end = next((number for number in range(start + 1, len(lines)) if _begins_section(lines[number])), len(lines))
+    section = lines[start + 1 : end]
+    depth = next((_width(line) for line in section if _says(line)), 0)  # of the entries, which YAML wants all alike
+    kept, inside = [lines[start]], False
+    for line in section:
+        if _says(line) and _width(line) <= depth:
+            inside = re.match(rf"""(["']?){re.escape(subject_id)}\1\s*:""", line.lstrip()) is not None
+        if not inside or (line.lstrip().startswith("#") and _width(line) <= depth):
             kept.append(line)
-    return "".join(_with_value(kept, start))
+    return "".join([*lines[:start], *_with_value(kept), *lines[end:]])
 
 
-def _with_value(lines: list[str], start: int) -> list[str]:
+def _begins_section(line: str) -> bool:
+    return bool(line.strip()) and line[0] not in " #"
+
+
+def _width(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _says(line: str) -> bool:
+    """Tell whether a line has more than space and a comment."""
+    return bool(line.strip()) and not line.lstrip().startswith("#")
+
+
+def _with_value(section: list[str]) -> list[str]:
     """Say {} where no subject is left: nothing at all would not be a map."""
-    if any(re.match(r"\s+\S+\s*:", line) for line in lines[start + 1 :]):
-        return lines
-    return [*lines[:start], re.sub(r":\s*(#.*)?$", ": {}", lines[start].rstrip("\n")) + "\n", *lines[start + 1 :]]
+    if any(_says(line) for line in section[1:]):
+        return section
+    return [re.sub(r":\s*(#.*)?$", ": {}", section[0].rstrip("\n")) + "\n", *section[1:]]
 
 
 def _paths(root: Path, subject_id: str) -> Iterator[Path]:
@@ -163,6 +192,47 @@ def _paths(root: Path, subject_id: str) -> Iterator[Path]:
 def _in_scratch(root: Path, subject_id: str, patterns: Sequence[str]) -> Iterator[Path]:
     for pattern in patterns:
         yield from scratch_folder(root).glob(pattern.format(id=subject_id))
+
+
+def _thumbnails(root: Path, subject_id: str) -> Iterator[Path]:
+    """Yield the thumbnails of folders that were checked which show photos of the subject: each names its photo."""
+    thumbnails = sorted((scratch_folder(root) / CHECKED).glob("*.png"))
+    photos = {sha256_of_file(path) for path in _photos(root, subject_id)} if thumbnails else set()
+    yield from (path for path in thumbnails if _photo_of(path) in photos)
+
+
+def _photo_of(thumbnail: Path) -> str | None:
+    from dreambooth.images import read_provenance
+
+    try:
+        return read_provenance(thumbnail.read_bytes()).get("photo")
+    except OSError:  # torn: no picture
+        return None
+
+
+def _photos(root: Path, subject_id: str) -> Iterator[Path]:
+    folder = root / "data" / "subjects" / subject_id
+    if folder.is_dir():
+        yield from (path for path in folder.iterdir() if path.is_file())
+
+
+def _pipelines(root: Path, subject_id: str, exports: Collection[str]) -> Iterator[Path]:
+    """Yield what was laid out to be served of versions of the subject: named by their exports, or saying whose it is.
+
+    Another subject's may be in use by a server.
+    """
+    for place in sorted((scratch_folder(root) / LAID_OUT).glob("*")):
+        name = place.name.removesuffix(".lock")
+        if name in exports or (place.is_dir() and _subject_of(place) == subject_id):
+            yield place
+
+
+def _subject_of(pipeline: Path) -> str | None:
+    try:
+        content = json.loads((pipeline / GENERATION).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a link to what DVC has no more
+        return None
+    return content.get("subject") if isinstance(content, dict) else None
 
 
 def _refuse_beside_stages(root: Path, subject_id: str) -> None:
@@ -243,18 +313,18 @@ def _forget_in_gitignore(root: Path, subject_id: str) -> None:
 
 
 def _forget_in_params(root: Path, subject_id: str) -> None:
-    text = read_params_text(root)
-    shorter = without_subject(text, subject_id)
-    if shorter == text:
+    before, text = load_params(root / PARAMS), read_params_text(root)
+    if subject_id not in before.subjects:
         return
-    write_params_text(root, shorter)
+    others = {name: entry for name, entry in before.subjects.items() if name != subject_id}
+    shorter = without_subject(text, subject_id)
     try:
-        gone = subject_id not in load_params(root / PARAMS).subjects
-    except ParamsError:
-        gone = False
-    if not gone:
-        write_params_text(root, text)
+        is_right = parse_params(load_yaml(shorter)) == before.model_copy(update={"subjects": others})
+    except (YamlError, ParamsError):
+        is_right = False
+    if not is_right:
         raise ParamsError([f"{PARAMS}: subjects.{subject_id} cannot be taken out; delete it by hand, then go on"])
+    write_params_text(root, shorter)
 
 
 def _journal(root: Path, subject_id: str) -> Path:

@@ -3,17 +3,14 @@
 import io
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreambooth.errors import PipelineError
+from dreambooth.errors import ParamsError, PipelineError
 from dreambooth.folders import read_text
-from dreambooth.params import Params
 from dreambooth.prompts import PLACEHOLDER, fill
-
-PICTURES_PER_CALL = 64  # pictures of one call, the limit of the model
 
 
 @dataclass(frozen=True)
@@ -24,12 +21,11 @@ class Drawn:
     sheet: Path
 
 
-def full_prompts(params: Params, subject_id: str, prompts: Sequence[str]) -> tuple[list[str], list[str]]:
+def full_prompts(identifier: str, class_noun: str, prompts: Sequence[str]) -> tuple[list[str], list[str]]:
     """Put the subject's words where a prompt has {}; return the prompts, and those that do not name the subject."""
-    subject = params.subject(subject_id)
-    words = f"{subject.identifier} {params.class_of(subject_id).class_noun}"
-    nameless = [prompt for prompt in prompts if PLACEHOLDER not in prompt and subject.identifier not in prompt.split()]
-    return list(dict.fromkeys(fill(prompt, words) for prompt in prompts)), nameless
+    name = re.compile(rf"(?<!\w){re.escape(identifier)}(?!\w)")
+    nameless = [prompt for prompt in prompts if PLACEHOLDER not in prompt and not name.search(prompt)]
+    return list(dict.fromkeys(fill(prompt, f"{identifier} {class_noun}") for prompt in prompts)), nameless
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -54,30 +50,43 @@ def draw_registered(
     prompts: Sequence[str],
     count: int,
     options: Mapping[str, Any],
+    say: Callable[[str], object],
+    warn: Callable[[str], object],
     version: int | None = None,
     out: Path | None = None,
 ) -> Drawn:
-    """Draw with a registered version: this one, else the champion, the challenger, the newest.
+    """Draw with a registered version, named by its own words: this one, else the champion, the challenger, the newest.
 
     Args:
         root: of the project.
         subject_id: of the subject.
-        prompts: complete sentences.
+        prompts: sentences; {} stands for the subject.
         count: pictures a prompt.
         options: parameters of the model; those that are None are the model's own.
+        say: hears what takes long.
+        warn: hears of prompts that do not name the subject.
         version: of the registered model.
         out: else build/<id>/generated.
 
     Raises:
         RegistryError: there is no such version, or its files are not whole.
+        ParamsError: an option that the model refuses.
     """
     from dreambooth import versions
 
-    found = versions.choose(root, subject_id, version)
-    model = versions.load_found(root, found)
     given = {name: value for name, value in options.items() if value is not None}
+    _require_side(given.get("resolution"))
+    found = versions.choose(root, subject_id, version)
+    label = f"{found.name} v{found.version}"
+    say(f"loading {label}")
+    model = versions.load_found(root, found)
+    words = versions.generation_of(model)  # those of params.yaml may be others by now
+    complete, nameless = full_prompts(words["identifier"], words["class_noun"], prompts)
+    for prompt in nameless:
+        warn(f"{prompt!r} does not name {subject_id}; write {PLACEHOLDER} where it should stand")
     about = {"model": f"models:/{found.name}/{found.version}"}
-    return draw(model, prompts, count, given, out or root / "build" / subject_id / "generated", about)
+    folder = out or root / "build" / subject_id / "generated"
+    return draw(model, complete, count, given, folder, about, found.version, f"draw {label}")
 
 
 def draw(
@@ -87,8 +96,12 @@ def draw(
     options: dict[str, Any],
     out: Path,
     provenance: Mapping[str, Any] | None = None,
+    version: int | None = None,
+    description: str | None = None,
 ) -> Drawn:
-    """Draw each prompt with `count` seeds and write <out>/<prompt>-<seed>.png and a contact sheet.
+    """Draw each prompt with `count` seeds and write <out>/<prompt>-v<version>-<seed>.png and a contact sheet.
+
+    A picture is written as soon as it is drawn.
 
     Args:
         model: what `dreambooth.registry.load` returns.
@@ -97,24 +110,31 @@ def draw(
         options: parameters of the model; seed among them.
         out: made if need be.
         provenance: is added to what each PNG says about itself, such as the registered version.
+        version: goes into the names, so that the pictures of one version do not replace those of another.
+        description: of the progress bar; None shows none.
     """
     from PIL import Image
 
     from dreambooth.grid import grid
     from dreambooth.images import png_bytes, read_provenance
+    from dreambooth.progress import progress_bar
 
     out.mkdir(parents=True, exist_ok=True)
     seeds = range(options["seed"], options["seed"] + count)
+    suffix = "" if version is None else f"-v{version}"
     written: list[Path] = []
     rows: list[list[Image.Image | None]] = []
-    for prompt, slug in zip(prompts, slugs(prompts), strict=True):
-        pictures = _predict(model, prompt, count, options)
-        rows.append([Image.open(io.BytesIO(picture), formats=("PNG",)) for picture in pictures])
-        for seed, picture, image in zip(seeds, pictures, rows[-1], strict=True):
-            written.append(out / f"{slug}-{seed}.png")
-            assert image is not None
-            written[-1].write_bytes(png_bytes(image, read_provenance(picture) | dict(provenance or {})))
-    sheet = out / "sheet.png"
+    with progress_bar(len(prompts) * count, description, unit="picture") as bar:
+        for prompt, slug in zip(prompts, slugs(prompts), strict=True):
+            row: list[Image.Image | None] = []
+            for seed, picture in zip(seeds, _predict(model, prompt, count, options), strict=True):
+                image = Image.open(io.BytesIO(picture), formats=("PNG",))
+                written.append(out / f"{slug}{suffix}-{seed}.png")
+                written[-1].write_bytes(png_bytes(image, read_provenance(picture) | dict(provenance or {})))
+                row.append(image)
+                bar.update()
+            rows.append(row)
+    sheet = out / f"sheet{suffix}.png"
     grid(rows, list(prompts), [f"seed {seed}" for seed in seeds]).save(sheet)
     return Drawn(written, sheet)
 
@@ -129,10 +149,18 @@ def slugs(prompts: Sequence[str]) -> list[str]:
     return names
 
 
-def _predict(model: Any, prompt: str, count: int, options: dict[str, Any]) -> list[bytes]:
-    pictures: list[bytes] = []
-    while len(pictures) < count:
-        part = min(PICTURES_PER_CALL, count - len(pictures))
-        now = {**options, "seed": options["seed"] + len(pictures)}
-        pictures += model.predict({"prompt": [prompt] * part}, params=now)
-    return pictures
+def _predict(model: Any, prompt: str, count: int, options: dict[str, Any]) -> Iterator[bytes]:
+    """Yield the pictures of a prompt, asking for as many at a time as are drawn at once."""
+    from dreambooth.versions import predict
+
+    size = options.get("batch_size", 1)
+    for first in range(0, count, size):
+        part = min(size, count - first)
+        yield from predict(model, [prompt] * part, {**options, "seed": options["seed"] + first})
+
+
+def _require_side(side: int | None) -> None:
+    """Refuse at once what the model would refuse after it was loaded."""
+    if side is not None and side % 8:
+        near = max(side // 8 * 8, 32)
+        raise ParamsError([f"--size: should be a multiple of 8 (got {side}); for example {near} or {near + 8}"])

@@ -1,5 +1,6 @@
 """The evaluation prompts: their grammar, and the lists in data/prompts."""
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -39,6 +40,29 @@ def test_article_of_a_class_noun_goes_whatever_it_is() -> None:
     assert fill("a photo of a red {}", "an owl") == "a photo of a red owl"
     assert fill("a photo of {}", "an owl") == "a photo of an owl"
     assert fill("a photo of a red {}", "anteater") == "a photo of a red anteater"
+
+
+@pytest.mark.parametrize(
+    "phrase",
+    [
+        *("an hourglass", "an heirloom", "an honest face", "an honour", "an X-ray", "an x-ray machine"),
+        *("a unicorn", "a Uniform", "a used car", "a usual chair", "a utensil", "a utopia", "a ukulele", "a uranium"),
+        *("a UFO", "a USB stick", "a euphonium", "a European bison", "a ewe", "a one-eyed cat", "a onesie", "a ouija"),
+        *("an unidentified bird", "an unmade bed", "an uninvited guest", "an umbrella", "an usher", "an urn"),
+        *("an onion", "an onerous dog", "an udder", "an urchin", "a horse", "a house", "a herd", "a hoodie"),
+    ],
+)  # fmt: skip
+def test_the_article_of_a_noun_is_that_of_its_sound(phrase: str) -> None:
+    assert with_article(phrase.partition(" ")[2]) == phrase
+
+
+def test_words_of_the_bundled_model_that_had_the_right_article_keep_it() -> None:
+    """Class images are kept by their prompts: all others are not drawn again."""
+    path = REPOSITORY / "data/base/scorer" / VOCABULARY
+    content = json.loads(path.read_text())
+    by_letter = {word: f"{'an' if word[0] in 'aeiou' else 'a'} {word}" for word in content["phrases"]}
+    changed = {word for word, phrase in by_letter.items() if with_article(word) != phrase}
+    assert changed == {"unicorn", "ewe", "hourglass done"}
 
 
 def test_article_right_before_the_subject_is_refused(tmp_path: Path) -> None:

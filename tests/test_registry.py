@@ -272,7 +272,7 @@ def test_scores_of_another_model_are_left_out(root: Path) -> None:
 def test_looking_for_a_version_makes_no_database(tmp_path: Path) -> None:
     assert find(tmp_path, BISCUIT) is None
     assert not list(tmp_path.iterdir())
-    with pytest.raises(RegistryError, match=r"biscuit has no version in sqlite.*dreambooth register biscuit"):
+    with pytest.raises(RegistryError, match=r"biscuit has no version in sqlite.*; dreambooth run biscuit"):
         load(tmp_path, BISCUIT)
 
 

@@ -117,6 +117,47 @@ def test_a_subject_that_exists_is_refused_with_the_next_step_and_replaced_by_for
     assert (project / "params.yaml").read_bytes() == params
 
 
+def add_again(root: Path, camera: Path, wish: Wish) -> None:
+    make_photos(camera, 4, seed=3)
+    add_subject(root, wish, [camera], force=True)
+
+
+def test_what_is_unsaid_of_a_subject_that_exists_is_as_its_entry_says(project: Path, tmp_path: Path) -> None:
+    text = (project / "params.yaml").read_text().replace("identifier: sks", "identifier: zwx")
+    (project / "params.yaml").write_text(text)
+    add_again(project, tmp_path / "camera", Wish("rex", "dog"))
+    assert (project / "params.yaml").read_text() == text
+    assert len(list((project / "data" / "subjects" / "rex").iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        (Wish("rex", "dog", kind="object"), "params.yaml: subjects.rex.kind: is live, not object; change it there, or"),
+        (Wish("rex", "dog", "zwx"), "params.yaml: subjects.rex.identifier: is sks, not zwx; change it there, or leave"),
+        (Wish("rex", "cat"), "params.yaml: subjects.rex: its class noun is dog, not cat; say --class-noun 'dog'"),
+    ],
+)
+def test_what_contradicts_an_entry_is_named_with_its_option(
+    project: Path, tmp_path: Path, wish: Wish, message: str
+) -> None:
+    before = everything(project)
+    with pytest.raises(ParamsError) as caught:
+        add_again(project, tmp_path / "camera", wish)
+    (problem,) = caught.value.problems
+    assert problem.startswith(message)
+    assert everything(project) == before
+
+
+def test_the_kind_of_a_new_subject_is_said_to_be_assumed_and_of_an_old_one_it_is_not(
+    project: Path, tmp_path: Path
+) -> None:
+    make_photos(tmp_path / "camera", 4)
+    assert add_subject(project, Wish("tom", "cat"), [tmp_path / "camera"]).assumed_kind
+    assert load_params(project / "params.yaml").subject("tom").kind == "object"
+    assert not add_subject(project, Wish("rex", "dog"), [tmp_path / "camera"], force=True).assumed_kind
+
+
 def test_a_folder_without_an_entry_is_not_overwritten(project: Path, tmp_path: Path) -> None:
     make_photos(project / "data" / "subjects" / "tom", 3)
     make_photos(tmp_path / "camera", 3)

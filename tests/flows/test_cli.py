@@ -9,7 +9,9 @@ from PIL import Image
 from toy_project import REPOSITORY, dvc, make_photos, quiet, ran
 
 from dreambooth.errors import PipelineError
+from flows.cli import _way_back
 from flows.generate import draw, full_prompts, read_prompts, slugs
+from flows.tables import undone_in_words, undone_stages
 
 HEAVY = ("torch", "prefect", "dvc", "mlflow", "diffusers", "transformers", "PIL", "pandas")
 
@@ -119,7 +121,7 @@ def test_status_shows_what_is_out_of_date_without_torch_or_prefect(project: Path
 def test_run_trains_registers_and_then_is_up_to_date_in_seconds_without_torch_or_prefect(project: Path) -> None:
     fake = (
         "import flow_program; from dreambooth import registry, versions; registry.register = flow_program.register\n"
-        "versions.find = flow_program.find"
+        "versions.find, versions.find_export = flow_program.find, flow_program.find_export"
     )
     done = dreambooth(project, "run", "rex", before=fake)
     assert done.returncode == 0, done.stderr
@@ -144,6 +146,49 @@ def test_run_exits_with_the_reason_of_a_subject_that_failed(project: Path) -> No
     assert done.returncode == 9
     assert "E_PIPELINE: validate@rex: E_TRAIN: the loss is NaN" in done.stderr
     assert "not registered" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_failed_run_tells_the_failed_stages_from_those_that_did_not_run_and_how_to_undo_a_preset(
+    project: Path,
+) -> None:
+    (project / "params").mkdir()
+    (project / "params" / "short.yaml").write_text("train:\n  max_train_steps: 7\n")
+    (project / "fail-prior-dog").touch()
+    done = dreambooth(project, "run", "rex", "--preset", "short")
+    assert done.returncode == 9
+    table = {line[:14].strip(): line[14:].strip() for line in done.stdout.splitlines()}
+    assert table["class images"] == "failed"
+    assert table["stages"] == "prior failed; train, evaluate, export, report not run"
+    assert "NotReady" not in done.stderr
+    assert done.stderr.count("E_TRAIN") <= 3  # the stage, its task, and the last line
+    assert done.stderr.splitlines()[-2:] == [
+        "params.yaml keeps the values of short; to go back: put in again what stands left of the arrows above",
+        "E_PIPELINE: prior@dog: E_TRAIN: the loss is NaN at step 3; lower train.learning_rate (exit 6)",
+    ]
+    assert "params.yaml keeps" not in dreambooth(project, "run", "rex", "--preset", "short").stderr  # nothing changed
+
+
+def test_what_a_preset_wrote_is_undone_by_git_where_git_has_what_stood_there(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    before = (project / "params.yaml").read_text()
+    by_hand = "to go back: put in again what stands left of the arrows above"
+    assert _way_back(project, before) == by_hand
+    for arguments in (["init", "--quiet"], ["add", "params.yaml"]):
+        subprocess.run(["git", *arguments], check=True)
+    (project / "params.yaml").write_text(f"# of a preset\n{before}")
+    assert _way_back(project, before) == "to go back: git checkout params.yaml"
+    assert _way_back(project, f"# of somebody\n{before}") == by_hand
+
+
+def test_stages_that_have_not_come_to_their_end_failed_or_did_not_run() -> None:
+    stale = ["prior@dog", "validate@rex", "train@rex", "export@rex"]
+    undone = undone_stages(stale, ["validate@rex"], ["prior@dog: E_PRIOR: no"])
+    assert undone == {"prior@dog": "failed", "train@rex": "not run", "export@rex": "not run"}
+    assert undone_in_words(undone) == "prior failed; train, export not run"
+    assert undone_stages(stale, stale, []) == {}
 
 
 def test_a_server_that_does_not_answer_is_a_line_with_the_next_step(
@@ -179,6 +224,8 @@ def test_generated_files_are_named_by_prompt_and_seed(tmp_path: Path) -> None:
     names = [path.name for path in drawn.pictures]
     assert names == ["a-photo-of-sks-dog-5.png", "a-photo-of-sks-dog-6.png", "sks-dog-5.png", "sks-dog-6.png"]
     assert drawn.sheet.is_file()
+    of_a_version = draw(Painter(), ["sks dog!"], 1, {"seed": 5}, tmp_path / "out", version=3)
+    assert [path.name for path in (*of_a_version.pictures, of_a_version.sheet)] == ["sks-dog-v3-5.png", "sheet-v3.png"]
     with Image.open(drawn.pictures[3]) as picture:
         assert picture.getpixel((0, 0)) == 6
 
@@ -192,22 +239,41 @@ def test_prompts_come_from_a_file_a_line_each(tmp_path: Path) -> None:
             read_prompts(tmp_path / name)
 
 
-def test_more_pictures_than_a_call_may_ask_for_have_consecutive_seeds(tmp_path: Path) -> None:
-    painter = Painter()
-    draw(painter, ["sks dog"], 70, {"seed": 0, "num_inference_steps": 2}, tmp_path)
-    assert painter.calls == [
-        (64, {"seed": 0, "num_inference_steps": 2}),
-        (6, {"seed": 64, "num_inference_steps": 2}),
-    ]
+def test_as_many_pictures_are_asked_for_as_are_drawn_at_once_with_consecutive_seeds(tmp_path: Path) -> None:
+    for size, parts in ((1, [(0, 1), (1, 1), (2, 1)]), (2, [(0, 2), (2, 1)]), (64, [(0, 3)])):
+        painter = Painter()
+        draw(painter, ["sks dog"], 3, {"seed": 0, "batch_size": size}, tmp_path)
+        assert painter.calls == [(count, {"seed": seed, "batch_size": size}) for seed, count in parts]
 
 
-def test_braces_stand_for_the_words_of_the_subject(project: Path) -> None:
-    from dreambooth.params import load_params
+def test_a_picture_is_written_when_it_is_drawn_and_the_bar_counts_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted(Painter):
+        def predict(self, rows: dict[str, list[str]], params: dict[str, int]) -> list[bytes]:
+            if self.calls:
+                raise KeyboardInterrupt
+            return super().predict(rows, params)
 
-    params = load_params(project / "params.yaml")
-    complete, nameless = full_prompts(params, "rex", ["a photo of {} in space", "sks dog", "a dog"])
+    with pytest.raises(KeyboardInterrupt):
+        draw(Interrupted(), ["sks dog"], 4, {"seed": 7}, tmp_path, version=2, description="draw rex v2")
+    assert [path.name for path in tmp_path.iterdir()] == ["sks-dog-v2-7.png"]
+    said = capsys.readouterr().err
+    assert "draw rex v2" in said
+    assert "1/4" in said
+
+
+def test_braces_stand_for_the_words_of_the_subject() -> None:
+    complete, nameless = full_prompts("sks", "dog", ["a photo of {} in space", "sks dog", "a dog"])
     assert complete == ["a photo of sks dog in space", "sks dog", "a dog"]
     assert nameless == ["a dog"]
+
+
+@pytest.mark.parametrize("name", ["sks", "<r-x>", "犬"])
+def test_a_prompt_names_the_subject_wherever_its_word_stands_alone(name: str) -> None:
+    naming = [f"a photo of {name}, in space", f"({name})", f"{name}'s ball", f"a {name}-like toy", f"{name}."]
+    others = ["asksa dog", f"x{name}", f"{name}s", "a dog"]
+    assert full_prompts(name, "dog", naming + others)[1] == others
 
 
 def test_prompts_of_the_same_letters_get_files_of_their_own() -> None:

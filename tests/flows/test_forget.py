@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,10 +15,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from toy_project import REPOSITORY, dvc, make_photos, quiet
 
-from dreambooth.errors import SubjectError
+from dreambooth import erasure
+from dreambooth.erasure import Holdings
+from dreambooth.errors import ParamsError, SubjectError
 from dreambooth.locks import AlreadyRunningError, only_one
 from flows import dvcstore, prefectstore
-from flows.clones import OWNER
+from flows.check import check
+from flows.clones import OWNER, ROBOT, git
 from flows.dvcstore import _names
 from flows.forget import (
     _left_copies,
@@ -30,6 +33,7 @@ from flows.forget import (
 )
 
 SUBJECT, IN_NAME, IN_BYTES = "zq7canary", "kanarienvogel", b"CANARY-5d1f0e"
+EMPTY_HERE = ("entries of the run cache", "experiments of sweeps")  # those have a test of their own
 MARKS = (SUBJECT.encode(), IN_NAME.encode(), IN_BYTES)
 
 
@@ -49,6 +53,143 @@ MARKS = (SUBJECT.encode(), IN_NAME.encode(), IN_BYTES)
 )
 def test_only_the_lines_of_the_subject_leave_params(text: str, left: str) -> None:
     assert without_subject(text, "a") == left
+
+
+@pytest.mark.parametrize("subject_id", ["kind", "identifier"])
+@pytest.mark.parametrize("indent", [2, 4])
+def test_a_subject_called_as_a_field_takes_no_line_of_the_others(subject_id: str, indent: int) -> None:
+    entry = {"class_id": "dog", "identifier": "sks", "kind": "live"}
+    values = {"classes": {"dog": {"class_noun": "dog"}}, "subjects": {"rex": entry, subject_id: entry, "tom": entry}}
+    text = yaml.safe_dump(values, sort_keys=False, indent=indent) + "photos: 1\n"
+    del values["subjects"][subject_id]
+    assert without_subject(text, subject_id) == yaml.safe_dump(values, sort_keys=False, indent=indent) + "photos: 1\n"
+
+
+def test_a_comment_at_the_margin_ends_no_entry() -> None:
+    text = "subjects:\n  b: 1\n  a:\n    class_id: dog\n# of whom?\n    kind: live\n# all\n  c: 1\n"
+    assert without_subject(text, "a") == "subjects:\n  b: 1\n# of whom?\n# all\n  c: 1\n"
+
+
+@pytest.fixture
+def no_prefect(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefectstore, "_server", lambda: None)
+    monkeypatch.setattr(prefectstore, "_database_file", lambda: None)
+
+
+def add_entry(root: Path, subject_id: str) -> None:
+    values = yaml.safe_load((root / "params.yaml").read_text())
+    values["subjects"][subject_id] = dict(values["subjects"]["rex"])
+    (root / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+@pytest.mark.usefixtures("no_prefect")
+def test_a_subject_called_kind_is_forgotten_to_the_end(project: Path) -> None:
+    before = (project / "params.yaml").read_text()
+    add_entry(project, "kind")
+    erase(project, inventory(project, "kind"))
+    assert (project / "params.yaml").read_text() == before
+    with pytest.raises(SubjectError, match="nothing is known of 'kind'"):
+        inventory(project, "kind")
+
+
+@pytest.mark.usefixtures("no_prefect")
+def test_an_entry_that_no_lines_can_be_taken_from_is_said_and_not_passed_over(project: Path) -> None:
+    values = yaml.safe_load((project / "params.yaml").read_text())
+    subjects = values.pop("subjects")
+    text = yaml.safe_dump(values) + f"subjects: {json.dumps(subjects)}\n"
+    (project / "params.yaml").write_text(text)
+    with pytest.raises(ParamsError, match=r"subjects\.rex cannot be taken out; delete it by hand, then go on"):
+        erase(project, inventory(project, "rex"))
+    assert (project / "params.yaml").read_text() == text
+
+
+def lay_out(root: Path, subject_id: str, export_hash: str) -> Path:
+    """Make what `pointer.resolve` leaves of a version that is served from DVC's cache."""
+    place = root / ".scratch/pipelines" / export_hash
+    place.mkdir(parents=True)
+    (place / "generation.json").write_text(json.dumps({"subject": subject_id}))
+    place.with_suffix(".lock").touch()
+    return place
+
+
+@pytest.mark.usefixtures("no_prefect")
+def test_what_subjects_share_in_the_scratch_folder_is_erased_by_whose_it_is(project: Path, tmp_path: Path) -> None:
+    """A server of another subject works with what lies in `pipelines`."""
+    rex, other = lay_out(project, "rex", 64 * "a"), lay_out(project, "biscuit", 64 * "b")
+    camera = tmp_path / "camera"
+    camera.mkdir()
+    shutil.copy(project / "data/subjects/rex/photo 0.png", camera / "a.png")
+    for number, photo in enumerate(make_photos(tmp_path / "more", 3, seed=5)):
+        shutil.copy(photo, camera / f"b{number}.png")
+    check(project, str(camera))
+    thumbnails = project / ".scratch/check"
+    assert len(list(thumbnails.iterdir())) == 4
+    with pytest.raises(SubjectError, match="nothing is known of 'nosuch'"):
+        inventory(project, "nosuch")
+    found = inventory(project, "rex")
+    assert set(found.shared) == {thumbnails / "00.png", rex}
+    erase(project, found)
+    assert not rex.exists()
+    assert other.is_dir()
+    assert sorted(path.name for path in thumbnails.iterdir()) == ["01.png", "02.png", "03.png"]
+
+
+@pytest.mark.usefixtures("no_prefect")
+def test_what_was_laid_out_of_a_version_is_found_by_its_export_when_its_files_are_gone(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Holdings(exports=(64 * "a",))
+    monkeypatch.setattr(erasure, "holdings", lambda root, subject_id: held if subject_id == "rex" else Holdings())
+    place = lay_out(project, "rex", 64 * "a")
+    (place / "generation.json").unlink()
+    (place / "generation.json").symlink_to(project / "gone")
+    assert inventory(project, "rex").shared == [place, place.with_suffix(".lock")]
+    assert inventory(project, "biscuit").shared == []
+
+
+def add_experiments(root: Path, names: Sequence[str]) -> None:
+    """Make a repository of git in which commits stand for experiments of DVC."""
+    for arguments in (["init", "--quiet"], ["commit", "--quiet", "--allow-empty", "--message", "first"]):
+        git(root, *ROBOT, *arguments)
+    baseline = git(root, "rev-parse", "HEAD")
+    for name in names:
+        commit = git(root, *ROBOT, "commit-tree", "-p", baseline, "-m", name, f"{baseline}^{{tree}}")
+        git(root, "update-ref", f"refs/exps/{baseline[:2]}/{baseline[2:]}/{name}", commit)
+    git(root, "update-ref", "refs/exps/exec/EXEC_APPLY", commit)
+
+
+def experiments_in(root: Path) -> set[str]:
+    refs = git(root, "for-each-ref", "--format=%(refname)", "refs/exps/").splitlines()
+    return {ref.rpartition("/")[2] for ref in refs}
+
+
+@pytest.mark.usefixtures("no_prefect")
+def test_the_experiments_of_a_subject_s_sweeps_go_and_those_of_others_stay(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = [f"sweep-{number:010x}" for number in (1, 2)], "sweep-00000000ff"
+    add_experiments(project, [theirs, "my-own", *ours])
+    for subject_id, names in (("rex", [*ours, "my-own"]), ("biscuit", [theirs])):
+        table = project / "reports" / f"sweep-{subject_id}-seed.csv"
+        table.parent.mkdir(exist_ok=True)
+        rows = [f"{name},{subject_id},1" for name in names]
+        table.write_text("\n".join(["experiment,subject,train.seed", *rows]) + "\n")
+    shown = project / ".dvc/tmp/exps/cache/ab/cdef"  # DVC's notes of commits, which hold parameters and metrics
+    shown.parent.mkdir(parents=True)
+    shown.write_text("rex")
+    found = inventory(project, "rex")
+    assert found.places["experiments of sweeps"] == 2
+    with monkeypatch.context() as patched:  # a kill before the table goes finds nothing twice
+        patched.setattr(erasure, "erase", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            erase(project, found)
+    assert experiments_in(project) == {theirs, "my-own"}
+    assert not shown.exists()
+    again = inventory(project, "rex")
+    assert again.places["experiments of sweeps"] == 2  # the receipt tells all
+    erase(project, again)
+    assert experiments_in(project) == {theirs, "my-own"}
+    assert not any("exp remove --all" in line for line in again.out_of_reach)  # it would take everybody's
 
 
 def found_in(folder: Path) -> Iterator[str]:
@@ -260,7 +401,7 @@ def test_nothing_of_a_forgotten_subject_is_left_and_the_other_champion_still_loa
     (receipt,) = (project / "receipts").iterdir()
     told = json.loads(receipt.read_text())
     assert told["out_of_reach"]
-    assert all(count > 0 for place, count in told["erased"].items() if place != "entries of the run cache"), told
+    assert all(count > 0 for place, count in told["erased"].items() if place not in EMPTY_HERE), told
     assert {path.name: path.read_bytes() for path in (project / "build/classes/dog").iterdir()} == shared
 
     assert load(project, "rex").predict({"prompt": "a photo of sks dog"})[0].startswith(b"\x89PNG")

@@ -1,0 +1,38 @@
+"""Find and remove the experiments of DVC that sweeps made of one subject: refs of git, which their tables name."""
+
+import csv
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from flows.clones import git
+
+EXPERIMENTS = "refs/exps/"
+SHOWN = ".dvc/tmp/exps/cache"  # parameters and metrics by commit, of `dvc exp show`, which makes it again
+PREFIX = "sweep-"  # of the experiments that `dreambooth sweep` names; a table is a file that anybody can write into
+
+
+def experiments_of(root: Path, subject_id: str) -> dict[str, str]:
+    """Return the commit of each ref of an experiment whose row in the table of a sweep has this subject."""
+    names = set(_names(root, subject_id))
+    if not names or not any((folder / ".git").exists() for folder in (root, *root.parents)):
+        return {}
+    lines = git(root, "for-each-ref", "--format=%(objectname) %(refname)", EXPERIMENTS).splitlines()
+    commits = {ref: commit for commit, _, ref in (line.partition(" ") for line in lines)}
+    named = {commit for ref, commit in commits.items() if ref.rpartition("/")[2] in names}
+    return {ref: commit for ref, commit in commits.items() if commit in named}  # those of `dvc exp apply` too
+
+
+def remove(root: Path, experiments: Iterable[tuple[str, str]]) -> None:
+    """Remove refs, each if it still leads to its commit: no command of DVC shows the experiment any more."""
+    for ref, commit in experiments:
+        git(root, "update-ref", "-d", ref, commit)
+    shutil.rmtree(root / SHOWN, ignore_errors=True)
+
+
+def _names(root: Path, subject_id: str) -> Iterator[str]:
+    for table in (root / "reports").glob("sweep-*.csv"):
+        with table.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                if row.get("subject") == subject_id and (row.get("experiment") or "").startswith(PREFIX):
+                    yield str(row["experiment"])

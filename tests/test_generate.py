@@ -1,0 +1,109 @@
+"""Pictures of registered versions by the command: in the words of the version, and every mistake a line."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from registered import BISCUIT, command, write_export, write_project
+
+from dreambooth.errors import ParamsError
+from dreambooth.params import load_params
+from dreambooth.registry import register
+from dreambooth.versions import generation_of, load, predict
+from flows.generate import draw_registered
+
+PROMPTS = ["a photo of {} in space", "a photo of sks, in space", "a photo of zwx"]
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A registry of nothing: to make its tables takes seconds."""
+    from mlflow.tracking import MlflowClient
+
+    database = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{database}")
+    return database
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, empty_database: Path) -> Path:
+    """A project with two versions of biscuit, a sks dog, that is called a zwx cat in params.yaml by now."""
+    root = tmp_path_factory.mktemp("generate") / "project"
+    write_project(root, empty_database, identifier="zwx")
+    text = (root / "params.yaml").read_text()
+    (root / "params.yaml").write_text(text.replace("class_noun: dog", "class_noun: cat"))
+    for model in ("1", "2"):
+        shutil.rmtree(root / "export", ignore_errors=True)
+        write_export(root, tiny_model_folder, 64 * model)
+        register(root, BISCUIT)
+    assert load_params(root / "params.yaml").class_of(BISCUIT).class_noun == "cat"
+    return root
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, empty_database: Path) -> Path:
+    """A project whose subject never ran."""
+    root = tmp_path / "project"
+    write_project(root, empty_database)
+    return root
+
+
+def test_a_version_is_asked_in_its_own_words_and_keeps_its_pictures(root: Path) -> None:
+    said: list[str] = []
+    warned: list[str] = []
+    pictures = {
+        version: draw_registered(root, BISCUIT, PROMPTS, 1, {"seed": 7}, said.append, warned.append, version).pictures
+        for version in (1, 2)
+    }
+    assert [path.name for path in pictures[1]] == [
+        "a-photo-of-sks-dog-in-space-v1-7.png", "a-photo-of-sks-in-space-v1-7.png", "a-photo-of-zwx-v1-7.png",
+    ]  # fmt: skip
+    assert all(path.is_file() for version in pictures for path in pictures[version])
+    assert not {*pictures[1]} & {*pictures[2]}
+    assert said == ["loading biscuit v1", "loading biscuit v2"]
+    assert warned == 2 * ["'a photo of zwx' does not name biscuit; write {} where it should stand"]
+
+
+def test_the_command_says_what_takes_long_and_counts_the_pictures(root: Path) -> None:
+    done = command(root, "generate", BISCUIT, "a photo of {} at home", "-n", "2", "--steps", "1")
+    assert done.returncode == 0, done.stderr
+    name = "build/biscuit/generated/a-photo-of-sks-dog-at-home-v2-"
+    assert done.stdout.splitlines() == [f"{name}0.png", f"{name}1.png", "build/biscuit/generated/sheet-v2.png"]
+    assert done.stderr.startswith("loading biscuit v2\n")
+    assert "draw biscuit v2: 100%" in done.stderr
+    assert "2/2" in done.stderr
+
+
+def test_a_size_that_no_model_draws_is_one_line_with_a_code(root: Path) -> None:
+    done = command(root, "generate", BISCUIT, "a photo of {}", "--size", "100")
+    assert done.returncode == 2
+    assert done.stderr == "E_PARAMS: --size: should be a multiple of 8 (got 100); for example 96 or 104\n"
+
+
+def test_what_the_model_refuses_is_no_traceback(root: Path) -> None:
+    model = load(root, BISCUIT)
+    assert generation_of(model)["identifier"] == "sks"
+    with pytest.raises(ParamsError, match=r"^num_inference_steps: should be 1 to 1000 \(got 1000000000\)$"):
+        predict(model, ["a photo of sks dog"], {"num_inference_steps": 10**9})
+
+
+@pytest.mark.parametrize("arguments", [("generate", BISCUIT, "{}"), ("promote", BISCUIT), ("versions", BISCUIT)])
+def test_a_subject_without_a_version_is_run_where_no_export_lies_and_registered_where_one_does(
+    fresh: Path, arguments: tuple[str, ...]
+) -> None:
+    for exported, verb in ((False, "run"), (True, "register")):
+        if exported:
+            (fresh / "export" / BISCUIT).mkdir(parents=True)
+        done = command(fresh, *arguments)
+        assert done.returncode != 0
+        assert done.stderr.rstrip().endswith(f"; dreambooth {verb} {BISCUIT}"), done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [("generate", "nosuch", "{}"), *((one, "nosuch") for one in ("promote", "rollback", "versions"))]
+)
+def test_of_nobody_there_is_no_version(fresh: Path, arguments: tuple[str, ...]) -> None:
+    done = command(fresh, *arguments)
+    assert done.returncode == 3
+    assert done.stderr.startswith("E_SUBJECT: ")
+    assert "'nosuch'" in done.stderr
