@@ -186,7 +186,7 @@ def _stop(stop: StopRequest, done: int, steps: int, checkpoints: Checkpoints | N
     if checkpoints:
         checkpoints.finish()
     saved = "saved" if checkpoints else "lost"
-    why = repr(stop.signal) if stop.signal else "a signal to another process"
+    why = stop.signal.name if stop.signal else "a signal to another process"
     raise Interrupted(f"stopped by {why} after step {done} of {steps}, state {saved}")
 
 

@@ -16,7 +16,7 @@ from dreambooth.errors import MACHINE_FAULT, DreamboothError, PipelineError, mac
 from dreambooth.redaction import redact
 from flows import commands
 from flows.console import err, out, say, shown
-from flows.project import PARAMS, choose_subjects, find_root
+from flows.project import PARAMS, choose_subjects, find_root, read_params_text
 
 if TYPE_CHECKING:
     from dreambooth.params import Params
@@ -51,7 +51,7 @@ def add(
     subject_id: Annotated[str, typer.Argument(metavar="ID", help="Its new id: a-z, 0-9 and '-'.")],
     photos: Annotated[list[Path], typer.Argument(metavar="PHOTO", help="3 to 10 photos, or folders of them.")],
     class_noun: Annotated[str, typer.Option(help="What it is an instance of: dog, backpack, ...")],
-    identifier: Annotated[str, typer.Option(help="Rare word that will mean it.")] = "sks",
+    identifier: Annotated[str | None, typer.Option(help="Rare word that will mean it; sks if unsaid.")] = None,
     kind: Annotated[
         Literal["live", "object", "person"] | None, typer.Option(help="Evaluation prompts; object if unsaid.")
     ] = None,
@@ -63,14 +63,14 @@ def add(
     from flows.tables import photos_table
 
     root = find_root(context.obj)
-    added = add_subject(root, Wish(subject_id, class_noun, identifier, kind or "object", consent), photos, force)
+    added = add_subject(root, Wish(subject_id, class_noun, identifier, kind, consent), photos, force)
     out.print(photos_table(added.reports, added.ignored))
-    if kind is None:
+    if added.assumed_kind:
         out.print("kind: object (evaluation prompts for things; --kind live for people and animals)")
     for remark in added.remarks:
-        err.print(f"warning: {remark}", style="yellow", markup=False, soft_wrap=True)
+        _warn(remark)
     if reason := track_photos(root, added.folder):
-        err.print(f"warning: {reason}", style="yellow", markup=False, soft_wrap=True)
+        _warn(reason)
     say(f"{subject_id} is in {PARAMS}, class {added.class_id}. Next: dreambooth run {subject_id}")
 
 
@@ -87,7 +87,7 @@ def check(
     places = {name: shown(path) for name, path in checked.thumbnails.items()}
     out.print(photos_table(checked.reports, checked.ignored, places))
     if checked.remark is not None:
-        err.print(f"warning: {checked.remark}", style="yellow", markup=False, soft_wrap=True)
+        _warn(str(checked.remark))
     if checked.refusal is not None:
         raise checked.refusal
     usable = sum(report.usable for report in checked.reports)
@@ -105,9 +105,11 @@ def run(
     """Bring subjects up to date: train, evaluate, export and register what changed."""
     from flows.graph import Graph
 
+    began = time.monotonic()
     root = find_root(context.obj)
     params = _params(root)
     subjects = choose_subjects(params, subject_ids or [])  # before anything is written: a preset has no say in it
+    before = read_params_text(root)
     if preset:
         _apply_presets(root, preset)
         params = _params(root)
@@ -116,14 +118,21 @@ def run(
         _print_status(root, params, graph, subjects)
         say("Everything is up to date.")
         return
-    from flows import personalize
+    from flows.leaving import ending_at_once
+
+    with ending_at_once():
+        from flows import personalize, plan
 
     outcome = personalize.run(subjects, root)
     logging.getLogger("prefect").setLevel(logging.WARNING)  # that its server stops is no news below our tables
     for subject_id in subjects:
-        _print_outcome(root, params, subject_id, outcome)
+        _print_outcome(root, params, subject_id, outcome, graph)
     if outcome.failures:
+        if before != read_params_text(root):
+            _tell(f"{PARAMS} keeps the values of {', '.join(preset or [])}; {_way_back(root, before)}")
         raise PipelineError("\n".join(outcome.failures))
+    if len(subjects) == 1:
+        plan.note_around(root, graph, [(one.stage, one.seconds) for one in outcome.runs], time.monotonic() - began)
     say(f'Next: dreambooth generate {subjects[0]} "a photo of {{}} in space"')
 
 
@@ -146,15 +155,13 @@ def generate(
     folder: Annotated[Path | None, typer.Option("--out", help="Else build/ID/generated.")] = None,
 ) -> None:
     """Draw pictures of a subject with its champion: files, a contact sheet; each PNG says how it was made."""
-    from flows.generate import draw_registered, full_prompts, read_prompts
+    from flows.generate import draw_registered, read_prompts
 
     root = find_root(context.obj)
     wanted = [*(prompts or []), *(read_prompts(prompts_file) if prompts_file else [])]
     if not wanted:
         raise PipelineError(f'no prompt; dreambooth generate {subject_id} "a photo of {{}} in space"')
-    complete, nameless = full_prompts(_params(root), subject_id, wanted)
-    for prompt in nameless:
-        err.print(f"warning: {prompt!r} does not name {subject_id}; write {{}} where it should stand", markup=False)
+    _params(root).subject(subject_id)
     options = {
         "seed": seed,
         "batch_size": batch_size,
@@ -163,7 +170,7 @@ def generate(
         "negative_prompt": negative,
         "resolution": size,
     }
-    drawn = draw_registered(root, subject_id, complete, count, options, version, folder)
+    drawn = draw_registered(root, subject_id, wanted, count, options, _tell, _warn, version, folder)
     for path in [*drawn.pictures, drawn.sheet]:
         say(shown(path))
 
@@ -193,6 +200,15 @@ def register(context: typer.Context, subject_id: SubjectId) -> None:
 commands.add_to(app)
 
 
+def _tell(text: str) -> None:
+    """Say what goes on, beside what the command says."""
+    err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _warn(text: str) -> None:
+    err.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+
+
 def _apply_presets(root: Path, presets: list[str]) -> None:
     from flows.presets import apply
 
@@ -201,6 +217,19 @@ def _apply_presets(root: Path, presets: list[str]) -> None:
         say(f"{PARAMS}: {change}")
     if not changes:
         say(f"{PARAMS} says what {', '.join(presets)} says already")
+
+
+def _way_back(root: Path, before: str) -> str:
+    """Say how params.yaml gets back the text that it had: by git, if that is what git would put there."""
+    from flows.clones import git
+
+    try:
+        known = git(root, "show", f":./{PARAMS}")
+    except PipelineError:  # no repository, or one that does not have it
+        known = None
+    if known == before.strip():
+        return f"to go back: git checkout {shown(root / PARAMS)}"
+    return "to go back: put in again what stands left of the arrows above"
 
 
 def _next_of(folder: Path, what: str) -> str:
@@ -218,20 +247,16 @@ def _is_registered(root: Path, subject_id: str) -> bool:
     from dreambooth import versions
     from flows.summary import export_hash
 
-    found = versions.find(root, subject_id)
-    return found is not None and found.export_hash == export_hash(root, subject_id)
+    return versions.is_registered(root, subject_id, versions.HASH_TAG, export_hash(root, subject_id))
 
 
 def _print_status(root: Path, params: "Params", graph: "Graph", subjects: list[str]) -> None:
-    from dreambooth import versions
     from flows.summary import read_summary
     from flows.tables import age, status_table
 
     lines = []
     for subject_id in subjects:
-        found, champion = versions.find(root, subject_id), versions.find(root, subject_id, alias=versions.CHAMPION)
-        registered = f"v{found.version}" if found else "-"
-        registered += f", champion v{champion.version}" if champion else ""
+        registered = _registered(root, subject_id)
         manifest = root / "export" / subject_id / "manifest.json"
         since = age(time.time() - manifest.stat().st_mtime) if manifest.exists() else "-"
         stale = [stage.entry for stage in graph.select([subject_id]).stale]
@@ -239,18 +264,36 @@ def _print_status(root: Path, params: "Params", graph: "Graph", subjects: list[s
     out.print(status_table(lines))
 
 
-def _print_outcome(root: Path, params: "Params", subject_id: str, outcome: "Outcome") -> None:
+def _registered(root: Path, subject_id: str) -> str:
+    """Name the version of the export, where that has none the newest one, and the champion."""
+    from dreambooth import versions
+    from flows.summary import export_hash
+
+    content = export_hash(root, subject_id)
+    found = versions.find_export(root, subject_id, versions.HASH_TAG, content)
+    newest = found or versions.find(root, subject_id)
+    champion = versions.find(root, subject_id, alias=versions.CHAMPION)
+    name = f"v{newest.version}" if newest else "-"
+    note = " of another export" if newest and content and not found else ""
+    return name + note + (f", champion v{champion.version}" if champion else "")
+
+
+def _print_outcome(root: Path, params: "Params", subject_id: str, outcome: "Outcome", graph: "Graph") -> None:
     from flows.summary import prior_line, read_summary
-    from flows.tables import subject_table
+    from flows.tables import subject_table, undone_in_words, undone_stages
 
     one = read_summary(root, params, subject_id)
     mine = [run for run in outcome.runs if run.stage.endswith(f"@{subject_id}")]
     names = ", ".join(run.stage.partition("@")[0] for run in mine)
-    prior = next((run.note for run in outcome.runs if run.stage == f"prior@{one.class_id}" and run.note), None)
+    stale = [stage.name for stage in graph.select([subject_id]).stale]
+    undone = undone_stages(stale, [run.stage for run in outcome.runs], outcome.failures)
+    drawn = next((run.note for run in outcome.runs if run.stage == f"prior@{one.class_id}" and run.note), None)
+    prior = undone.get(f"prior@{one.class_id}") or drawn
     version = next((_version(found) for found in outcome.versions if found.name == subject_id), "not registered")
     more = [
         ("class images", prior or prior_line(root, one.class_id)),
         ("time", f"{sum(run.seconds for run in mine):.0f} s: {names}" if mine else "nothing had to run"),
+        *([("stages", undone_in_words(undone))] if undone else []),
         ("report", shown(one.report) if one.report else "none yet"),
         ("version", version),
     ]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ Outcome = Literal["ran", "restored", "unchanged"]
 _KEPT_LINES = 500
 _BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")
 _RUNNING = "E_RUNNING: "  # of a stage that refused: another process does the same work
+_INTERRUPTED = f"{Interrupted.code}: "
 _LONGEST_PAUSE = 30.0  # seconds
 _GRACE = 30.0  # seconds a stage has to save its state: a training finishes its step first
+_UNWINDING = 2.0  # seconds DVC has to write its locks when its stage has ended: cut short it leaves a torn file
 # What DVC advises after every stage, to people at a terminal: nothing a log of a run needs.
 _ADVICE = (
     "To track the changes with git",
@@ -33,6 +36,8 @@ _ADVICE = (
     "dvc config core.autostage",
 )
 _CHATTER = ("> ", "ERROR: failed to ", "Running stage ", "Updating lock file", "Generating lock file")
+
+_runners: "weakref.WeakSet[DvcRunner]" = weakref.WeakSet()  # a signal handler has no other way to them
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,12 @@ class DvcRunner:
         self.wanted = wanted
         self.patience = patience
         self._sleep = sleep
-        self._children: set[int] = set()
+        self._children: dict[int, str] = {}
+        """What runs now: the process of DVC, and what it works on."""
+        self._saved: dict[str, str] = {}
+        """What interrupted stages said of their state."""
         self._stopped = threading.Event()
+        _runners.add(self)
 
     def run(self, stage: str, say: Callable[[str], object]) -> StageRun:
         """Bring one stage up to date; its upstream stages must be.
@@ -105,10 +114,19 @@ class DvcRunner:
         settings = [part for override in overrides for part in ("--set-param", override)]
         self._patiently(name, ["exp", "run", "--temp", "--name", name, *settings, *stages], say)
 
-    def stop(self) -> None:
-        """Stop the stages that run, and start no more: each may save its state first."""
+    def stop(self) -> dict[str, str]:
+        """Stop the stages that run, and start no more: each may save its state first.
+
+        Returns:
+            What each of them said of its state; empty words of one that has none.
+        """
         self._stopped.set()
-        _stop_trees(list(self._children))
+        running = dict(self._children)
+        _stop_trees(running)
+        deadline = time.monotonic() + _GRACE  # of a stage whose DVC is gone its words alone tell when it has ended
+        while self._children.keys() & running and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return {stage: self._saved.get(stage, "") for stage in running.values()}
 
     def _patiently(self, what: str, arguments: Sequence[str], say: Callable[[str], object]) -> list[str]:
         """Run DVC and return what it said, again and again while others work on the same files."""
@@ -137,25 +155,32 @@ class DvcRunner:
             encoding="utf-8",
             errors="replace",
         ) as child:
-            self._children.add(child.pid)
+            self._children[child.pid] = what
             try:
                 if self._stopped.is_set():  # between the look above and this line: `stop` may not have seen it
                     raise PipelineError(f"{what}: the run was stopped; run it again")
                 for line in _lines(child):
                     lines.append(line)
+                    if line.startswith(_INTERRUPTED):
+                        self._saved[what] = line.removeprefix(_INTERRUPTED)
                     say(line)
                 child.wait()
             except BaseException:
                 _stop_trees([child.pid])
                 raise
             finally:
-                self._children.discard(child.pid)
+                self._children.pop(child.pid, None)
         return child.returncode, list(lines)
 
     def _fetching(self, stage: str) -> list[str]:
         if self.wanted is None:
             return []
         return ["--pull"] if stage.partition("@")[0] in self.wanted else ["--pull", "--allow-missing"]
+
+
+def stop_all() -> dict[str, str]:
+    """Stop all runners of this process; return what their stages said, see `DvcRunner.stop`."""
+    return {stage: said for runner in list(_runners) for stage, said in runner.stop().items()}
 
 
 def child_environment(threads: int | None = None) -> dict[str, str]:
@@ -209,7 +234,7 @@ def _reason(code: int, lines: list[str]) -> str:
     """Say why a stage failed: its own E_CODE lines, else its last words, else DVC's."""
     exited = next((line.rpartition("exited with ")[2] for line in reversed(lines) if "exited with " in line), str(code))
     codes = [line for line in lines if line.startswith("E_")]
-    others = [line for line in codes if not line.startswith(f"{Interrupted.code}: ")]
+    others = [line for line in codes if not line.startswith(_INTERRUPTED)]
     if exited == str(RESUME) and not others:  # E_RUNNING exits with the same code, and says who runs
         return "stopped with its state saved; run it again to continue"
     if _is_busy(lines) and not codes:
@@ -222,13 +247,17 @@ def _reason(code: int, lines: list[str]) -> str:
 def _stop_trees(pids: Iterable[int]) -> None:
     """End children and all below them: stages first, so that DVC sees them end; all are told before one is awaited."""
     told: list[psutil.Process] = []
+    idle: list[psutil.Process] = []
     for pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess):
             parent = psutil.Process(pid)
             below = parent.children(recursive=True)
-            for process in below or [parent]:
+            for process in below:
                 _signal(process.terminate)
             told += [*below, parent]
+            idle += [] if below else [parent]
+    for process in psutil.wait_procs(idle, timeout=_UNWINDING)[1]:  # its stage may have heard the same signal as we
+        _signal(process.terminate)
     _, alive = psutil.wait_procs(told, timeout=_GRACE)
     for process in alive:
         _signal(process.kill)

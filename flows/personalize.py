@@ -3,6 +3,8 @@
 Without a server: python -m flows.personalize biscuit
 """
 
+import logging
+import os
 import sys
 import threading
 from collections.abc import Iterable, Sequence
@@ -15,6 +17,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, wait
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -24,8 +27,9 @@ from flows import plan, summary
 from flows.dvcrun import DvcRunner, StageRun
 from flows.graph import GPU_ENTRIES, Graph
 from flows.lanes import MOST, Lanes, lanes_of
+from flows.leaving import heard_in_a_flow, leaving_when_told
 from flows.project import PARAMS, choose_subjects, find_root
-from flows.turns import Turn, gpu, has_limit
+from flows.turns import VARIABLE, Turn, gpu, has_limit, without_limit
 
 if TYPE_CHECKING:
     from dreambooth.versions import RegisteredVersion
@@ -86,7 +90,8 @@ def personalize(subject: str | list[str] | None = None, root: str | None = None)
         graph = Graph.load(project).select(subjects)
     except DreamboothError as error:
         return Failed(message=f"{error.code}: {error}")
-    stages, versions = carry_out(params, subjects, graph, DvcRunner(project))
+    with heard_in_a_flow():
+        stages, versions = carry_out(params, subjects, graph, DvcRunner(project))
     summary.write_index(project, _versions(project, params.subjects))
     publish(project, params, stages, versions)
     return [future.state for future in (*stages.values(), *versions.values())]
@@ -95,10 +100,13 @@ def personalize(subject: str | list[str] | None = None, root: str | None = None)
 def carry_out(params: Params, subjects: Sequence[str], graph: Graph, runner: DvcRunner) -> tuple[Futures, Futures]:
     """Run the stale stages of a graph and register the subjects; return what became of both, by stage and subject."""
     limited = bool(graph.stale) and has_limit()  # by the server: a stage that has its turn gets the whole machine
+    if graph.stale and not limited and os.environ.get(VARIABLE):  # who names a limit means to have one
+        get_run_logger().warning("%s", without_limit())
     lanes = Lanes() if limited else lanes_of(runner.root, params, graph)
     turn: Turn = "server" if limited else threading.BoundedSemaphore(lanes.count)
     _announce(runner.root, params, graph, lanes)
     runner.threads = lanes.threads
+    logging.getLogger("prefect.task_runs").addFilter(_is_news)
     others = threading.BoundedSemaphore(OTHERS_AT_ONCE)
     try:
         stages, limit = _submit_stages(graph, runner, turn, others), params.registry.max_logged_bytes
@@ -117,9 +125,11 @@ def run(subjects: Sequence[str], root: Path) -> Outcome:
 
     Raises:
         PipelineError: the flow could not begin.
+        Interrupted: a signal told it to stop; without a server of its own the process ends instead.
     """
     try:
-        state = cast("State[Any]", personalize(list(subjects), str(root), return_state=True))
+        with leaving_when_told(subjects, has_server=bool(PREFECT_API_URL.value())):
+            state = cast("State[Any]", personalize(list(subjects), str(root), return_state=True))
     except RuntimeError as error:
         if "Failed to reach API" not in str(error):
             raise
@@ -138,6 +148,11 @@ def run(subjects: Sequence[str], root: Path) -> Outcome:
         tuple(one for one in done if not isinstance(one, StageRun)),
         tuple(one.message or one.name for one in result if one.is_final() and not one.is_completed()),
     )
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Tell whether a line is none of those by which Prefect says a failure twice, or of a task that waited for one."""
+    return not record.getMessage().startswith(("Finished in state NotReady(", "Task run failed with state: "))
 
 
 def _announce(root: Path, params: Params, graph: Graph, lanes: Lanes) -> None:
@@ -211,12 +226,12 @@ def main() -> int:
     """Run the subjects named on the command line, or all."""
     try:
         outcome = run(sys.argv[1:], find_root())
-        failures = [f"{PipelineError.code}: {failure}" for failure in outcome.failures]
+        failures, code = [f"{PipelineError.code}: {failure}" for failure in outcome.failures], PipelineError.exit_code
     except DreamboothError as error:
-        failures = [f"{error.code}: {line}" for line in str(error).splitlines()]
+        failures, code = [f"{error.code}: {line}" for line in str(error).splitlines()], error.exit_code
     for failure in failures:
         sys.stderr.write(f"{failure}\n")
-    return PipelineError.exit_code if failures else 0
+    return code if failures else 0
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from prefect.context import FlowRunContext
 from prefect.deployments import run_deployment
 from prefect.states import Completed, Failed
 
-from dreambooth.errors import DreamboothError
+from dreambooth.errors import ConsentError, DreamboothError, GateError
 from dreambooth.folders import code_hash, sha256_of, sha256_of_file
 from dreambooth.params import Params, load_params
 from flows import clones
@@ -38,15 +38,12 @@ from flows.graph import Graph, Stage
 from flows.project import PARAMS, choose_subjects, find_root
 from flows.promote import promote_one
 from flows.summary import export_hash
-from flows.turns import has_limit
+from flows.turns import has_limit, without_limit
 
 LOCAL, CLONE = "personalize/local", "personalize/clone"
 SKIPPED, LATE = "Skipped", "CaughtUp"
-UNLIMITED = (
-    "the server has no limit `gpu`: subjects that are trained at the same time share one GPU, or the cores; "
-    "once: prefect gcl create gpu --limit 1"
-)
 POLL = 3.0  # seconds between two questions to the server
+VERDICTS = (f"{GateError.code}: ", f"{ConsentError.code}: ")  # how a refusal begins
 RESTARTS = 3  # of a run whose worker died, see flows/automations.py
 ABANDONED = 120.0  # seconds after which nobody has started a crashed run again
 EVENT_PREFIX = "subject."  # of the resource id of the event subject.images.updated
@@ -63,6 +60,8 @@ class Work:
     run: FlowRun
     faults: list[str] = field(default_factory=list)
     verdict: str = ""
+    is_judged: bool = True
+    """False where the gate was asked and could not tell, for want of files or of a registry."""
 
     @property
     def is_done(self) -> bool:
@@ -102,7 +101,7 @@ def retrain(
     for one, reasons in stale.items():
         get_run_logger().info("%s: %s", one, ", ".join(reasons))
     if len(stale) > 1 and not has_limit():
-        get_run_logger().warning("%s", UNLIMITED)
+        get_run_logger().warning("%s", without_limit())
     revision = {"revision": clones.head_of(project)} if deployment == CLONE else {}
     if deployment == CLONE:
         _draw_classes(project, params, graph, stale, revision)
@@ -181,14 +180,15 @@ def _reasons(stages: Sequence[Stage], known: Mapping[str, Stage]) -> Iterator[st
 def _unregistered(root: Path, subject_id: str, files: bool) -> list[str]:
     from dreambooth import versions
 
-    found = versions.find(root, subject_id) if versions.is_there(root) else None
-    if found is None:
+    newest = versions.find(root, subject_id) if versions.is_there(root) else None
+    if newest is None:
         return ["not registered"]
     if files:
-        is_newest = found.export_hash == export_hash(root, subject_id)
+        is_registered = versions.is_registered(root, subject_id, versions.HASH_TAG, export_hash(root, subject_id))
     else:  # what a clone made and could not register stands in dvc.lock alone
-        is_newest = found.md5 in (None, versions.recorded_md5(root, f"export/{subject_id}"))
-    return [] if is_newest else ["the export is not registered"]
+        recorded = versions.recorded_md5(root, f"export/{subject_id}")
+        is_registered = newest.md5 is None or versions.is_registered(root, subject_id, versions.MD5_TAG, recorded)
+    return [] if is_registered else ["the export is not registered"]
 
 
 def _aged(root: Path, subject_id: str, oldest_days: float | None) -> list[str]:
@@ -308,6 +308,9 @@ def _promote(root: Path, params: Params, works: Sequence[Work], promotion: Promo
         state = promote_one(one, root, params, None, return_state=True)
         done: Any = state.result() if state.is_completed() else None
         work.verdict = f"version {done.champion}: {done.reason}" if done else str(state.message)
+        work.is_judged = bool(done) or work.verdict.startswith(VERDICTS)
+        if not work.is_judged:
+            get_run_logger().error("%s: not judged: %s", one, work.verdict)
 
 
 def _report(works: Sequence[Work]) -> Any:
@@ -328,4 +331,6 @@ def _report(works: Sequence[Work]) -> Any:
         get_run_logger().error("%s: %s", work.keys[0], "; ".join(work.faults))
     if bad:
         return Failed(message=f"{len(bad)}/{len(works)} subjects failed")
-    return Completed(message=f"{len(works)} subjects are up to date")
+    unjudged = ", ".join(work.keys[0] for work in works if not work.is_judged)
+    note = f"; not judged, see the table: {unjudged}" if unjudged else ""
+    return Completed(message=f"{len(works)} subjects are up to date{note}")

@@ -18,6 +18,7 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
         monkeypatch.setenv(name, str(folder / name))
     monkeypatch.setenv("DVC_TEST", "true")  # asks nobody for a newer version
     monkeypatch.delenv("DREAMBOOTH_HOME", raising=False)
+    monkeypatch.delenv("DREAMBOOTH_GPU_SLOT", raising=False)
 
 
 @pytest.fixture

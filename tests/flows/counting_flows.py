@@ -7,7 +7,7 @@ import flows.retrain
 from dreambooth import registry, versions
 
 registry.register = flow_program.register
-versions.find = flow_program.find
+versions.find, versions.find_export = flow_program.find, flow_program.find_export
 versions.is_there = lambda root: True
 
 personalize = flows.clone.personalize

@@ -38,6 +38,13 @@ def find(root: Path, subject_id: str, version: int | None = None, alias: str | N
     return RegisteredVersion(subject_id, mine[-1], False, known[mine[-1] - 1][1]) if mine else None
 
 
+def find_export(root: Path, subject_id: str, tag: str, value: str | None) -> RegisteredVersion | None:
+    """Return the number of an export."""
+    known = json.loads(book(root).read_text()) if book(root).exists() else []
+    key = [subject_id, value]
+    return RegisteredVersion(subject_id, known.index(key) + 1, False, str(value)) if key in known else None
+
+
 if __name__ == "__main__":
     from flows.personalize import run
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 from prefect.states import Failed
 from toy_project import REPOSITORY, await_true, dvc, kill_tree, make_toy_project, post, prefect, quiet, worker
 
+from dreambooth import versions
 from dreambooth.errors import ParamsError, PipelineError
 from dreambooth.params import load_params
 from flows import clones
@@ -220,6 +222,24 @@ def test_outputs_that_a_remote_does_not_take_stay_and_are_sent_when_it_does(proj
     remote.unlink()
     clones.publish(project, ["validate@rex"])
     assert [path for path in remote.rglob("*") if path.is_file()]
+
+
+def test_a_folder_is_fetched_by_its_hash_and_one_that_the_remote_lacks_is_named(origin: Path, tmp_path: Path) -> None:
+    made, home = tmp_path / "source", tmp_path / "home"
+    dvc(made, "repro", "validate@rex")
+    dvc(made, "push", "--quiet", "validate@rex")
+    md5 = str(versions.recorded_md5(made, "build/rex/instance"))
+    git(tmp_path, "clone", "--quiet", str(origin), str(home))
+    clones.fetch(home, md5)
+    fetched = [path for path in (home / ".dvc/cache/files").rglob("*") if path.is_file()]
+    assert len(fetched) == 4  # a picture, two texts, and the list of them
+    shutil.rmtree(home / ".dvc/cache")
+    lost = next(path for path in (tmp_path / "remote/files").rglob("*") if path.is_file() and path.suffix != ".dir")
+    lost.unlink()
+    for bad, message in ((md5, "dvc fetch in"), (f"{0:032}.dir", f"lacks {0:032}.dir"), ("../../x", "is no hash")):
+        with pytest.raises(PipelineError, match=message) as refused:
+            clones.fetch(home, bad)
+        assert len(str(refused.value).splitlines()) == 1
 
 
 @pytest.mark.fault(28)

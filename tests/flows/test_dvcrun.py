@@ -2,6 +2,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -183,10 +185,34 @@ def test_a_stopped_runner_starts_nothing(project: Path) -> None:
     assert ran(project) == []
 
 
+def test_a_runner_that_is_stopped_tells_the_last_words_of_its_stages(tmp_path: Path) -> None:
+    fake_dvc(
+        tmp_path,
+        "import signal, sys, time\n"
+        "def stop(number, frame): print('E_INTERRUPTED: stopped after step 3 of 9, state saved'); sys.exit(255)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "print('ready')\n"
+        "time.sleep(60)\n",
+    )
+    runner, ready = DvcRunner(tmp_path), threading.Event()
+    thread = threading.Thread(target=lambda: _refused(lambda: runner.run("train@rex", lambda _: ready.set())))
+    thread.start()
+    assert ready.wait(30)
+    assert dvcrun.stop_all()["train@rex"] == "stopped after step 3 of 9, state saved"
+    thread.join(30)
+    assert not thread.is_alive()
+    assert runner.stop() == {}
+
+
 def test_python_of_a_stage_is_the_python_that_runs() -> None:
     environment = dvcrun.child_environment()
     assert environment["PATH"].startswith(str(Path(sys.executable).parent))
     assert environment["DVC_NO_ANALYTICS"] == "1"
+
+
+def _refused(call: Callable[[], object]) -> None:
+    with pytest.raises(PipelineError):
+        call()
 
 
 def _group(pid: int) -> int:

@@ -217,16 +217,20 @@ def test_without_a_gpu_four_subjects_are_trained_side_by_side_with_a_share_of_th
     assert {path.read_text() for path in project.glob("training-*")} == {share}
 
 
-def test_a_stage_that_has_its_turn_from_the_server_gets_every_core(project: Path, environment: dict[str, str]) -> None:
+@pytest.mark.parametrize("limit", ["gpu", "gpu-of-box-two"])
+def test_a_stage_that_has_its_turn_from_the_server_gets_every_core(
+    project: Path, environment: dict[str, str], limit: str
+) -> None:
     text = (project / "toy.py").read_text()
     tell = '    Path(f"threads-{stage}-{key}").write_text(os.environ.get("OMP_NUM_THREADS", "all"))\n'
     (project / "toy.py").write_text(text.replace('    sys.stderr.write("\\r', tell + '    sys.stderr.write("\\r'))
     environment = {name: value for name, value in environment.items() if name != "OMP_NUM_THREADS"}
-    prefect(environment, "gcl", "create", "gpu", "--limit", "1")
+    prefect(environment, "gcl", "create", limit, "--limit", "1")
+    named = {} if limit == "gpu" else {"DREAMBOOTH_GPU_SLOT": limit}
     try:
-        outcome, _ = personalize(project, environment | {"DREAMBOOTH_AT_ONCE": "2"})
+        outcome, _ = personalize(project, environment | named | {"DREAMBOOTH_AT_ONCE": "2"})
     finally:
-        prefect(environment, "gcl", "delete", "gpu")
+        prefect(environment, "gcl", "delete", limit)
     assert outcome["failures"] == []
     assert {path.read_text() for path in project.glob("threads-*")} == {"all"}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from registered import write_export
+from test_cli import dreambooth
 from toy_project import REPOSITORY, dvc, quiet
 
 from dreambooth.params import load_params
@@ -65,6 +66,25 @@ def test_a_registered_subject_is_stale_when_its_champion_is_old_and_files_elsewh
         shutil.rmtree(registered / folder)
     assert stale(registered, files=False) == {}
     assert set(stale(registered)) == set(SUBJECTS)
+
+
+@pytest.mark.slow
+def test_an_export_that_is_an_older_version_again_is_registered_once_it_is_the_challenger(
+    registered: Path, tiny_model_folder: Path
+) -> None:
+    """A parameter is changed, and changed back."""
+    for model in ("2", "1"):
+        write_export(registered, tiny_model_folder, model * 64, "rex")
+        dvc(registered, "commit", "--force", "--quiet")
+        assert stale(registered) == {"rex": ("the export is not registered",)}
+        version = register(registered, "rex")
+    assert (version.version, version.created) == (1, False)
+    assert stale(registered) == stale(registered, files=False) == {}
+    assert " v1 " in dreambooth(registered, "status", "rex").stdout
+    assert "Everything is up to date." in dreambooth(registered, "run", "rex").stdout
+
+    write_export(registered, tiny_model_folder, "3" * 64, "rex")
+    assert " v2 of another export " in dreambooth(registered, "status", "rex").stdout
 
 
 @pytest.mark.slow
