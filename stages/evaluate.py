@@ -103,12 +103,13 @@ def compare(
 
 
 def _words_of(trained: Path) -> str | None:
-    """Return what an export says that its subject is called: it may have been trained before params.yaml changed."""
+    """Return what an export or a training calls its subject: it may be from before params.yaml changed."""
     path = trained / GENERATION
-    if not path.is_file():
-        return None
-    told = json.loads(path.read_text(encoding="utf-8"))
-    return f"{told['identifier']} {told['class_noun']}"
+    if path.is_file():
+        told = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        told = read_manifest(trained, verify=False).get("inputs", {})
+    return f"{told['identifier']} {told['class_noun']}" if {"identifier", "class_noun"} <= told.keys() else None
 
 
 def _own_drawings(root: Path, subject_id: str) -> Path:
