@@ -143,7 +143,7 @@ def picture_sheet(sides: Sequence[Side], prompts: Mapping[str, str], photos: Seq
     Args:
         sides: base, champion, candidate.
         prompts: as the base is asked for them, with the labels of their rows.
-        photos: of the subject.
+        photos: of the subject, those that the candidate was scored by.
 
     Returns:
         A PNG; empty where no picture of champion or candidate was kept.
@@ -155,7 +155,7 @@ def picture_sheet(sides: Sequence[Side], prompts: Mapping[str, str], photos: Seq
         cells = [_picture(side, table, asked) for side, table in zip(sides, tables, strict=True)]
         found += sum(image is not None for image, _ in cells[1:])
         nearest = int(asked["nearest_photo"].iloc[0]) if len(asked) else 0
-        photo = [photos[nearest % len(photos)]] if photos else []
+        photo = [photos[nearest]] if photos else []
         rows.append([*photo, *(image for image, _ in cells)])
         captions.append([""] * len(photo) + [caption for _, caption in cells])
     if not found:

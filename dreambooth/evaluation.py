@@ -33,12 +33,11 @@ MODULES = (
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt and seed, in the words of the base model and of the personalised one."""
+    """One prompt and seed, in the words of the base model: a personalised one has its own word for the subject."""
 
     kind: str
     template: str
     base_prompt: str
-    personalised_prompt: str
     seed: int
     """As in params.yaml: tells the pictures of one prompt apart."""
     noise_seed: int
@@ -108,7 +107,7 @@ class Measured(Protocol):
         ...
 
 
-def cases(templates: Sequence[prompts.Template], identifier: str, class_noun: str, seeds: Sequence[int]) -> list[Case]:
+def cases(templates: Sequence[prompts.Template], class_noun: str, seeds: Sequence[int]) -> list[Case]:
     """Cross the prompts with the seeds, seeds of one prompt beside each other.
 
     Raises:
@@ -117,13 +116,12 @@ def cases(templates: Sequence[prompts.Template], identifier: str, class_noun: st
     counted = sum(kind != "property" for kind, _ in templates)
     if counted < MIN_COUNTED:
         raise EvaluationError(f"{counted} prompts count for the identity, an interval needs {MIN_COUNTED}; add prompts")
-    subject, noun = f"{identifier} {class_noun}", prompts.with_article(class_noun)
+    noun = prompts.with_article(class_noun)
     return [
         Case(
             kind,
             template,
             prompts.fill(template, noun),
-            prompts.fill(template, subject),
             seed,
             rng.derive_seed(seed, "evaluation", number),
         )

@@ -8,11 +8,13 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from dreambooth import aliases
 from dreambooth.beside import Beside, Side, lay_beside
 from dreambooth.consent import PERSON, Consent, require_consent, require_lasting
 from dreambooth.errors import DreamboothError, EvaluationError, GateError, RegistryError
-from dreambooth.folders import TornFolderError, read_manifest, work_folder
+from dreambooth.folders import TornFolderError, read_manifest, sha256_of, work_folder
 from dreambooth.gate import decide, read_scorecard
 from dreambooth.images import read_prepared
 from dreambooth.params import Params, check_id
@@ -76,8 +78,8 @@ def trained_here(root: Path, subject_id: str, fingerprint: str, md5: str | None)
     if not is_trained_in(root, subject_id, fingerprint):
         raise RegistryError(
             f"{root / 'models' / subject_id} and build/{subject_id}/instance beside it are not those of the training "
-            f"{fingerprint[:12]}; with its dvc.lock: dvc pull train@{subject_id} validate@{subject_id}; or have the "
-            f"flow fetch them: python -m flows.promote {subject_id}"
+            f"{fingerprint[:12]}; with its dvc.lock: dvc pull train@{subject_id} validate@{subject_id}; or train it "
+            f"again: dreambooth run {subject_id}"
         )
     yield root
 
@@ -85,11 +87,11 @@ def trained_here(root: Path, subject_id: str, fingerprint: str, md5: str | None)
 def is_trained_in(root: Path, subject_id: str, fingerprint: str) -> bool:
     """Tell whether models/<id> is the training with this fingerprint, with the photos that it saw beside it."""
     try:
-        read_manifest(root / "build" / subject_id / "instance")
+        photos = sha256_of(read_manifest(_prepared(root, subject_id))["files"])
         manifest = read_manifest(root / "models" / subject_id)
     except TornFolderError:
         return False
-    return bool(manifest.get("fingerprint") == fingerprint)
+    return bool(manifest.get("fingerprint") == fingerprint and manifest["inputs"]["instance"] == photos)
 
 
 def promote(
@@ -189,13 +191,14 @@ def beside_champion(root: Path, params: Params, subject_id: str, version: int, c
         work_folder(root, "scores", subject_id) as folder,
     ):
         client = client_of(root)
-        sides = []
+        sides: list[Side] = []
         for number, role in zip((version, champion), ROLES, strict=True):
             found = find_version(client, subject_id, number, None)
             if found is None:
                 raise RegistryError(f"version {number} of {subject_id} is gone; dreambooth versions {subject_id}")
             sides.append(_side(client, found, role, Path(folder)))
-        return _beside(root, params, subject_id, *sides)
+        photos = _photos_of(root, subject_id, sides[0])
+        return lay_beside(sides[0], sides[1], photos, params.gate, params.evaluate.confidence)
 
 
 def consent_of(version: "ModelVersion") -> Consent | None:
@@ -283,16 +286,18 @@ def _judge(
             ours = _side(client, candidate, ROLES[0], Path(target))
             theirs = _side(client, found, ROLES[1], Path(target)) if found else replace(ours, model="base")
             cards = [read_scorecard(side.folder, side.model) for side in (ours, theirs)]
+            photos = _photos_of(root, candidate.name, ours) if found else []
             if found and rescore and cards[0].how != cards[1].how:
                 differing = _differing(cards[0].how, cards[1].how)
                 with _training_of(root, candidate, found, trained, differing) as project:
                     ours, theirs = _scored_again(root, client, params, (ours, theirs), found, rescore, project)
+                    photos = _photos_of(project, candidate.name, ours)
                 cards = [read_scorecard(side.folder, side.model) for side in (ours, theirs)]
             decision = decide(cards[0], cards[1], params.gate, params.evaluate.confidence)
         except EvaluationError as error:
             return "keep", f"keep: {error}"
         if found:
-            page = _beside(root, params, candidate.name, ours, theirs).page
+            page = lay_beside(ours, theirs, photos, params.gate, params.evaluate.confidence).page
             client.log_text(candidate.run_id, page, f"{BESIDE}/version-{candidate.version}-and-{found.version}.html")
     return decision.verdict, decision.line
 
@@ -339,12 +344,20 @@ def _scored_again(
     return replace(sides[0], folder=place), replace(sides[1], folder=place, model="champion")
 
 
-def _beside(root: Path, params: Params, subject_id: str, candidate: Side, champion: Side) -> Beside:
+def _prepared(root: Path, subject_id: str) -> Path:
+    return root / "build" / subject_id / "instance"
+
+
+def _photos_of(root: Path, subject_id: str, side: Side) -> list[Image.Image]:
+    """Return the photos that a side was scored by; none where others lie, whose numbers mean something else."""
+    folder = _prepared(root, subject_id)
     try:
-        photos = [photo for _, photo in read_prepared(root / "build" / subject_id / "instance")]
-    except TornFolderError:
-        photos = []  # they lie where the stages ran
-    return lay_beside(candidate, champion, photos, params.gate, params.evaluate.confidence)
+        photos = sha256_of(read_manifest(folder)["files"])
+    except TornFolderError:  # they lie where the stages ran
+        return []
+    if photos != read_scorecard(side.folder, side.model).how.get("photos"):
+        return []
+    return [photo for _, photo in read_prepared(folder)]
 
 
 def _side(client: "MlflowClient", version: "ModelVersion", role: str, target: Path) -> Side:

@@ -6,6 +6,7 @@ A clone lives for one run. Cache, scratch and MLflow database are those of the h
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,7 @@ from flows.graph import Graph
 from flows.project import PARAMS
 
 LOCK = "dvc.lock"
+PROMPTS = "data/prompts"
 BRANCH = "runs/{}"
 OWNER = "owner"  # the lock in the folder of a clone
 SWEEPS = ".dvc/tmp/exps/standalone"  # where `dvc exp run --temp` computes, a folder for each experiment
@@ -194,18 +196,17 @@ def trained(home: Path, subject_id: str, fingerprint: str, md5: str | None) -> I
 
     Raises:
         PipelineError: no dvc.lock names the export, git or the remote refuses, or what came is another training.
+        RegistryError: it is not here, and DVC does not know its export.
     """
-    from dreambooth.promotion import is_trained_in  # its import takes a second
+    from dreambooth.promotion import is_trained_in, trained_here  # its import takes a second
 
-    if is_trained_in(home, subject_id, fingerprint):
-        yield home
+    if md5 is None or is_trained_in(home, subject_id, fingerprint):
+        with trained_here(home, subject_id, fingerprint, md5) as place:
+            yield place
         return
-    if md5 is None:
-        raise PipelineError(
-            f"models/{subject_id} in {home} is another training than {fingerprint[:12]}, whose version records no hash "
-            f"of DVC to fetch it by; train it again: dreambooth run {subject_id}"
-        )
     with _clone_that_names(home, md5, subject_id) as clone:
+        if (home / PROMPTS).is_dir():  # judged by those of today, as parameters and code are
+            shutil.copytree(home / PROMPTS, clone / PROMPTS, dirs_exist_ok=True)
         dvc(clone, "pull", "--quiet", *_read_by_evaluation(clone, subject_id))
         if not is_trained_in(clone, subject_id, fingerprint):
             raise PipelineError(

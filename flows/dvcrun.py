@@ -58,7 +58,7 @@ class DvcRunner:
     Args:
         root: the folder with dvc.yaml.
         patience: seconds to wait for another process that works on the same files.
-        sleep: how to wait; a test passes its own.
+        sleep: how to wait; a test passes its own. None: until `stop` at most.
         wanted: in a fresh clone, the entries whose outputs must lie here at the end. What the DVC remote has is
             fetched instead of made; of the other entries only what a stage that runs needs. None fetches nothing.
     """
@@ -67,7 +67,7 @@ class DvcRunner:
         self,
         root: Path,
         patience: float = 3600.0,
-        sleep: Callable[[float], object] = time.sleep,
+        sleep: Callable[[float], object] | None = None,
         wanted: Collection[str] | None = None,
     ) -> None:
         self.root = root
@@ -75,12 +75,13 @@ class DvcRunner:
         """Of the stages of an entry, where they do not get all cores; see `child_environment`."""
         self.wanted = wanted
         self.patience = patience
-        self._sleep = sleep
         self._children: dict[int, str] = {}
         """What runs now: the process of DVC, and what it works on."""
         self._saved: dict[str, str] = {}
         """What interrupted stages said of their state."""
-        self._stopped = threading.Event()
+        self.stopped = threading.Event()
+        """Set by `stop`."""
+        self._sleep = sleep or self.stopped.wait
         _runners.add(self)
 
     def run(self, stage: str, say: Callable[[str], object]) -> StageRun:
@@ -120,7 +121,7 @@ class DvcRunner:
         Returns:
             What each of them said of its state; empty words of one that has none.
         """
-        self._stopped.set()
+        self.stopped.set()
         running = dict(self._children)
         _stop_trees(running)
         deadline = time.monotonic() + _GRACE  # of a stage whose DVC is gone its words alone tell when it has ended
@@ -134,14 +135,14 @@ class DvcRunner:
             code, lines = self._once(what, arguments, say)
             if code == 0:
                 return lines
-            if self._stopped.is_set() or not _is_busy(lines):
+            if self.stopped.is_set() or not _is_busy(lines):
                 break
             say(f"{what}: another process works on the same files; trying again in {pause:.0f} s")
             self._sleep(pause)
         raise PipelineError(f"{what}: {_reason(code, lines)}")
 
     def _once(self, what: str, arguments: Sequence[str], say: Callable[[str], object]) -> tuple[int, list[str]]:
-        if self._stopped.is_set():
+        if self.stopped.is_set():
             raise PipelineError(f"{what}: not started, the run was stopped; run it again")
         lines: deque[str] = deque(maxlen=_KEPT_LINES)
         # The same session and process group on purpose: whoever stops the group stops the stage with it.
@@ -157,7 +158,7 @@ class DvcRunner:
         ) as child:
             self._children[child.pid] = what
             try:
-                if self._stopped.is_set():  # between the look above and this line: `stop` may not have seen it
+                if self.stopped.is_set():  # between the look above and this line: `stop` may not have seen it
                     raise PipelineError(f"{what}: the run was stopped; run it again")
                 for line in _lines(child):
                     lines.append(line)

@@ -17,10 +17,15 @@ def experiments_of(root: Path, subject_id: str) -> dict[str, str]:
     names = set(_names(root, subject_id))
     if not names or not any((folder / ".git").exists() for folder in (root, *root.parents)):
         return {}
-    lines = git(root, "for-each-ref", "--format=%(objectname) %(refname)", EXPERIMENTS).splitlines()
-    commits = {ref: commit for commit, _, ref in (line.partition(" ") for line in lines)}
+    commits = commits_of(root)
     named = {commit for ref, commit in commits.items() if ref.rpartition("/")[2] in names}
     return {ref: commit for ref, commit in commits.items() if commit in named}  # those of `dvc exp apply` too
+
+
+def commits_of(root: Path) -> dict[str, str]:
+    """Return the commit of each experiment by its ref."""
+    lines = git(root, "for-each-ref", "--format=%(objectname) %(refname)", EXPERIMENTS).splitlines()
+    return {ref: commit for commit, _, ref in (line.partition(" ") for line in lines)}
 
 
 def remove(root: Path, experiments: Iterable[tuple[str, str]]) -> None:

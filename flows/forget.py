@@ -195,10 +195,15 @@ def _in_scratch(root: Path, subject_id: str, patterns: Sequence[str]) -> Iterato
 
 
 def _thumbnails(root: Path, subject_id: str) -> Iterator[Path]:
-    """Yield the thumbnails of folders that were checked which show photos of the subject: each names its photo."""
+    """Yield the thumbnails of folders that were checked which show photos of the subject: each names its photo.
+
+    Those that name none, of an older version or torn, go with them: whom they show is not known, and they are
+    drawn again by the next check.
+    """
     thumbnails = sorted((scratch_folder(root) / CHECKED).glob("*.png"))
     photos = {sha256_of_file(path) for path in _photos(root, subject_id)} if thumbnails else set()
-    yield from (path for path in thumbnails if _photo_of(path) in photos)
+    if photos:
+        yield from (path for path in thumbnails if _photo_of(path) in {None, *photos})
 
 
 def _photo_of(thumbnail: Path) -> str | None:

@@ -54,7 +54,7 @@ class Outcome:
 def bring_up_to_date(stage: str, runner: DvcRunner, turn: Turn) -> "StageRun | State[Any]":
     """Run one stage through DVC and log its lines; a failed stage is a failed task without a traceback."""
     try:
-        with gpu(turn, get_run_logger().warning):
+        with gpu(turn, get_run_logger().warning, runner.stopped):
             return runner.run(stage, get_run_logger().info)
     except DreamboothError as error:
         return Failed(message=str(error))
@@ -83,18 +83,18 @@ def personalize(subject: str | list[str] | None = None, root: str | None = None)
         subject: an id, or several; None for all in params.yaml.
         root: folder of the project; None looks in DREAMBOOTH_HOME, here, and above.
     """
-    try:
-        project = find_root(root)
-        params = load_params(project / PARAMS)
-        subjects = choose_subjects(params, [subject] if isinstance(subject, str) else subject or [])
-        graph = Graph.load(project).select(subjects)
-    except DreamboothError as error:
-        return Failed(message=f"{error.code}: {error}")
     with heard_in_a_flow():
+        try:
+            project = find_root(root)
+            params = load_params(project / PARAMS)
+            subjects = choose_subjects(params, [subject] if isinstance(subject, str) else subject or [])
+            graph = Graph.load(project).select(subjects)
+        except DreamboothError as error:
+            return Failed(message=f"{error.code}: {error}")
         stages, versions = carry_out(params, subjects, graph, DvcRunner(project))
-    summary.write_index(project, _versions(project, params.subjects))
-    publish(project, params, stages, versions)
-    return [future.state for future in (*stages.values(), *versions.values())]
+        summary.write_index(project, _versions(project, params.subjects))
+        publish(project, params, stages, versions)
+        return [future.state for future in (*stages.values(), *versions.values())]
 
 
 def carry_out(params: Params, subjects: Sequence[str], graph: Graph, runner: DvcRunner) -> tuple[Futures, Futures]:
@@ -120,6 +120,11 @@ def carry_out(params: Params, subjects: Sequence[str], graph: Graph, runner: Dvc
     return stages, versions
 
 
+def has_server() -> bool:
+    """Whether a server of Prefect is there that stays when this process ends."""
+    return bool(PREFECT_API_URL.value())
+
+
 def run(subjects: Sequence[str], root: Path) -> Outcome:
     """Run the flow in this process and return what it did.
 
@@ -128,7 +133,7 @@ def run(subjects: Sequence[str], root: Path) -> Outcome:
         Interrupted: a signal told it to stop; without a server of its own the process ends instead.
     """
     try:
-        with leaving_when_told(subjects, has_server=bool(PREFECT_API_URL.value())):
+        with leaving_when_told(subjects, has_server()):
             state = cast("State[Any]", personalize(list(subjects), str(root), return_state=True))
     except RuntimeError as error:
         if "Failed to reach API" not in str(error):

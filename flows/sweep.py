@@ -20,11 +20,11 @@ from dreambooth.yaml12 import load_yaml
 from flows.clones import ROBOT, git, share_folders
 from flows.dvcrun import DvcRunner
 from flows.dvcstore import read_at
+from flows.experiments import commits_of
 from flows.presets import Change, write_values
 from flows.project import PARAMS
 
 NAME = r"[a-z0-9][a-z0-9_.-]{0,60}"
-EXPERIMENTS = "refs/exps/"
 FOLDER = r"\S*\.dvc/tmp/exps/standalone/[^/\s]+/"  # of one experiment, gone when it has ended
 INPUTS = ("data", "dreambooth", "stages", "dvc.yaml", "params.yaml", ".dvc/config")
 LAST = "evaluate"  # report and export follow once one of them is taken over
@@ -247,5 +247,4 @@ def _tree(root: Path) -> str:
 
 def _experiments(root: Path) -> dict[str, str]:
     """Return the commit of each experiment by its name."""
-    lines = git(root, "for-each-ref", "--format=%(objectname) %(refname)", EXPERIMENTS).splitlines()
-    return {ref.rpartition("/")[2]: commit for commit, _, ref in (line.partition(" ") for line in lines)}
+    return {ref.rpartition("/")[2]: commit for ref, commit in commits_of(root).items()}

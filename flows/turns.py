@@ -7,7 +7,6 @@ free by itself. A server that is away for a while costs nobody his work: docs/de
 
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Literal
@@ -16,6 +15,8 @@ from uuid import UUID
 from httpx import HTTPStatusError, Response, TransportError
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import ObjectNotFound
+
+from dreambooth.errors import PipelineError
 
 VARIABLE = "DREAMBOOTH_GPU_SLOT"
 GPU = "gpu"  # the name of the limit where the variable says none
@@ -50,15 +51,21 @@ def has_limit() -> bool:
     return True
 
 
-def gpu(turn: Turn, say: Callable[[str], object]) -> AbstractContextManager[Any]:
+def gpu(
+    turn: Turn, say: Callable[[str], object], stopped: threading.Event | None = None
+) -> AbstractContextManager[Any]:
     """Return what waits for a turn; the slot of a process that was killed is free again after LEASE seconds.
 
     Args:
         turn: the server, what this process counts its own stages with, or none, which waits for nothing.
         say: hears of a server that is away.
+        stopped: ends the waiting for the server.
+
+    Raises:
+        PipelineError: it was stopped before its turn came.
     """
     if turn == "server":
-        return _slot(limit_name(), say)
+        return _slot(limit_name(), say, stopped or threading.Event())
     return nullcontext() if turn == "none" else turn
 
 
@@ -67,9 +74,9 @@ class _AwayError(Exception):
 
 
 @contextmanager
-def _slot(name: str, say: Callable[[str], object]) -> Iterator[None]:
+def _slot(name: str, say: Callable[[str], object], stopped: threading.Event) -> Iterator[None]:
     """Wait for a slot of the server and keep it; neither a lost slot nor a silent server ends the block."""
-    lease, done = _wait_for(name, say), threading.Event()
+    lease, done = _wait_for(name, say, stopped), threading.Event()
     keeper = threading.Thread(target=_keep, args=(name, lease, done), name="gpu slot", daemon=True)
     keeper.start()
     try:
@@ -79,10 +86,10 @@ def _slot(name: str, say: Callable[[str], object]) -> Iterator[None]:
         keeper.join(LEASE)
 
 
-def _wait_for(name: str, say: Callable[[str], object]) -> UUID:
+def _wait_for(name: str, say: Callable[[str], object], stopped: threading.Event) -> UUID:
     """Return the lease of a slot, however long that takes."""
     silent = False
-    while True:
+    while not stopped.is_set():
         try:
             if lease := _ask(name):
                 return lease
@@ -91,7 +98,8 @@ def _wait_for(name: str, say: Callable[[str], object]) -> UUID:
             if not silent:
                 say(f"no turn on the GPU: {error}; asking again until the server gives one")
             silent = True
-        time.sleep(PAUSE)
+        stopped.wait(PAUSE)
+    raise PipelineError("the run was stopped while it waited for its turn on the GPU; run it again")
 
 
 def _keep(name: str, lease: UUID | None, done: threading.Event) -> None:

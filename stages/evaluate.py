@@ -138,7 +138,7 @@ def _plan(params: Params, subject_id: str, root: Path) -> Plan:
     chosen = prompts.choose(templates, params.evaluate.max_prompts)
     return Plan(
         resolve_model(params.base.pretrained_model_name_or_path, params.base.revision, root),
-        evaluation.cases(chosen, subject.identifier, class_noun, params.evaluate.seeds),
+        evaluation.cases(chosen, class_noun, params.evaluate.seeds),
         prompts.class_prompt(class_noun),
         evaluation.class_seeds(params.evaluate.num_class_images, params.evaluate.class_seed),
         settings_of(params.evaluate, params.base.resolution),

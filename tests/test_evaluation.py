@@ -82,16 +82,15 @@ def scored(
 
 
 def test_both_models_get_the_same_noise_and_their_own_words() -> None:
-    found = cases([*PLACES], "sks", "teddy bear", [3, 4])
+    found = cases([*PLACES], "teddy bear", [3, 4])
     assert len(found) == 6
     assert found[0].base_prompt == "a photo of a teddy bear in place 0"
-    assert found[0].personalised_prompt == "a photo of sks teddy bear in place 0"
     assert len({case.noise_seed for case in found}) == 6
 
 
 def test_too_few_prompts_are_refused_before_anything_is_drawn() -> None:
     with pytest.raises(EvaluationError, match="1 prompts count"):
-        cases(TEMPLATES, "sks", "dog", [1])
+        cases(TEMPLATES, "dog", [1])
 
 
 def test_class_images_are_none_of_the_training() -> None:
@@ -99,7 +98,7 @@ def test_class_images_are_none_of_the_training() -> None:
 
 
 def test_identity_is_averaged_over_seeds_then_prompts_and_property_prompts_stay_out() -> None:
-    todo = cases([*PLACES[:2], TEMPLATES[1]], "sks", "dog", [1, 2])
+    todo = cases([*PLACES[:2], TEMPLATES[1]], "dog", [1, 2])
     base, personalised = scored(todo, [GREEN] * 6), scored(todo, [RED, GREEN, RED, RED, GREEN, GREEN])
     metrics = summarise(base, personalised, reference(plain(RED, RED), Encoders(ColourEncoder(), None)), 0.95)
     assert metrics["identity"]["base"] == pytest.approx(0)
@@ -112,7 +111,7 @@ def test_identity_is_averaged_over_seeds_then_prompts_and_property_prompts_stay_
 
 
 def test_prompt_fidelity_asks_for_the_prompt_without_the_identifier() -> None:
-    todo = cases([Template("property", "a green {}"), *PLACES[:2]], "sks", "red dog", [1, 2])
+    todo = cases([Template("property", "a green {}"), *PLACES[:2]], "red dog", [1, 2])
     found = scored(todo, [GREEN, BLUE, RED, RED, RED, GREEN], text=ColourEncoder())
     assert found.cases["prompt"][0] == "a green red dog"
     half = 0.5**0.5
@@ -121,7 +120,7 @@ def test_prompt_fidelity_asks_for_the_prompt_without_the_identifier() -> None:
 
 
 def test_an_image_text_encoder_that_tells_subjects_gives_a_second_opinion_without_another_pass() -> None:
-    todo = cases([Template("accessory", f"{{}} in {colour}") for colour in ("red", "green", "blue")], "sks", "dog", [1])
+    todo = cases([Template("accessory", f"{{}} in {colour}") for colour in ("red", "green", "blue")], "dog", [1])
     base, personalised = (scored(todo, [colour] * 3, text=ColourEncoder()) for colour in (GREEN, RED))
     photos = reference(plain(RED, RED), Encoders(ColourEncoder(), ColourEncoder()))
     second = summarise(base, personalised, photos, 0.95)["identity_second"]
@@ -129,14 +128,14 @@ def test_an_image_text_encoder_that_tells_subjects_gives_a_second_opinion_withou
 
 
 def test_diversity_is_a_difference_to_the_base_at_the_same_prompts() -> None:
-    todo = cases(PLACES, "sks", "dog", [1, 2])
+    todo = cases(PLACES, "dog", [1, 2])
     varied, alike = scored(todo, [RED, GREEN] * 3), scored(todo, [RED, RED, GREEN, GREEN, BLUE, BLUE])
     assert varied.prompts["diversity"].tolist() == pytest.approx([1, 1, 1])
     assert compare(alike, varied, 0.95)["diversity"]["mean"] == pytest.approx(-1)
 
 
 def test_prior_drift_is_the_rise_of_the_class_images_at_paired_seeds() -> None:
-    todo = cases(PLACES, "sks", "dog", [1, 2])
+    todo = cases(PLACES, "dog", [1, 2])
     base = scored(todo, [GREEN] * 6, class_pictures=[GREEN, BLUE, GREEN, BLUE])
     leaked = scored(todo, [RED] * 6, class_pictures=[RED, BLUE, RED, BLUE])
     metrics = summarise(base, leaked, reference(plain(RED, RED), Encoders(ColourEncoder(), None)), 0.95)
@@ -149,7 +148,7 @@ def test_prior_drift_is_the_rise_of_the_class_images_at_paired_seeds() -> None:
 
 
 def test_what_was_not_measured_is_missing_and_not_zero() -> None:
-    todo = cases(PLACES, "sks", "dog", [1])
+    todo = cases(PLACES, "dog", [1])
     base, personalised = scored(todo, [GREEN] * 3), scored(todo, [RED] * 3)
     metrics = summarise(base, personalised, reference(plain(RED, RED), Encoders(ColourEncoder(), None)), 0.95)
     assert not {"prompt", "diversity", "prior"} & set(metrics)
@@ -157,7 +156,7 @@ def test_what_was_not_measured_is_missing_and_not_zero() -> None:
 
 
 def test_an_identity_that_is_no_number_is_refused() -> None:
-    todo = cases(PLACES, "sks", "dog", [1])
+    todo = cases(PLACES, "dog", [1])
     base, broken = scored(todo, [GREEN] * 3), scored(todo, [RED] * 3)
     broken.prompts.loc[1, "identity"] = np.nan
     with pytest.raises(EvaluationError, match="2 of 3 prompts"):
@@ -165,7 +164,7 @@ def test_an_identity_that_is_no_number_is_refused() -> None:
 
 
 def test_models_with_other_prompts_are_not_compared() -> None:
-    one, other = (scored(cases(part, "sks", "dog", [1]), [RED] * 2) for part in (PLACES[:2], PLACES[1:]))
+    one, other = (scored(cases(part, "dog", [1]), [RED] * 2) for part in (PLACES[:2], PLACES[1:]))
     with pytest.raises(EvaluationError, match="other prompts"):
         compare(one, other, 0.95)
 
@@ -174,7 +173,7 @@ def test_models_with_other_prompts_are_not_compared() -> None:
 def test_a_picture_that_is_a_photo_or_its_mirror_image_is_a_copy_and_named() -> None:
     photos = [make_photo(number) for number in range(4)]
     pictures = [photos[2], photos[1].transpose(Image.Transpose.FLIP_LEFT_RIGHT), make_photo(9)]
-    todo = cases(PLACES, "sks", "dog", [1])
+    todo = cases(PLACES, "dog", [1])
     encoders = Encoders(ColourEncoder(), None)
     found = score(todo, pictures, [], reference(photos, encoders), encoders, None).cases
     assert found["copy"].tolist() == [True, True, False]  # by perceptual hash: no colour is nearer than 2
@@ -230,8 +229,8 @@ def test_a_faulty_prompt_file_is_refused(tmp_path: Path, text: str, said: str) -
 
 
 def test_prompts_are_the_sentences_of_the_paper() -> None:
-    assert instance_prompt("sks", "teddy bear") == "a photo of sks teddy bear"
-    assert instance_prompt("sks", "dog", "a drawing of {} in space") == "a drawing of sks dog in space"
+    assert instance_prompt("teddy bear") == "a photo of sks teddy bear"
+    assert instance_prompt("dog", "a drawing of {} in space") == "a drawing of sks dog in space"
     assert class_prompt("dog") == "a photo of a dog"
     assert class_prompt("elephant") == "a photo of an elephant"
     assert with_article("apple") == "an apple"

@@ -15,7 +15,7 @@ from registered import BISCUIT, command, write_evaluation, write_export, write_p
 
 from dreambooth import aliases, tracking
 from dreambooth.errors import ConsentError, GateError, RegistryError
-from dreambooth.folders import new_folder
+from dreambooth.folders import new_folder, read_manifest, sha256_of
 from dreambooth.params import Params, load_params
 from dreambooth.promotion import beside_champion, promote, rollback
 from dreambooth.registry import register
@@ -258,9 +258,12 @@ def test_a_champion_of_another_evaluator_is_scored_again_where_the_challenger_wa
             promote(root, params, BISCUIT, 2, rescore=rescore)  # models/biscuit is not there: nothing to score
         assert len(log(root)) == known
         assert "dreambooth.verdict" not in tags(root, 2)
-        for folder in (root / "models" / BISCUIT, root / "build" / BISCUIT / "instance"):
-            with new_folder(folder, {"fingerprint": "2" * 64, "photos": []}):
-                pass
+        seen = write_training(root, "2" * 64)
+        with new_folder(seen, {"photos": []}) as folder:
+            (folder / "more.txt").touch()
+        with pytest.raises(RegistryError, match=r"build/biscuit/instance beside it are not those of the training 2222"):
+            promote(root, params, BISCUIT, 2, rescore=rescore)
+        write_training(root, "2" * 64)
         with pytest.raises(GateError, match=r"identity \+0\.000"):
             promote(root, params, BISCUIT, 2, rescore=rescore)
         assert asked == ["1" * 64]
@@ -269,6 +272,17 @@ def test_a_champion_of_another_evaluator_is_scored_again_where_the_challenger_wa
         shutil.rmtree(root / "build" / BISCUIT / "instance", ignore_errors=True)
         write_evaluation(root, "2" * 64, 0.6)
         register(root, BISCUIT)
+
+
+def write_training(root: Path, fingerprint: str) -> Path:
+    """Write models/<id> and the photos that it saw; return the folder of these."""
+    photos = root / "build" / BISCUIT / "instance"
+    with new_folder(photos, {"photos": []}):
+        pass
+    inputs = {"instance": sha256_of(read_manifest(photos)["files"])}
+    with new_folder(root / "models" / BISCUIT, {"fingerprint": fingerprint, "inputs": inputs}):
+        pass
+    return photos
 
 
 def test_of_two_moves_from_one_state_the_second_is_told(root: Path, params: Params) -> None:

@@ -78,7 +78,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sources, dict[str
         (target / "photos.json").write_text(json.dumps(table))
         for number, photo in enumerate(photos):
             (target / f"{number:02d}.png").write_bytes(png_bytes(photo))
-    todo, seen = cases(TEMPLATES, EVIL, "dog", [1, 2]), reference(photos, encoders)
+    todo, seen = cases(TEMPLATES, "dog", [1, 2]), reference(photos, encoders)
     texts = encoders.text.embed_texts(range(6)) if encoders.text else None
     pictures = {
         "base": [make_photo(100 + i, 64) for i in range(16)],

@@ -153,7 +153,7 @@ def test_status_asks_as_little_of_a_thousand_versions_as_of_one(
     few = _requests(command, root, proxy)
     _repeat_version(server[1] / "mlflow.db", 1000)
     assert len(all_of(root)) == 1000
-    assert _requests(command, root, proxy) == few
+    assert _requests(command, root, proxy) <= few + 1  # all of the same files: which of them is the challenger
     assert rows(root, BISCUIT, limit=20)[0].version == 1000
 
 

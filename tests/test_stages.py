@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -179,15 +178,17 @@ def test_two_evaluations_of_a_subject_at_one_moment_leave_each_other_their_drawi
     done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = Path(shutil.copytree(done, tmp_path / "copy"))
-    params, first_draws, lost = load_params(root / "params.yaml"), threading.Event(), []
+    params, lost = load_params(root / "params.yaml"), []
+    first_draws, second_waits = threading.Event(), threading.Event()
 
     def draw(params: Any, subject_id: str, root: Path, models: Any, encoders: Any) -> None:
         own = scratch_folder(root) / "evaluation" / subject_id
         own.mkdir(parents=True, exist_ok=True)
         drawing = own / f"{threading.get_ident()}.png"
         drawing.touch()
-        first_draws.set()
-        time.sleep(0.5)
+        if not first_draws.is_set():  # the other one comes now: it waits, or draws and removes what it finds
+            first_draws.set()
+            second_waits.wait(20)
         if not drawing.exists():
             lost.append(drawing)
 
@@ -196,10 +197,10 @@ def test_two_evaluations_of_a_subject_at_one_moment_leave_each_other_their_drawi
 
     monkeypatch.setattr(evaluate, "compare", draw)
     monkeypatch.setattr(evaluate, "write_comparison", lambda folder, found: None)
+    monkeypatch.setattr(evaluate, "say", lambda text: second_waits.set())
     first, second = (threading.Thread(target=promotion, args=(number,)) for number in range(2))
     first.start()
     assert first_draws.wait(60)
-    time.sleep(0.25)  # the second begins in the middle of the first, which removes its drawings in that of the second
     second.start()
     for thread in (first, second):
         thread.join(60)

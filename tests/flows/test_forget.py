@@ -124,10 +124,11 @@ def test_what_subjects_share_in_the_scratch_folder_is_erased_by_whose_it_is(proj
     check(project, str(camera))
     thumbnails = project / ".scratch/check"
     assert len(list(thumbnails.iterdir())) == 4
+    (thumbnails / "torn.png").write_bytes(b"torn")  # whom it shows is not known
     with pytest.raises(SubjectError, match="nothing is known of 'nosuch'"):
         inventory(project, "nosuch")
     found = inventory(project, "rex")
-    assert set(found.shared) == {thumbnails / "00.png", rex}
+    assert set(found.shared) == {thumbnails / "00.png", thumbnails / "torn.png", rex}
     erase(project, found)
     assert not rex.exists()
     assert other.is_dir()

@@ -15,7 +15,7 @@ from tiny_project import add_photos, make_project, tiny_values
 from toy_project import REPOSITORY, dvc, make_toy_project, quiet
 
 from dreambooth import aliases, tracking
-from dreambooth.folders import new_folder
+from dreambooth.folders import new_folder, read_manifest, sha256_of
 from dreambooth.registry import register
 from dreambooth.versions import CHAMPION, aliases_of
 from flows import clones
@@ -86,11 +86,13 @@ class Site:
         """Have the worker make and register a version, and hand it back by the remote and the branch of the run."""
         root = self.worker
         dvc(root, "repro", "--force")
-        with new_folder(root / "models" / BISCUIT, {"fingerprint": training}):
-            pass
-        (root / "build" / BISCUIT / "instance/which.txt").unlink()
-        with new_folder(root / "build" / BISCUIT / "instance") as folder:
+        photos = root / "build" / BISCUIT / "instance"
+        (photos / "which.txt").unlink()
+        with new_folder(photos) as folder:
             (folder / "which.txt").write_text(f"photos of {run}")
+        inputs = {"instance": sha256_of(read_manifest(photos)["files"])}
+        with new_folder(root / "models" / BISCUIT, {"fingerprint": training, "inputs": inputs}):
+            pass
         write_export(root, self.folder / "pipeline", training)
         write_evaluation(root, training, identity, how)
         dvc(root, "commit", "--force", "--quiet")

@@ -23,7 +23,7 @@ SAVES = """
             Path(f"started-{stage}-{key}").touch()
             while not stop:
                 time.sleep(0.1)
-            time.sleep(1)
+            time.sleep(float(Path("seconds").read_text()))
             Path("saved").touch()
             sys.stderr.write("E_INTERRUPTED: stopped after step 3 of 9, state saved\\n")
             raise SystemExit(75)
@@ -32,7 +32,11 @@ SAVES = """
 
 @pytest.fixture
 def saving(project: Path) -> Path:
-    """A project whose training goes on until it is told to stop, and then takes a second to save its state."""
+    """A project whose training goes on until it is told to stop, and then takes a second to save its state.
+
+    As many as stand in the file `seconds`.
+    """
+    (project / "seconds").write_text("1")
     toy = project / "toy.py"
     mark = '    sys.stderr.write("\\r'
     toy.write_text(toy.read_text().replace(mark, SAVES + mark))
@@ -82,7 +86,7 @@ def test_a_run_that_is_told_to_stop_says_in_one_line_that_the_state_is_saved_and
         began = time.monotonic()
         os.killpg(run.pid, number)
         assert run.wait(60) == 75
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 60  # without its server Prefect would go on for minutes
         assert not [process for process in below if lives(process)]
     said = (saving / "said").read_text()
     assert (saving / "saved").exists()
@@ -100,14 +104,13 @@ def test_a_run_that_is_told_to_stop_says_in_one_line_that_the_state_is_saved_and
 def test_a_second_ctrl_c_ends_a_run_at_once_and_leaves_no_process_and_no_torn_lock(
     saving: Path, prefect_home: Path
 ) -> None:
+    (saving / "seconds").write_text("300")
     with training(saving, prefect_home, server=None) as run:
         below = psutil.Process(run.pid).children(recursive=True)
         os.killpg(run.pid, signal.SIGINT)
         await_true(lambda: "stopping: " in (saving / "said").read_text(), pause=0.05)
-        began = time.monotonic()
         os.killpg(run.pid, signal.SIGINT)
         assert run.wait(60) == 130
-        assert time.monotonic() - began < 10
         assert not [process for process in below if lives(process)]
     assert "Traceback" not in (saving / "said").read_text()
     assert not (saving / "saved").exists()
@@ -135,10 +138,10 @@ def test_a_server_that_stays_hears_that_a_run_was_stopped(
     with training(saving, prefect_home, prefect_server) as run:
         os.killpg(run.pid, number)
         assert run.wait(60) == code
+        await_true((saving / "saved").exists, patience=60)  # SIGTERM is Prefect's there, which waits for no stage
     said = (saving / "said").read_text()
     if number == signal.SIGINT:
         assert said.splitlines()[-1].startswith("E_INTERRUPTED: train@rex: stopped after step 3 of 9, state saved; ")
-    assert (saving / "saved").exists()
     assert "Traceback" not in said
     wanted = {"sort": "START_TIME_DESC", "flow_runs": {"start_time": {"is_null_": False}}, "limit": 1}
     assert post(prefect_server, "flow_runs/filter", wanted)[0]["state"]["type"] == "CRASHED"

@@ -10,16 +10,23 @@ from pathlib import Path
 import pytest
 from toy_project import REPOSITORY, await_true, prefect, quiet
 
+from dreambooth.errors import PipelineError
 from flows import turns
 
 pytestmark = pytest.mark.slow
 ONE, TWO, NONE = "gpu-of-box-one", "gpu-of-box-two", "gpu-of-box-three"
-# A process that takes its turn, says so, and keeps it until its input ends.
+# A process that takes its turn, says so, and keeps it until its input ends; it says each refusal too.
 PROGRAM = """
 import sys
 from flows import turns
 
-turns.PAUSE = 0.2
+def ask(name, server=turns._ask):
+    lease = server(name)
+    if lease is None:
+        print("refused", flush=True)
+    return lease
+
+turns.PAUSE, turns._ask = 0.2, ask
 print(turns.has_limit(), flush=True)
 with turns.gpu("server", print):
     print("entered", flush=True)
@@ -81,13 +88,25 @@ def test_a_machine_waits_for_its_own_gpu_and_for_that_of_no_other(environment: d
         await_true(first.is_in, 60)
         with machine(environment, ONE) as second, machine(environment, TWO) as elsewhere:
             await_true(elsewhere.is_in, 60)  # the first one still has its own
-            await_true(lambda: second.said, 60)  # it asks by now, five times a second
             elsewhere.leave()
+            await_true(lambda: second.said.count("refused") >= 2, 60)
             assert not second.is_in()
             first.leave()
             await_true(second.is_in, 60)
             second.leave()
-    assert first.said == second.said == elsewhere.said == ["True", "entered"]
+    assert first.said == elsewhere.said == ["True", "entered"]
+    assert set(second.said) == {"True", "refused", "entered"}
+
+
+def test_a_stop_ends_the_wait_for_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped, refused = threading.Event(), threading.Event()
+    monkeypatch.setattr(turns, "_ask", lambda name: refused.set())
+    threading.Thread(target=lambda: refused.wait(60) and stopped.set(), daemon=True).start()
+    with (
+        pytest.raises(PipelineError, match="stopped while it waited for its turn"),
+        turns.gpu("server", print, stopped),
+    ):
+        pass
 
 
 def test_without_a_name_the_limit_is_gpu_and_what_the_server_lacks_is_said_with_its_name(
