@@ -230,7 +230,7 @@ def test_a_faulty_prompt_file_is_refused(tmp_path: Path, text: str, said: str) -
 
 def test_prompts_are_the_sentences_of_the_paper() -> None:
     assert instance_prompt("sks", "teddy bear") == "a photo of sks teddy bear"
-    assert instance_prompt("dog", "a drawing of {} in space") == "a drawing of sks dog in space"
+    assert instance_prompt("sks", "dog", "a drawing of {} in space") == "a drawing of sks dog in space"
     assert class_prompt("dog") == "a photo of a dog"
     assert class_prompt("elephant") == "a photo of an elephant"
     assert with_article("apple") == "an apple"
