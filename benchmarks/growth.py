@@ -109,7 +109,7 @@ def subjects(place: Place, largest: int) -> Iterator[Row]:
         root = _many(place, f"subjects-{count}", count)
         yield count, "status", place.run(root, "flows.cli", "status")
         yield count, "plan", place.run(root, "flows.cli", "plan")
-        yield count, "dvc status", place.run(root, "dvc", "status", "--quiet")
+        yield count, "dvc status", place.run(root, "dvc", "status")
 
 
 def versions(place: Place, largest: int) -> Iterator[Row]:
