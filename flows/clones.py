@@ -31,9 +31,11 @@ from flows.project import PARAMS
 
 LOCK = "dvc.lock"
 PROMPTS = "data/prompts"
+CONFIG = ".dvc/config.local"
 BRANCH = "runs/{}"
 OWNER = "owner"  # the lock in the folder of a clone
 SWEEPS = ".dvc/tmp/exps/standalone"  # where `dvc exp run --temp` computes, a folder for each experiment
+REMOTE = re.compile(r"^(\S+)\s+(.+?)(?:\s+\(default\))?$", re.MULTILINE)  # a line of `dvc remote list`
 FOLDER_HASH = re.compile(r"[0-9a-f]{32}\.dir")
 ROBOT = ("-c", "user.name=dreambooth", "-c", "user.email=dreambooth@localhost")
 
@@ -79,8 +81,18 @@ def cloned(home: Path, repository: str, revision: str | None) -> Iterator[Path]:
         clone = Path(folder) / "project"
         git(home, "clone", "--quiet", "--", repository, str(clone))
         git(clone, "checkout", "--quiet", "--detach", revision or "HEAD", "--")
-        dvc(clone, "config", "--local", "cache.dir", dvc(home, "cache", "dir").splitlines()[-1])
+        _configure(clone, home)
         yield clone
+
+
+def _configure(clone: Path, home: Path) -> None:
+    """Give a clone the cache, the remotes and what else git does not carry: credentials, and paths beside the home."""
+    if (home / CONFIG).is_file():
+        shutil.copy(home / CONFIG, clone / CONFIG)  # as private as it was
+    dvc(clone, "config", "--local", "cache.dir", dvc(home, "cache", "dir").splitlines()[-1])
+    for name, place in REMOTE.findall(dvc(home, "remote", "list")):
+        if Path(place).is_absolute():  # perhaps written in relation to the home
+            dvc(clone, "remote", "modify", "--local", name, "url", place)
 
 
 def copies(home: Path) -> list[Copy]:

@@ -256,3 +256,21 @@ def test_a_remote_that_is_down_is_asked_a_few_times_and_one_that_refuses_once(sa
     assert _may_pass(None, None, Failed(message=said)) == again
     assert (hand_back.retries, len(PAUSES)) == (RETRIES, RETRIES)
     assert hand_back.retry_condition_fn is _may_pass
+
+
+def test_a_clone_has_the_remotes_and_the_credentials_of_its_home(tmp_path: Path) -> None:
+    """A folder may be named in relation to the home, and git does not carry config.local."""
+    home = make_toy_project(tmp_path / "home", {"rex": "dog"})
+    git(home, "init", "--quiet", "--initial-branch", "main")
+    dvc(home, "remote", "add", "--default", "store", "../my store")
+    dvc(home, "remote", "add", "cloud", "s3://bucket/folder")
+    dvc(home, "remote", "modify", "--local", "cloud", "access_key_id", "canary")
+    git(home, "add", "--all")
+    git(home, "commit", "--quiet", "--message", "toy")
+    with clones.cloned(home, str(home), None) as clone:
+        assert dict(clones.REMOTE.findall(clones.dvc(clone, "remote", "list"))) == {
+            "store": str(tmp_path / "my store"),
+            "cloud": "s3://bucket/folder",
+        }
+        assert "canary" in (clone / clones.CONFIG).read_text()
+        assert (clone / clones.CONFIG).stat().st_mode & 0o77 == (home / clones.CONFIG).stat().st_mode & 0o77
