@@ -14,6 +14,8 @@ from dreambooth.errors import DreamboothError
 
 RESUME = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 _LOOK_EVERY = 0.5  # seconds
+_ONE = 1.0  # seconds in which the same signal is one request: that of the group, and that of a runner above
+_requests: list["StopRequest"] = []  # that are open now, for `_follow`
 _SHELLS = {"sh", "dash", "bash", "ash", "busybox", "ksh", "zsh", "fish"}
 
 
@@ -29,6 +31,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.since = 0.0
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -38,21 +41,26 @@ class StopRequest:
 def stop_request() -> Iterator[StopRequest]:
     """Note the first SIGTERM or SIGINT instead of dying of it; the same one again ends the process at once.
 
-    One of each is one request: Ctrl-C reaches the whole group, and a runner above passes its own SIGTERM on. Works in
-    the main thread only; elsewhere nothing is noted.
+    One of each is one request, and so are two at nearly the same time: a signal reaches the whole group, and a runner
+    above passes its own SIGTERM on. Works in the main thread only; elsewhere nothing is noted.
     """
     request = StopRequest()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if request.signal == number:
+        if request.signal is None:
+            request.signal, request.since = signal.Signals(number), time.monotonic()
+        elif request.signal == number and time.monotonic() - request.since > _ONE:
             os._exit(128 + number)
-        request.signal = request.signal or signal.Signals(number)
 
     if threading.current_thread() is not threading.main_thread():  # signals arrive elsewhere
         yield request
         return
-    with on_stop(note):
-        yield request
+    _requests.append(request)
+    try:
+        with on_stop(note):
+            yield request
+    finally:
+        _requests.remove(request)
 
 
 @contextmanager
@@ -88,4 +96,5 @@ def _follow(starter: psutil.Process) -> None:
     with suppress(psutil.NoSuchProcess):
         while starter.is_running() and starter.status() != psutil.STATUS_ZOMBIE:
             time.sleep(_LOOK_EVERY)
-    os.kill(os.getpid(), signal.SIGTERM)
+    if not any(_requests):  # else it is saving already, and the same signal again would end it at once
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -35,7 +35,7 @@ CONFIG = ".dvc/config.local"
 BRANCH = "runs/{}"
 OWNER = "owner"  # the lock in the folder of a clone
 SWEEPS = ".dvc/tmp/exps/standalone"  # where `dvc exp run --temp` computes, a folder for each experiment
-REMOTE = re.compile(r"^(\S+)\s+(.+?)(?:\s+\(default\))?$", re.MULTILINE)  # a line of `dvc remote list`
+REMOTE = re.compile(r"^remote\.(.+)\.url=(.+)$", re.MULTILINE)  # a line of `dvc config --list`
 FOLDER_HASH = re.compile(r"[0-9a-f]{32}\.dir")
 ROBOT = ("-c", "user.name=dreambooth", "-c", "user.email=dreambooth@localhost")
 
@@ -90,7 +90,7 @@ def _configure(clone: Path, home: Path) -> None:
     if (home / CONFIG).is_file():
         shutil.copy(home / CONFIG, clone / CONFIG)  # as private as it was
     dvc(clone, "config", "--local", "cache.dir", dvc(home, "cache", "dir").splitlines()[-1])
-    for name, place in REMOTE.findall(dvc(home, "remote", "list")):
+    for name, place in REMOTE.findall(dvc(home, "config", "--list")):
         if Path(place).is_absolute():  # perhaps written in relation to the home
             dvc(clone, "remote", "modify", "--local", name, "url", place)
 

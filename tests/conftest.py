@@ -36,8 +36,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep every test out of the user's caches and settings."""
     monkeypatch.setenv("DREAMBOOTH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("DREAMBOOTH_SCRATCH", raising=False)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("DREAMBOOTH_SCRATCH", "MLFLOW_TRACKING_URI"):
+        monkeypatch.setenv(name, "")  # so that they are gone after the test as well, whoever has set them in it
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from test_training import settings
 from tiny_families import write_sdxl
 from tiny_project import REPOSITORY, make_project, tiny_values
 
-from dreambooth import launcher, methods, rng, trainer, training
+from dreambooth import interruption, launcher, methods, rng, trainer, training
 from dreambooth.checkpoint import Checkpoints
 from dreambooth.dataset import Posterior, Sample
 from dreambooth.families import drawn_sizes
@@ -377,6 +377,43 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+@pytest.mark.fault(17)
+def test_a_signal_of_the_group_and_of_the_runner_above_are_one_and_a_later_one_ends_at_once() -> None:
+    program = """
+import time
+from dreambooth.interruption import stop_request
+with stop_request() as stop:
+    print("ready", flush=True)
+    while not stop:
+        time.sleep(0.05)
+    print("saving", flush=True)
+    time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        process.terminate()
+        assert process.stdout.readline() == "saving\n"
+        time.sleep(interruption._ONE + 0.5)
+        assert process.poll() is None
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+
+
+def test_who_is_stopping_already_is_not_told_again_that_its_starter_is_gone() -> None:
+    """DVC dies of a signal to the group, and its stage saves its state."""
+    gone = subprocess.Popen(["true"])
+    starter = psutil.Process(gone.pid)
+    gone.wait()
+    with interruption.stop_request() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await_true(lambda: stop, "no signal came", seconds=60)
+        time.sleep(interruption._ONE + 0.5)
+        interruption._follow(starter)  # would end this process
+        time.sleep(0.2)
 
 
 def await_true(condition: Any, what: str, seconds: float = 300) -> None:

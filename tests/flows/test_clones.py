@@ -268,7 +268,7 @@ def test_a_clone_has_the_remotes_and_the_credentials_of_its_home(tmp_path: Path)
     git(home, "add", "--all")
     git(home, "commit", "--quiet", "--message", "toy")
     with clones.cloned(home, str(home), None) as clone:
-        assert dict(clones.REMOTE.findall(clones.dvc(clone, "remote", "list"))) == {
+        assert dict(clones.REMOTE.findall(clones.dvc(clone, "config", "--list"))) == {
             "store": str(tmp_path / "my store"),
             "cloud": "s3://bucket/folder",
         }
