@@ -257,11 +257,27 @@ def _stop_trees(pids: Iterable[int]) -> None:
                 _signal(process.terminate)
             told += [*below, parent]
             idle += [] if below else [parent]
-    for process in psutil.wait_procs(idle, timeout=_UNWINDING)[1]:  # its stage may have heard the same signal as we
+    for process in _still_there(idle, _UNWINDING):  # its stage may have heard the same signal as we
         _signal(process.terminate)
-    _, alive = psutil.wait_procs(told, timeout=_GRACE)
-    for process in alive:
+    for process in _still_there(told, _GRACE):
         _signal(process.kill)
+
+
+def _still_there(processes: Iterable[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Return which processes have not ended after so many seconds.
+
+    psutil's own wait would bury a child, and who started it would take its end for a success.
+    """
+    deadline = time.monotonic() + seconds
+    while (left := [one for one in processes if _runs(one)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+def _runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _signal(send: Callable[[], object]) -> None:
