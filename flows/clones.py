@@ -212,7 +212,10 @@ def trained(home: Path, subject_id: str, fingerprint: str, md5: str | None) -> I
     """
     from dreambooth.promotion import is_trained_in, trained_here  # its import takes a second
 
-    if md5 is None or is_trained_in(home, subject_id, fingerprint):
+    if is_trained_in(home, subject_id, fingerprint):
+        yield home
+        return
+    if md5 is None:
         with trained_here(home, subject_id, fingerprint, md5) as place:
             yield place
         return

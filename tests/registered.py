@@ -79,3 +79,14 @@ def command(root: Path, *arguments: str, **environment: str) -> "subprocess.Comp
         [sys.executable, "-m", "flows.cli", *arguments], cwd=root, capture_output=True, text=True, check=False,
         env=os.environ | {"COLUMNS": "200", "PYTHONPATH": str(Path(__file__).resolve().parents[1])} | environment,
     )  # fmt: skip
+
+
+def add_champion(target: Path, source: Path) -> None:
+    """Add the personalised model of an evaluation to another one, or to itself, as the champion that it is held to."""
+    about = json.loads((target / "evaluation.json").read_text())
+    about["models"]["champion"] = about["models"]["personalised"]
+    (target / "evaluation.json").write_text(json.dumps(about))
+    for file in ("prompts", "class_images", "scores"):
+        table = pd.read_csv(source / f"{file}.csv")
+        theirs = table[table["model"] == "personalised"].assign(model="champion")
+        pd.concat([pd.read_csv(target / f"{file}.csv"), theirs]).to_csv(target / f"{file}.csv", index=False)

@@ -16,16 +16,6 @@ PROMPTS = ["a photo of {} in space", "a photo of sks, in space", "a photo of zwx
 
 
 @pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A registry of nothing: to make its tables takes seconds."""
-    from mlflow.tracking import MlflowClient
-
-    database = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{database}")
-    return database
-
-
-@pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, empty_database: Path) -> Path:
     """A project with two versions of biscuit, a sks dog, that is called a zwx cat in params.yaml by now."""
     root = tmp_path_factory.mktemp("generate") / "project"

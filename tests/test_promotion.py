@@ -9,9 +9,8 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
-from registered import BISCUIT, command, write_evaluation, write_export, write_project
+from registered import BISCUIT, add_champion, command, write_evaluation, write_export, write_project
 
 from dreambooth import aliases, tracking
 from dreambooth.errors import ConsentError, GateError, RegistryError
@@ -244,13 +243,7 @@ def test_a_champion_of_another_evaluator_is_scored_again_where_the_challenger_wa
         assert (parts / "unet").is_dir()
         asked.append(fingerprint)
         shutil.copytree(root / "build" / name / "evaluation", target)
-        about = json.loads((target / "evaluation.json").read_text())
-        about["models"]["champion"] = about["models"]["personalised"]
-        (target / "evaluation.json").write_text(json.dumps(about))
-        for file in ("prompts", "class_images", "scores"):
-            table = pd.read_csv(target / f"{file}.csv")
-            same = table[table["model"] == "personalised"].assign(model="champion")
-            pd.concat([table, same]).to_csv(target / f"{file}.csv", index=False)
+        add_champion(target, target)
 
     try:
         known = len(log(root))

@@ -12,7 +12,19 @@ from typing import Any
 
 import pytest
 from prefect.states import Failed
-from toy_project import REPOSITORY, await_true, dvc, kill_tree, make_toy_project, post, prefect, quiet, worker
+from toy_project import (
+    REPOSITORY,
+    await_true,
+    dvc,
+    git,
+    kill_tree,
+    make_origin,
+    make_toy_project,
+    post,
+    prefect,
+    quiet,
+    worker,
+)
 
 from dreambooth import versions
 from dreambooth.errors import ParamsError, PipelineError
@@ -27,23 +39,12 @@ ENTRIES = ("validate", "train", "evaluate", "report", "export")
 BROKEN, SLOW = "bad", "jar"
 
 
-def git(folder: Path, *arguments: str) -> str:
-    return clones.git(folder, *clones.ROBOT, *arguments)
-
-
 @pytest.fixture
 def origin(tmp_path: Path) -> Path:
     """A bare repository of six subjects of two classes, one of them broken, with a folder as the DVC remote."""
     root = make_toy_project(tmp_path / "source", SUBJECTS)
     (root / f"fail-train-{BROKEN}").touch()
-    (root / ".gitignore").write_text("/build\n/models\n/metrics\n/reports\n/export\n/.scratch\n*.db\n")
-    (root / ".dvc/config").write_text("")
-    git(root, "init", "--quiet", "--initial-branch", "main")
-    dvc(root, "remote", "add", "--default", "store", str(tmp_path / "remote"))
-    git(root, "add", "--all")
-    git(root, "commit", "--quiet", "--message", "toy")
-    git(tmp_path, "clone", "--quiet", "--bare", str(root), str(tmp_path / "origin.git"))
-    return tmp_path / "origin.git"
+    return make_origin(root)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from registered import BISCUIT, write_evaluation, write_export
 from tiny_project import add_photos, make_project, tiny_values
-from toy_project import REPOSITORY, dvc, make_toy_project, quiet
+from toy_project import REPOSITORY, dvc, git, make_origin, make_toy_project, quiet
 
 from dreambooth import aliases, tracking
 from dreambooth.folders import new_folder, read_manifest, sha256_of
@@ -29,10 +29,9 @@ BEFORE, AFTER = {"code": "1", "photos": "p"}, {"code": "2", "photos": "q"}  # ho
 PROGRAM = """
 import json, sys
 from pathlib import Path
-import pandas as pd
 import stages.evaluate
 from dreambooth.folders import read_manifest
-from registered import write_evaluation
+from registered import add_champion, write_evaluation
 
 def beside_champion(params, subject, root, champion, fingerprint, target):
     seen = {
@@ -47,13 +46,7 @@ def beside_champion(params, subject, root, champion, fingerprint, target):
         write_evaluation(made / name, seen["training"], score, how={"code": "now"})
     one, other = (made / name / "build" / subject / "evaluation" for name in ("personalised", "champion"))
     one.rename(target)
-    about = json.loads((target / "evaluation.json").read_text())
-    about["models"]["champion"] = about["models"]["personalised"]
-    (target / "evaluation.json").write_text(json.dumps(about))
-    for file in ("prompts", "class_images", "scores"):
-        table = pd.read_csv(other / f"{file}.csv")
-        theirs = table[table["model"] == "personalised"].assign(model="champion")
-        pd.concat([pd.read_csv(target / f"{file}.csv"), theirs]).to_csv(target / f"{file}.csv", index=False)
+    add_champion(target, other)
 
 stages.evaluate.beside_champion = beside_champion
 from prefect import flow
@@ -127,13 +120,7 @@ class Site:
 def share(root: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     """Put a project into a repository of git with a DVC remote and an MLflow; return two checkouts of it."""
     place = root.parent
-    (root / ".gitignore").write_text("/build\n/models\n/metrics\n/reports\n/export\n/.scratch\n*.db\nran.log\n")
-    (root / ".dvc/config").write_text("")
-    git(root, "init", "--quiet", "--initial-branch", "main")
-    dvc(root, "remote", "add", "--default", "store", str(place / "remote"))
-    git(root, "add", "--all")
-    git(root, "commit", "--quiet", "--message", "toy")
-    git(place, "clone", "--quiet", "--bare", str(root), str(place / "origin.git"))
+    make_origin(root)
     shutil.copyfile(database, place / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/mlflow.db")
     tracking.connect(place)  # as a server, it keeps its files in neither checkout
@@ -163,10 +150,6 @@ def site(
         return found
 
     return made
-
-
-def git(folder: Path, *arguments: str) -> str:
-    return clones.git(folder, *clones.ROBOT, *arguments)
 
 
 def test_what_a_clone_made_of_other_photos_is_judged_at_home_and_promoted(site: Callable[..., Site]) -> None:

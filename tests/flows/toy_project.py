@@ -63,6 +63,26 @@ def make_photos(folder: Path, count: int, seed: int = 0) -> list[Path]:
     return paths
 
 
+def git(folder: Path, *arguments: str) -> str:
+    """Run git as the runs do."""
+    from flows import clones
+
+    return clones.git(folder, *clones.ROBOT, *arguments)
+
+
+def make_origin(root: Path) -> Path:
+    """Put a project into git, with a folder beside it as the DVC remote; return the bare repository beside it."""
+    (root / ".gitignore").write_text("/build\n/models\n/metrics\n/reports\n/export\n/.scratch\n*.db\nran.log\n")
+    (root / ".dvc/config").write_text("")
+    git(root, "init", "--quiet", "--initial-branch", "main")
+    dvc(root, "remote", "add", "--default", "store", str(root.parent / "remote"))
+    git(root, "add", "--all")
+    git(root, "commit", "--quiet", "--message", "toy")
+    origin = root.parent / "origin.git"
+    git(root.parent, "clone", "--quiet", "--bare", str(root), str(origin))
+    return origin
+
+
 def dvc(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """Run the dvc command as a person would, in the environment of these tests."""
     from flows.dvcrun import child_environment
