@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -187,6 +188,9 @@ def stop_all() -> dict[str, str]:
 def child_environment(threads: int | None = None) -> dict[str, str]:
     """Return the environment of DVC and its stages: `python` is this one, lines come at once, nothing is reported.
 
+    DVC runs a stage in $SHELL, which need not be set in a container. bash gives its place to the stage. dash and fish
+    stay between the two, and die of a Ctrl-C before the stage has saved its state: it would be nobody's child then.
+
     Args:
         threads: that a stage may compute with, if the user has not said it himself; None: as many as there are cores.
     """
@@ -194,7 +198,8 @@ def child_environment(threads: int | None = None) -> dict[str, str]:
     path = os.pathsep.join([here, os.environ.get("PATH", os.defpath)])
     share = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     fixed = {"PATH": path, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "DVC_NO_ANALYTICS": "1"}
-    return {**share, **os.environ, **fixed}
+    bash = shutil.which("bash")
+    return {**share, **os.environ, **fixed, **({"SHELL": bash} if bash else {})}
 
 
 def _lines(child: "subprocess.Popen[str]") -> Iterator[str]:

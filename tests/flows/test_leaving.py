@@ -49,6 +49,7 @@ def training(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start `dreambooth run rex` as a terminal does, in a group of its own, and wait until it trains."""
     environment = {**quiet(prefect_home), "COLUMNS": "160", "PYTHONPATH": str(REPOSITORY)}
+    environment["SHELL"] = "/bin/sh"  # as in a container: a dash that would stay between DVC and its stage
     environment.pop("PREFECT_API_URL", None)
     command = [sys.executable, "-m", "flows.cli", "run", "rex"]
     with (root / "said").open("w") as said:
