@@ -252,7 +252,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         sides.append(Reference(recipe, script, folder / "reference", given.reference_path))
     with on_stop(lambda number, frame: sys.exit(128 + number)):  # and so end the run that is being measured
         found = measure(sides, recipe, given.repeats, folder / "runs.json")
-    work, peaks = count_work(recipe), measure_peaks(recipe, folder, given.peak_size)
+    work, peaks = (
+        count_work(recipe.base, recipe.train_batch_size, recipe.resolution),
+        measure_peaks(recipe.mixed_precision, folder, given.peak_size),
+    )
     own_steps = {"ours": recipe.sampler_steps, "reference": REFERENCE_SAMPLER_STEPS}
     least = {side.name: floors(work, peaks, recipe, own_steps[side.name]) for side in sides}
     text = report(found, least, recipe, peaks, script)

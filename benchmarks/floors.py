@@ -4,23 +4,32 @@ FLOP: floating-point operations, two for a multiplication and its addition. The 
 UNet, the text encoder and the decoder of the real model at the real sizes.
 """
 
+import hashlib
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import yaml
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.recipe import Recipe
 from dreambooth.models import DTYPES, Model, default_device, load_model
 
+_DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 BYTES_OF_MOMENTS_AND_WEIGHT = 12  # a float32 weight and its two moments of Adam: what a checkpoint holds
 BYTES_OF_TRAINING = 16  # the same, and the gradient
 TRIES = 5
+TRAINING = (
+    "import torch, accelerate; from diffusers import UNet2DConditionModel; from transformers import CLIPTextModel"
+)
+"""The libraries that both sides of the benchmark import."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +65,17 @@ class Peaks:
     """Seconds to import the libraries that both sides import."""
 
 
-def count_work(recipe: Recipe) -> Work:
-    """Count the arithmetic of a recipe on its own base model."""
-    model = load_model(recipe.base, device="cpu")
-    rows = 2 * recipe.train_batch_size
-    side = recipe.resolution // 2 ** (len(model.vae.config.block_out_channels) - 1)
+def count_work(base: Path, train_batch_size: int, resolution: int) -> Work:
+    """Count the arithmetic of a training and its class images on a base model.
+
+    Args:
+        base: a pipeline.
+        train_batch_size: rows of the subject in a step; as many are of its class.
+        resolution: side of a picture, in pixels.
+    """
+    model = load_model(base, device="cpu")
+    rows = 2 * train_batch_size
+    side = resolution // 2 ** (len(model.vae.config.block_out_channels) - 1)
     modules = {"unet": model.unet, **model.encoders}
     for module in modules.values():
         module.requires_grad_(True)
@@ -72,15 +87,58 @@ def count_work(recipe: Recipe) -> Work:
     return Work(step, denoising, decoding, trained)
 
 
-def measure_peaks(recipe: Recipe, folder: Path, size: int | None = None) -> Peaks:
+def measure_peaks(mixed_precision: str, folder: Path, size: int | None = None) -> Peaks:
     """Measure what the floors are divided by.
 
     Args:
-        recipe: says the precision.
+        mixed_precision: no, fp16 or bf16.
         folder: on the disk that is meant.
         size: side of the matrices; None fits the device.
     """
-    return Peaks(_peak_flops(recipe, size), _write_speed(folder), _import_seconds())
+    return Peaks(peak_flops(mixed_precision, size), write_speed(folder), import_seconds(TRAINING))
+
+
+def peak_flops(mixed_precision: str, size: int | None = None) -> float:
+    """Return FLOP a second of a product of large matrices.
+
+    Args:
+        mixed_precision: no, fp16 or bf16.
+        size: side of the matrices; None fits the device.
+    """
+    device = default_device()
+    side = size or (8192 if device.type == "cuda" else 2048)
+    one = torch.randn(side, side, device=device).to(DTYPES[_DTYPES[mixed_precision]])
+    return 2 * side**3 / _least_seconds(lambda: (one @ one)[0, 0].item())  # .item() waits for the device
+
+
+def write_speed(folder: Path) -> float:
+    """Return bytes a second to the disk of a folder, synced."""
+    content = os.urandom(32 << 20)
+
+    def write() -> None:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+    return len(content) / _least_seconds(write)
+
+
+def import_seconds(program: str) -> float:
+    """Return the seconds of a process that only imports; the first of two may read the libraries from the disk."""
+    command = [sys.executable, "-c", program]
+    return _least_seconds(lambda: subprocess.run(command, check=True, capture_output=True), tries=2)
+
+
+def decode_seconds(photos: Sequence[Path]) -> float:
+    """Return the seconds in which pillow reads so many photos from memory that knows them, one after the other."""
+
+    def decode() -> None:
+        for path in photos:
+            with Image.open(path) as image:
+                image.load()
+
+    return _least_seconds(decode)
 
 
 def _forward(model: Model, rows: int, side: int) -> torch.Tensor:
@@ -95,46 +153,27 @@ def _forward(model: Model, rows: int, side: int) -> torch.Tensor:
     return predicted
 
 
-def _flops(work: object) -> float:
-    assert callable(work)
+def _flops(work: Callable[[], object]) -> float:
     with FlopCounterMode(display=False) as counter:
         work()
     return float(counter.get_total_flops())
 
 
-def _peak_flops(recipe: Recipe, size: int | None) -> float:
-    device = default_device()
-    side = size or (8192 if device.type == "cuda" else 2048)
-    dtype = DTYPES[{"no": "float32", "fp16": "float16", "bf16": "bfloat16"}[recipe.mixed_precision]]
-    one = torch.randn(side, side, device=device).to(dtype)
+def hash_seconds(files: Sequence[Path]) -> float:
+    """Return the seconds in which so many files are read and hashed, one after the other."""
+    return _least_seconds(lambda: [hashlib.sha256(path.read_bytes()).digest() for path in files])
+
+
+def parse_seconds(file: Path) -> float:
+    """Return the seconds in which libyaml, the fastest parser at hand, reads a file."""
+    content = file.read_bytes()
+    return _least_seconds(lambda: yaml.load(content, Loader=yaml.CSafeLoader))
+
+
+def _least_seconds(work: Callable[[], object], tries: int = TRIES) -> float:
     best = float("inf")
-    for _ in range(TRIES):
+    for _ in range(tries):
         began = time.perf_counter()
-        (one @ one)[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - began)
-    return 2 * side**3 / best
-
-
-def _write_speed(folder: Path) -> float:
-    content = os.urandom(32 << 20)
-    best = float("inf")
-    for _ in range(TRIES):
-        with tempfile.NamedTemporaryFile(dir=folder) as file:
-            began = time.perf_counter()
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            best = min(best, time.perf_counter() - began)
-    return len(content) / best
-
-
-def _import_seconds() -> float:
-    program = (
-        "import torch, accelerate; from diffusers import UNet2DConditionModel; from transformers import CLIPTextModel"
-    )
-    best = float("inf")
-    for _ in range(2):  # the first one may read them from the disk
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+        work()
         best = min(best, time.perf_counter() - began)
     return best

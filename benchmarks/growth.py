@@ -5,6 +5,9 @@
 Tables: photos steps class-images subjects versions together. Random pipeline of the tests, whose model hardly computes:
 what grows is the work around it. Every number is that of a whole process, as a person calls it. Appended to
 benchmarks/results/<date>-growth.md table after table, so a stop loses the one at hand.
+
+Beside each stands its floor: the imports that the command cannot do without, and its arithmetic or its bytes over a
+measured peak of this machine.
 """
 
 import argparse
@@ -13,16 +16,28 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from benchmarks import usage
 from benchmarks.bench import hardware
+from benchmarks.floors import (
+    TRAINING,
+    Work,
+    count_work,
+    decode_seconds,
+    hash_seconds,
+    import_seconds,
+    parse_seconds,
+    peak_flops,
+    write_speed,
+)
 from benchmarks.recipe import ROOT
-from benchmarks.usage import NOTHING, Usage
+from benchmarks.usage import Usage
 
 sys.path.insert(0, str(ROOT / "tests"))  # its tiny pipeline and project
 
@@ -30,8 +45,24 @@ sys.path.insert(0, str(ROOT / "tests"))  # its tiny pipeline and project
 tiny_pipelines, tiny_project = import_module("tiny_pipelines"), import_module("tiny_project")
 
 SUBJECT, CLASS = "biscuit", "dog"
-Row = tuple[int, str, Usage]
-"""How many there are, what was run, and what it cost."""
+SAMPLER_STEPS, TRAIN_BATCH_SIZE = 2, 2
+_TABLES = "import pandas, pydantic, ruamel.yaml, PIL.Image"
+_DVC = "import dvc.repo"
+_MLFLOW = "import mlflow"
+_FLOW = "import prefect.flows, dvc.repo, mlflow"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one command cost."""
+
+    count: int
+    """How many there are."""
+    what: str
+    """What was run."""
+    cost: Usage
+    floor: float
+    """Seconds."""
 
 
 class Place:
@@ -40,10 +71,37 @@ class Place:
     def __init__(self, folder: Path) -> None:
         self.folder, self.log = folder, folder / "log"
         self.base = tiny_pipelines.write_sd(folder / "tiny")
+        self._imports: dict[str, float] = {}
+
+    def imports(self, program: str) -> float:
+        """Return the seconds of a process that does nothing but import."""
+        if program not in self._imports:
+            self._imports[program] = import_seconds(program)
+        return self._imports[program]
+
+    def computing(self, steps: int = 0, images: int = 0) -> float:
+        """Return the least seconds of a stage that trains so many steps or draws so many class images."""
+        flop = steps * self._work.step + images * self._work.image(SAMPLER_STEPS)
+        return self.imports(TRAINING) + flop / self._flops
+
+    @cached_property
+    def write(self) -> float:
+        """Bytes a second to the disk."""
+        return write_speed(self.folder)
+
+    @cached_property
+    def _flops(self) -> float:
+        return peak_flops("no")
+
+    @cached_property
+    def _work(self) -> Work:
+        return count_work(self.base, TRAIN_BATCH_SIZE, tiny_project.TINY_RESOLUTION)
 
     def project(self, name: str, change: Callable[[dict[str, Any]], object] = lambda values: None) -> Path:
         """Make a project of one subject with five photos."""
         values = tiny_project.tiny_values()
+        values["prior"] |= {"num_inference_steps": SAMPLER_STEPS}
+        values["train"] |= {"train_batch_size": TRAIN_BATCH_SIZE}
         values["photos"] |= {"max_count": 10**4, "min_distance": 0.0, "duplicate_distance": 0}
         change(values)
         made: Path = tiny_project.make_project(self.folder / name, self.base, values)
@@ -74,9 +132,10 @@ def photos(place: Place, largest: int) -> Iterator[Row]:
         root = place.project(f"photos-{count}", partial(_train, 2))
         shutil.rmtree(root / "data/subjects" / SUBJECT)
         tiny_project.add_photos(root / "data/subjects" / SUBJECT, count)
-        yield count, "validate", place.run(root, "stages.validate", SUBJECT)
+        reading = place.imports(_TABLES) + decode_seconds(sorted((root / "data/subjects" / SUBJECT).iterdir()))
+        yield Row(count, "validate", place.run(root, "stages.validate", SUBJECT), reading)
         place.run(root, "stages.prior", CLASS)
-        yield count, "train", place.run(root, "stages.train", SUBJECT)
+        yield Row(count, "train", place.run(root, "stages.train", SUBJECT), place.computing(steps=2))
 
 
 def steps(place: Place, largest: int) -> Iterator[Row]:
@@ -85,7 +144,7 @@ def steps(place: Place, largest: int) -> Iterator[Row]:
         root = place.project(f"steps-{count}", partial(_train, count))
         place.run(root, "stages.validate", SUBJECT)
         place.run(root, "stages.prior", CLASS)
-        yield count, "train", place.run(root, "stages.train", SUBJECT)
+        yield Row(count, "train", place.run(root, "stages.train", SUBJECT), place.computing(steps=count))
 
 
 def class_images(place: Place, largest: int) -> Iterator[Row]:
@@ -98,18 +157,20 @@ def class_images(place: Place, largest: int) -> Iterator[Row]:
 
         root = place.project(f"classes-{count}", change)
         place.run(root, "stages.validate", SUBJECT)
-        yield count, "prior, drawn", place.run(root, "stages.prior", CLASS)
-        yield count, "prior, found", place.run(root, "stages.prior", CLASS)
-        yield count, "train", place.run(root, "stages.train", SUBJECT)
+        yield Row(count, "prior, drawn", place.run(root, "stages.prior", CLASS), place.computing(images=count))
+        found = place.imports(_TABLES) + hash_seconds([path for path in root.glob(".cache/**/*") if path.is_file()])
+        yield Row(count, "prior, found", place.run(root, "stages.prior", CLASS), found)
+        yield Row(count, "train", place.run(root, "stages.train", SUBJECT), place.computing(steps=2))
 
 
 def subjects(place: Place, largest: int) -> Iterator[Row]:
     """Ask for the state of so many subjects, none of which ever ran."""
     for count in _up_to(largest, 1, 10, 100, 1000):
         root = _many(place, f"subjects-{count}", count)
-        yield count, "status", place.run(root, "flows.cli", "status")
-        yield count, "plan", place.run(root, "flows.cli", "plan")
-        yield count, "dvc status", place.run(root, "dvc", "status")
+        floor = place.imports(_DVC) + parse_seconds(root / "params.yaml")
+        yield Row(count, "status", place.run(root, "flows.cli", "status"), floor)
+        yield Row(count, "plan", place.run(root, "flows.cli", "plan"), floor)
+        yield Row(count, "dvc status", place.run(root, "dvc", "status"), floor)
 
 
 def versions(place: Place, largest: int) -> Iterator[Row]:
@@ -128,17 +189,21 @@ def versions(place: Place, largest: int) -> Iterator[Row]:
     for count in _up_to(largest, 1, 10, 100):
         arguments = (str(ROOT / "tests"), str(place.base), str(before), str(count))
         cost = place.python(root, str(script), *arguments)
-        yield count, f"register {count - before} more", cost
+        written = (count - before) * sum(path.stat().st_size for path in place.base.rglob("*.*")) / place.write
+        yield Row(count, f"register {count - before} more", cost, place.imports(_MLFLOW) + written)
         before = count
-        yield count, "versions", place.run(root, "flows.cli", "versions", SUBJECT)
+        listed = place.run(root, "flows.cli", "versions", SUBJECT)
+        yield Row(count, "versions", listed, place.imports(_MLFLOW))
 
 
 def together(place: Place, largest: int) -> Iterator[Row]:
     """Run so many subjects of one class at once, from photos to registered versions; then again with nothing to do."""
     for count in _up_to(largest, 1, 2, 4):
         root = _many(place, f"together-{count}", count)
-        yield count, "run", place.run(root, "flows.cli", "run")
-        yield count, "run, up to date", place.run(root, "flows.cli", "run")
+        # prior once, train and evaluate of each load a model: side by side, a core each
+        loading = (1 + 2 * count) * place.imports(TRAINING) / min(count, os.cpu_count() or 1)
+        yield Row(count, "run", place.run(root, "flows.cli", "run"), loading)
+        yield Row(count, "run, up to date", place.run(root, "flows.cli", "run"), place.imports(_FLOW))
 
 
 TABLES = {
@@ -176,18 +241,23 @@ def _up_to(largest: int, *counts: int) -> list[int]:
 
 
 def markdown(name: str, rows: Sequence[Row]) -> str:
-    """Lay a table out: what was run, how many there were, its cost, and what each one more cost."""
+    """Lay a table out: what was run, how many there were, its cost, its floor, and what each one more cost."""
     lines = [
-        f"## {name}", "", "| what | how many | wall s | CPU s | peak MB | CPU ms for each one more |",
-        "|---|---|---|---|---|---|",
+        f"## {name}", "",
+        "| what | how many | wall s | floor s | wall / floor | CPU s | peak MB | CPU ms for each one more |",
+        "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for what in dict.fromkeys(row[1] for row in rows):
-        before: tuple[int, Usage] = (0, NOTHING)
-        for count, _, cost in (row for row in rows if row[1] == what):
-            each = 1000 * (cost.cpu - before[1].cpu) / (count - before[0]) if before[0] else float("nan")
-            told = f"{each:.0f}" if each == each else "-"
-            lines.append(f"| {what} | {count} | {cost.wall:.1f} | {cost.cpu:.1f} | {cost.memory:.0f} | {told} |")
-            before = (count, cost)
+    for what in dict.fromkeys(row.what for row in rows):
+        before: Row | None = None
+        for row in (row for row in rows if row.what == what):
+            cost, told = row.cost, "-"
+            if before is not None:
+                told = f"{1000 * (cost.cpu - before.cost.cpu) / (row.count - before.count):.0f}"
+            lines.append(
+                f"| {what} | {row.count} | {cost.wall:.1f} | {row.floor:.2f} | {cost.wall / row.floor:.1f} "
+                f"| {cost.cpu:.1f} | {cost.memory:.0f} | {told} |"
+            )
+            before = row
     return "\n".join(lines) + "\n"
 
 

@@ -76,11 +76,15 @@ def test_both_sides_are_trained_and_scored_at_toy_size(tmp_path: Path, tiny_mode
 
 
 def test_each_one_more_is_told_from_the_row_before() -> None:
-    rows = [(10, "train", Usage(3, 2.0, 100)), (100, "train", Usage(4, 6.5, 110)), (10, "plan", Usage(1, 1.0, 50))]
+    rows = [
+        growth.Row(10, "train", Usage(3, 2.0, 100), floor=1.5),
+        growth.Row(100, "train", Usage(4, 6.5, 110), floor=1.6),
+        growth.Row(10, "plan", Usage(1, 1.0, 50), floor=0.5),
+    ]
     lines = growth.markdown("steps", rows).splitlines()
-    assert lines[4] == "| train | 10 | 3.0 | 2.0 | 100 | - |"
-    assert lines[5] == "| train | 100 | 4.0 | 6.5 | 110 | 50 |"
-    assert lines[6] == "| plan | 10 | 1.0 | 1.0 | 50 | - |"
+    assert lines[4] == "| train | 10 | 3.0 | 1.50 | 2.0 | 2.0 | 100 | - |"
+    assert lines[5] == "| train | 100 | 4.0 | 1.60 | 2.5 | 6.5 | 110 | 50 |"
+    assert lines[6] == "| plan | 10 | 1.0 | 0.50 | 2.0 | 1.0 | 50 | - |"
 
 
 @pytest.mark.slow
