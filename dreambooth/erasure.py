@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from dreambooth.aliases import log_name
-from dreambooth.tracking import connect, database_file, explain, hide_password, tracking_uri
+from dreambooth.redaction import redact
+from dreambooth.tracking import connect, database_file, explain, tracking_uri
 from dreambooth.versions import HASH_TAG, all_versions, explained, is_there
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def erase(root: Path, subject_id: str) -> list[str]:
     if file is not None:
         _vacuum(file)
     elif found.models or found.runs:
-        left.append(f"rows of deleted runs in {hide_password(tracking_uri(root))}: there, run: mlflow gc, then VACUUM")
+        left.append(f"rows of deleted runs in {redact(tracking_uri(root))}: there, run: mlflow gc, then VACUUM")
     return left
 
 
@@ -153,7 +154,7 @@ def _delete_files(location: str) -> Iterator[str]:
     try:
         get_artifact_repository(location).delete_artifacts()
     except (MlflowException, OSError, NotImplementedError) as error:
-        yield f"{hide_password(location)}: {explain(error)}"
+        yield f"{redact(location)}: {explain(error)}"
 
 
 def _vacuum(file: Path) -> None:

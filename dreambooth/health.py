@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from dreambooth import aliases
 from dreambooth.errors import RegistryError
-from dreambooth.tracking import connect, database_file, explain, hide_password, tracking_uri
+from dreambooth.redaction import redact
+from dreambooth.tracking import connect, database_file, explain, tracking_uri
 from dreambooth.versions import (
     CHALLENGER,
     CHAMPION,
@@ -30,7 +31,7 @@ Fact = tuple[Literal["good", "warning", "broken"], str, str, str]
 
 def examine(root: Path, subjects: list[str]) -> Iterator[Fact]:
     """Yield state, what was looked at, what was found, and the remedy."""
-    where = hide_password(tracking_uri(root))
+    where = redact(tracking_uri(root))
     if not is_there(root):
         yield "good", "database", f"{where} is not there yet: nothing was registered", ""
         return

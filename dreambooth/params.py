@@ -21,11 +21,16 @@ from dreambooth.yaml12 import YamlError, load_yaml
 RESERVED_IDS = ("classes",)  # build/classes has the class images
 ID_PATTERN = r"^[a-z0-9][a-z0-9-]{0,40}$"
 MAX_BYTES = 1 << 20
+# What a sampler may be told, here and by whoever asks a registered model for pictures.
+SAMPLER_STEPS = (1, 999)  # at 1000 DPM-Solver++ has a timestep twice, and divides by their distance
+GUIDANCE = (0, 50)
+SIDE = (32, 2048)
+SIDE_UNIT = 8  # so many pixels wide is what one latent stands for
 
 
 def _multiple_of_8(value: int) -> int:
-    if value % 8:
-        raise ValueError("should be a multiple of 8")
+    if value % SIDE_UNIT:
+        raise ValueError(f"should be a multiple of {SIDE_UNIT}")
     return value
 
 
@@ -45,6 +50,9 @@ Id = Annotated[str, Field(pattern=ID_PATTERN)]
 Words = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_one_line)]
 Template = Annotated[Words, AfterValidator(_with_place)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+SamplerSteps = Annotated[int, Field(ge=SAMPLER_STEPS[0], le=SAMPLER_STEPS[1])]
+Guidance = Annotated[float, Field(ge=GUIDANCE[0], le=GUIDANCE[1])]
+Side = Annotated[int, Field(ge=SIDE[0], le=SIDE[1]), AfterValidator(_multiple_of_8)]
 Scheduler = Literal["dpmsolver++", "ddim", "pndm", "euler"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -64,7 +72,7 @@ class Base(Section):
     """A folder in the project (data/base/...), or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5."""
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None
     """Commit of a hub model, 40 hexadecimal digits: a branch may move. null for a folder."""
-    resolution: Annotated[int, Field(ge=32, le=2048), AfterValidator(_multiple_of_8)]
+    resolution: Side
     """Side of the square pictures, in pixels: what the base was made for (bundled 64, SD1.5 512, SD2 768)."""
     inference_dtype: Dtype
     """Precision of drawing class and evaluation images; float16 or bfloat16 on a GPU."""
@@ -147,9 +155,9 @@ class Prior(Section):
     choice; several keep what the base draws of the class in other places too (He et al. 2023)."""
     scheduler: Scheduler
     """Solver of the sampler."""
-    num_inference_steps: Annotated[int, Field(ge=1, le=999)]
+    num_inference_steps: SamplerSteps
     """Steps of the sampler; DPM-Solver++ needs 20-25 (Lu et al. 2022)."""
-    guidance_scale: Annotated[float, Field(ge=0, le=50)]
+    guidance_scale: Guidance
     """Weight of classifier-free guidance (Ho & Salimans 2022); 1 switches it off."""
     negative_prompt: str
     """What the class images must not show; may be empty."""
@@ -229,7 +237,7 @@ class Train(Section):
     """Optimizer steps between two sets of previews, drawn from the weights in memory; null draws none."""
     preview_prompts: Annotated[list[Template], Field(max_length=64)]
     """What they show: sentences with {} for the subject. Each is drawn from a seed of its own, always the same."""
-    preview_guidance_scale: Annotated[float, Field(ge=0, le=50)]
+    preview_guidance_scale: Guidance
     """Weight of classifier-free guidance in previews."""
     gradient_checkpointing: bool | Literal["auto"]
     """Trade a third more compute for the memory of the UNet's activations; auto: once a step does not fit without."""
@@ -281,9 +289,9 @@ class Evaluate(Section):
     """Class image i is drawn from the seed (class_seed, i); none of them is a class image of the training."""
     scheduler: Scheduler
     """Solver of the sampler."""
-    num_inference_steps: Annotated[int, Field(ge=1, le=999)]
+    num_inference_steps: SamplerSteps
     """Steps of the sampler."""
-    guidance_scale: Annotated[float, Field(ge=0, le=50)]
+    guidance_scale: Guidance
     """Weight of classifier-free guidance."""
     batch_size: Annotated[int, Field(ge=1, le=1024)]
     """Images drawn at once."""

@@ -32,7 +32,8 @@ from dreambooth.folders import (
 )
 from dreambooth.params import check_id
 from dreambooth.pointer import POINTER, resolve, write_pointer
-from dreambooth.tracking import connect, database_file, ensure_run, hide_password, tracking_uri
+from dreambooth.redaction import redact
+from dreambooth.tracking import connect, database_file, ensure_run, tracking_uri
 from dreambooth.versions import (
     CHALLENGER,
     CONSENT_TAG,
@@ -263,10 +264,10 @@ def _verify(client: "MlflowClient", root: Path, model: "LoggedModel", export: Ex
                     faults = ["the files are those of another export"]
                 load_folder(folder)
     except Exception as error:  # whatever it is, nobody else should meet it first
-        faults = [hide_password(" ".join(str(error).split()) or type(error).__name__)]
+        faults = [redact(" ".join(str(error).split()) or type(error).__name__)]
     if faults:
         raise RegistryError(
-            f"{export.folder} arrived damaged in {hide_password(model.artifact_location)}: {'; '.join(faults)}; "
+            f"{export.folder} arrived damaged in {redact(model.artifact_location)}: {'; '.join(faults)}; "
             f"no version was made, try again: dreambooth register {export.subject}"
         )
 

@@ -22,6 +22,7 @@ from dreambooth import __version__
 from dreambooth.folders import GENERATION, content_hash
 from dreambooth.images import png_bytes
 from dreambooth.models import DTYPES, load_model
+from dreambooth.params import GUIDANCE, SAMPLER_STEPS, SIDE, SIDE_UNIT
 from dreambooth.pointer import resolve
 from dreambooth.sampling import SCHEDULERS, SamplerSettings, draw
 
@@ -104,19 +105,15 @@ class PictureModel(PythonModel):  # type: ignore[misc]  # mlflow has no types
 
 def _settings(wanted: Mapping[str, Any]) -> SamplerSettings:
     """Check what may come from anyone: a request must not occupy the server for days."""
-    steps, resolution, guidance = wanted["num_inference_steps"], wanted["resolution"], wanted["guidance_scale"]
-    _require(1 <= steps <= 1000, f"num_inference_steps: should be 1 to 1000 (got {steps})")
-    _require(
-        32 <= resolution <= 2048 and resolution % 8 == 0,
-        f"resolution: should be a multiple of 8 from 32 to 2048 (got {resolution})",
-    )
-    _require(0 <= guidance <= 50, f"guidance_scale: should be 0 to 50 (got {guidance})")
+    steps = _in_range(wanted, "num_inference_steps", *SAMPLER_STEPS)
+    resolution = _in_range(wanted, "resolution", *SIDE)
+    _require(resolution % SIDE_UNIT == 0, f"resolution: should be a multiple of {SIDE_UNIT} (got {resolution})")
+    guidance = _in_range(wanted, "guidance_scale", *GUIDANCE)
     _require(
         wanted["scheduler"] in SCHEDULERS,
         f"scheduler: should be one of {', '.join(SCHEDULERS)} (got {wanted['scheduler']!r})",
     )
-    batch_size = wanted["batch_size"]
-    _require(1 <= batch_size <= MAX_PICTURES, f"batch_size: should be 1 to {MAX_PICTURES} (got {batch_size})")
+    batch_size = _in_range(wanted, "batch_size", 1, MAX_PICTURES)
     return SamplerSettings(wanted["scheduler"], steps, guidance, resolution, wanted["negative_prompt"], batch_size)
 
 
@@ -135,6 +132,12 @@ def _prompts(model_input: Any) -> Iterator[tuple[str, str | None]]:
 def _generation(folder: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((folder / GENERATION).read_text(encoding="utf-8"))
     return content
+
+
+def _in_range(wanted: Mapping[str, Any], name: str, least: int, most: int) -> Any:
+    value = wanted[name]
+    _require(least <= value <= most, f"{name}: should be {least} to {most} (got {value})")  # false for NaN
+    return value
 
 
 def _require(condition: bool, message: str) -> None:

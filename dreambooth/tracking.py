@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 
 from dreambooth.folders import scratch_folder, write_file
 from dreambooth.interruption import Interrupted
+from dreambooth.redaction import redact
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -116,7 +117,7 @@ def ensure_run(client: "MlflowClient", experiment: str, key: str, name: str) -> 
 
 
 def explain(error: BaseException) -> str:
-    """Return why MLflow failed in half a line, without the passwords of a URI."""
+    """Return why MLflow failed in half a line, without secrets."""
     text = " ".join(str(error).split()) or type(error).__name__
     cause = re.search(r"\[Errno -?\d+\] ([^'\")\]>]+)|(Read timed out|timed out)|(too many \d+ error responses)", text)
     status = http_status(error)
@@ -124,12 +125,8 @@ def explain(error: BaseException) -> str:
         text = next(part for part in cause.groups() if part).strip()
     elif status in (401, 403):
         text = f"HTTP {status}; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-    return hide_password(text if len(text) <= 400 else text[:397] + "...")
-
-
-def hide_password(text: str) -> str:
-    """Return a text without the user and password of the URIs in it."""
-    return re.sub(r"//[^/@\s]+@", "//***@", text)
+    text = redact(text)  # before it is cut: half a token has no shape
+    return text if len(text) <= 400 else text[:397] + "..."
 
 
 def http_status(error: BaseException) -> int | None:
@@ -290,7 +287,7 @@ class Run:
     def _keep_for_later(self) -> None:
         folder = self._own_folder()
         write_file(folder / PENDING, json.dumps(asdict(self._parcel)).encode())
-        uri = hide_password(tracking_uri(self._root))
+        uri = redact(tracking_uri(self._root))
         reason = explain(self._error) if self._error else "no answer in time"
         _log.warning(
             "MLflow at %s did not take all of %r (%s): %s wait in %s; the next run sends them, "

@@ -14,7 +14,8 @@ from dreambooth.errors import ModelError, ParamsError, RegistryError
 from dreambooth.folders import MANIFEST, TornFolderError, content_hash, sha256_of, work_folder
 from dreambooth.params import check_id
 from dreambooth.pointer import POINTER, resolve
-from dreambooth.tracking import connect, database_file, explain, hide_password, tracking_uri
+from dreambooth.redaction import redact
+from dreambooth.tracking import connect, database_file, explain, tracking_uri
 from dreambooth.yaml12 import YamlError, load_yaml
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def choose(root: Path, subject_id: str, version: int | None = None) -> Registere
     if found is None:
         which = f"version {version}" if version else "version"
         raise RegistryError(
-            f"{subject_id} has no {which} in {hide_password(tracking_uri(root))}; {next_step(root, subject_id)}"
+            f"{subject_id} has no {which} in {redact(tracking_uri(root))}; {next_step(root, subject_id)}"
         )
     return found
 
@@ -325,7 +326,7 @@ def explained(root: Path, what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, OSError, TornFolderError, ModelError) as error:
-        where = hide_password(tracking_uri(root))
+        where = redact(tracking_uri(root))
         raise RegistryError(f"cannot {what} in {where}: {explain(error)}; {remedy}") from error
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dreambooth.errors import MACHINE_FAULT, DreamboothError, PipelineError, machine_fault
+from dreambooth.params import GUIDANCE, SAMPLER_STEPS, SIDE
 from dreambooth.redaction import redact
 from flows import commands
 from flows.console import err, out, say, shown
@@ -146,10 +147,14 @@ def generate(
     prompts_file: Annotated[Path | None, typer.Option(help="More prompts, a line each.")] = None,
     count: Annotated[int, typer.Option("-n", min=1, max=1000, help="Pictures of each prompt.")] = 4,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the first picture; the next has the next.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Steps of the sampler.")] = None,
-    guidance: Annotated[float | None, typer.Option(min=0, max=50, help="Weight of the prompt.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=SAMPLER_STEPS[0], max=SAMPLER_STEPS[1], help="Steps of the sampler.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=GUIDANCE[0], max=GUIDANCE[1], help="Weight of the prompt.")
+    ] = None,
     negative: Annotated[str | None, typer.Option(help="What the pictures must not show.")] = None,
-    size: Annotated[int | None, typer.Option(min=32, max=2048, help="Side in pixels; else as trained.")] = None,
+    size: Annotated[int | None, typer.Option(min=SIDE[0], max=SIDE[1], help="Side in pixels; else as trained.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=64, help="Pictures at once; 1 gives the served bits.")] = 1,
     version: Annotated[int | None, typer.Option(min=1, help="Else the champion, the challenger, the newest.")] = None,
     folder: Annotated[Path | None, typer.Option("--out", help="Else build/ID/generated.")] = None,

@@ -10,6 +10,7 @@ from typing import Any
 
 from dreambooth.errors import ParamsError, PipelineError
 from dreambooth.folders import read_text
+from dreambooth.params import SIDE, SIDE_UNIT
 from dreambooth.prompts import PLACEHOLDER, fill
 
 
@@ -104,7 +105,7 @@ def draw(
     A picture is written as soon as it is drawn.
 
     Args:
-        model: what `dreambooth.registry.load` returns.
+        model: what `dreambooth.versions.load_found` returns.
         prompts: complete sentences.
         count: pictures a prompt; picture i has the seed `options["seed"]` + i.
         options: parameters of the model; seed among them.
@@ -161,6 +162,7 @@ def _predict(model: Any, prompt: str, count: int, options: dict[str, Any]) -> It
 
 def _require_side(side: int | None) -> None:
     """Refuse at once what the model would refuse after it was loaded."""
-    if side is not None and side % 8:
-        near = max(side // 8 * 8, 32)
-        raise ParamsError([f"--size: should be a multiple of 8 (got {side}); for example {near} or {near + 8}"])
+    if side is not None and side % SIDE_UNIT:
+        near = max(side // SIDE_UNIT * SIDE_UNIT, SIDE[0])
+        other = near + SIDE_UNIT
+        raise ParamsError([f"--size: should be a multiple of {SIDE_UNIT} (got {side}); for example {near} or {other}"])

@@ -128,10 +128,10 @@ def test_a_row_may_have_its_own_negative_prompt(model: PictureModel) -> None:
     ("params", "message"),
     [
         ({"seed": -1}, "seed: should be in"),
-        ({"num_inference_steps": 10**9}, r"num_inference_steps: should be 1 to 1000 \(got 1000000000\)"),
+        ({"num_inference_steps": 10**9}, r"num_inference_steps: should be 1 to 999 \(got 1000000000\)"),
         ({"guidance_scale": float("nan")}, "guidance_scale: should be 0 to 50"),
         ({"resolution": 33}, "resolution: should be a multiple of 8"),
-        ({"resolution": 100_000}, "resolution: should be a multiple of 8 from 32 to 2048"),
+        ({"resolution": 100_000}, "resolution: should be 32 to 2048"),
         ({"batch_size": 65}, "batch_size: should be 1 to 64"),
         ({"scheduler": "heun"}, r"scheduler: should be one of dpmsolver\+\+, ddim, pndm, euler \(got 'heun'\)"),
     ],
