@@ -5,11 +5,12 @@ from typing import Any
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
-from prefect.states import Completed, Failed
+from prefect.states import Completed
 
 from dreambooth.errors import DreamboothError
 from dreambooth.params import load_params
 from flows.generate import draw_registered
+from flows.program import failed
 from flows.project import PARAMS, find_root
 from flows.summary import picture_uri
 from flows.turns import gpu, has_limit
@@ -45,7 +46,7 @@ def generate(
                 project, subject, prompts, count, {"seed": seed}, log.info, log.warning, version, target
             )
     except DreamboothError as error:
-        return Failed(message=f"{error.code}: {error}")
+        return failed(error)
     sheet = f"{drawn.sheet.parent}\n\n![sheet]({picture_uri(drawn.sheet)})"
     create_markdown_artifact(sheet, key=f"pictures-{subject}", description=f"{len(drawn.pictures)} pictures")
     return Completed(message=f"{len(drawn.pictures)} pictures in {drawn.sheet.parent}")

@@ -109,7 +109,7 @@ def run(
     began = time.monotonic()
     root = find_root(context.obj)
     params = _params(root)
-    subjects = choose_subjects(params, subject_ids or [])  # before anything is written: a preset has no say in it
+    subjects = choose_subjects(params, subject_ids)  # before anything is written: a preset has no say in it
     before = read_params_text(root)
     if preset:
         _apply_presets(root, preset)
@@ -187,7 +187,7 @@ def status(context: typer.Context, subject_ids: SubjectIds = None) -> None:
 
     root = find_root(context.obj)
     params = _params(root)
-    subjects = choose_subjects(params, subject_ids or [])
+    subjects = choose_subjects(params, subject_ids)
     _print_status(root, params, Graph.load(root).select(subjects), subjects)
 
 
@@ -317,20 +317,16 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         app(arguments, prog_name="dreambooth")
-    except DreamboothError as error:
-        if len(arguments) < len(sys.argv) - 1:
-            raise
-        from flows.tables import print_problems
-
-        print_problems(err, error.code, redact(str(error)))
-        sys.exit(error.exit_code)
-    except OSError as error:
-        if len(arguments) < len(sys.argv) - 1 or not (told := machine_fault(error)):
+    except Exception as error:
+        told, code = machine_fault(error), MACHINE_FAULT
+        if isinstance(error, DreamboothError):
+            told, code = f"{error.code}: {error}", error.exit_code
+        if not told or len(arguments) < len(sys.argv) - 1:
             raise
         from flows.tables import print_problems
 
         print_problems(err, *redact(told).split(": ", 1))
-        sys.exit(MACHINE_FAULT)
+        sys.exit(code)
 
 
 if __name__ == "__main__":

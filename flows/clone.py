@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
-from prefect.states import Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from dreambooth.errors import DreamboothError, SubjectError
@@ -20,6 +19,7 @@ from flows import clones
 from flows.dvcrun import DvcRunner
 from flows.graph import Graph
 from flows.personalize import TASKS_AT_ONCE, Futures, carry_out, publish
+from flows.program import failed
 from flows.project import PARAMS, choose_subjects, find_root
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def hand_back(clone: Path, stages: Collection[str], run_id: str) -> "str | State
         clones.publish(clone, stages)
         return clones.commit_back(clone, run_id)
     except DreamboothError as error:
-        return Failed(message=f"{error.code}: {error}")
+        return failed(error)
 
 
 @flow(name="personalize", task_runner=ThreadPoolTaskRunner(max_workers=TASKS_AT_ONCE), persist_result=False)  # type: ignore[arg-type]
@@ -76,10 +76,10 @@ def personalize(
             params = load_params(clone / PARAMS)
             if classes:
                 return _draw(clone, params, classes)
-            subjects = choose_subjects(params, [subject] if isinstance(subject, str) else subject or [])
+            subjects = choose_subjects(params, subject)
             return _bring(clone, params, subjects, Graph.load(clone).select(subjects))
     except DreamboothError as error:
-        return Failed(message=f"{error.code}: {error}")
+        return failed(error)
 
 
 def _draw(clone: Path, params: Params, classes: list[str]) -> list["State[Any]"]:

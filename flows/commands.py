@@ -1,13 +1,16 @@
 """The commands beside the run: promote, versions, doctor, plan, sweep, forget and their like; nothing heavy here."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dreambooth.errors import PipelineError
 from flows.console import out, print_whole, say, shown
 from flows.project import PARAMS, find_root
+
+if TYPE_CHECKING:
+    from dreambooth.promotion import Promotion
 
 SubjectId = Annotated[str, typer.Argument(metavar="ID", help="Subject, such as biscuit.")]
 Force = Annotated[str | None, typer.Option("--force", metavar="REASON", help="Overrule; the reason is recorded.")]
@@ -98,7 +101,7 @@ def plan(
 
     root = find_root(context.obj)
     params = load_params(root / PARAMS)
-    graph = Graph.load(root).select(choose_subjects(params, subject_ids or []))
+    graph = Graph.load(root).select(choose_subjects(params, subject_ids))
     made = make_plan(root, params, graph, Lanes(gpus) if gpus else lanes_of(root, params, graph))
     out.print(plan_table(made))
     for line in made.in_words(price):
@@ -190,9 +193,6 @@ def forget(
     say(f"Erased. Receipt, without personal data: {shown(receipt)}")
 
 
-def _say_promotion(done: "object") -> None:
-    from dreambooth.promotion import Promotion
-
-    assert isinstance(done, Promotion)
+def _say_promotion(done: "Promotion") -> None:
     before = f"version {done.before}" if done.before else "none"
     say(f"models:/{done.name}@champion is version {done.champion} (before: {before}); {done.reason}")

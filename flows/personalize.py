@@ -28,6 +28,7 @@ from flows.dvcrun import DvcRunner, StageRun
 from flows.graph import GPU_ENTRIES, Graph
 from flows.lanes import MOST, Lanes, lanes_of
 from flows.leaving import heard_in_a_flow, leaving_when_told
+from flows.program import exit_code, failed, states_of
 from flows.project import PARAMS, choose_subjects, find_root
 from flows.turns import VARIABLE, Turn, gpu, has_limit, without_limit
 
@@ -69,7 +70,7 @@ def register(subject_id: str, root: Path, max_logged_bytes: int | None = None) -
         with _registering:
             version = registry.register(root, subject_id, max_logged_bytes)
     except DreamboothError as error:
-        return Failed(message=f"register {subject_id}: {error.code}: {error}")
+        return failed(error, f"register {subject_id}")
     how = "registered" if version.created else "was registered before"
     get_run_logger().info("models:/%s version %s %s", version.name, version.version, how)
     return version
@@ -87,10 +88,10 @@ def personalize(subject: str | list[str] | None = None, root: str | None = None)
         try:
             project = find_root(root)
             params = load_params(project / PARAMS)
-            subjects = choose_subjects(params, [subject] if isinstance(subject, str) else subject or [])
+            subjects = choose_subjects(params, subject)
             graph = Graph.load(project).select(subjects)
         except DreamboothError as error:
-            return Failed(message=f"{error.code}: {error}")
+            return failed(error)
         stages, versions = carry_out(params, subjects, graph, DvcRunner(project))
         summary.write_index(project, _versions(project, params.subjects))
         publish(project, params, stages, versions)
@@ -132,26 +133,13 @@ def run(subjects: Sequence[str], root: Path) -> Outcome:
         PipelineError: the flow could not begin.
         Interrupted: a signal told it to stop; without a server of its own the process ends instead.
     """
-    try:
-        with leaving_when_told(subjects, has_server()):
-            state = cast("State[Any]", personalize(list(subjects), str(root), return_state=True))
-    except RuntimeError as error:
-        if "Failed to reach API" not in str(error):
-            raise
-        raise PipelineError(
-            f"{error} (PREFECT_API_URL); start that server: prefect server start; or work without one: "
-            "prefect config unset PREFECT_API_URL"
-        ) from None
-    result = state.result(raise_on_failure=False)
-    if isinstance(result, BaseException):
-        raise result
-    if not isinstance(result, list):
-        raise PipelineError(state.message or f"the flow ended as {state.name}")
-    done = [one.result(raise_on_failure=False) for one in result if one.is_completed()]
+    with leaving_when_told(subjects, has_server()):
+        states = states_of(lambda: cast("State[Any]", personalize(list(subjects), str(root), return_state=True)))
+    done: list[Any] = [one.result(raise_on_failure=False) for one in states if one.is_completed()]
     return Outcome(
         tuple(one for one in done if isinstance(one, StageRun)),
         tuple(one for one in done if not isinstance(one, StageRun)),
-        tuple(one.message or one.name for one in result if one.is_final() and not one.is_completed()),
+        tuple(str(one.message or one.name) for one in states if one.is_final() and not one.is_completed()),
     )
 
 
@@ -229,14 +217,7 @@ def _versions(root: Path, subjects: Iterable[str]) -> dict[str, str]:
 
 def main() -> int:
     """Run the subjects named on the command line, or all."""
-    try:
-        outcome = run(sys.argv[1:], find_root())
-        failures, code = [f"{PipelineError.code}: {failure}" for failure in outcome.failures], PipelineError.exit_code
-    except DreamboothError as error:
-        failures, code = [f"{error.code}: {line}" for line in str(error).splitlines()], error.exit_code
-    for failure in failures:
-        sys.stderr.write(f"{failure}\n")
-    return code if failures else 0
+    return exit_code(lambda: [f"{PipelineError.code}: {one}" for one in run(sys.argv[1:], find_root()).failures])
 
 
 if __name__ == "__main__":

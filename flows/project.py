@@ -34,12 +34,18 @@ def find_root(given: str | Path | None = None) -> Path:
     )
 
 
-def choose_subjects(params: Params, wanted: Sequence[str]) -> list[str]:
-    """Return the wanted subjects, each once, or all of them when none is named.
+def ids_of(given: str | Sequence[str] | None) -> list[str]:
+    """Return the ids that the parameter of a flow names: one, several, or none."""
+    return [given] if isinstance(given, str) else list(given or [])
+
+
+def choose_subjects(params: Params, given: str | Sequence[str] | None) -> list[str]:
+    """Return the given subjects, each once, or all of them when none is named.
 
     Raises:
         SubjectError: one of them is not in params.yaml.
     """
+    wanted = ids_of(given)
     for subject_id in wanted:
         params.subject(subject_id)
     return list(dict.fromkeys(wanted)) or list(params.subjects)

@@ -15,12 +15,13 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
-from prefect.states import Completed, Failed
+from prefect.states import Completed
 from pydantic import Field
 
 from dreambooth.errors import ConsentError, DreamboothError, GateError, PipelineError
 from dreambooth.params import Params, load_params
 from flows import clones, summary
+from flows.program import exit_code, failed, states_of
 from flows.project import PARAMS, choose_subjects, find_root
 from flows.turns import gpu, has_limit
 
@@ -65,11 +66,11 @@ def promote_one(
         _fetch_exports(root, subject_id, version)
         done = promotion.promote(root, params, subject_id, version, force, in_turn, clones.trained)
     except (GateError, ConsentError) as error:
-        return Failed(message=f"{error.code}: {error}")
+        return failed(error)
     except DreamboothError as error:
         if isinstance(error.__cause__, OSError):
             raise _NotYet(f"{error.code}: {error}") from None
-        return Failed(message=f"{error.code}: {error}")
+        return failed(error)
     get_run_logger().info("models:/%s@champion is version %s: %s", done.name, done.champion, done.reason)
     return done
 
@@ -104,9 +105,9 @@ def promote(subject: str | list[str] | None = None, root: str | None = None, for
     try:
         project = find_root(root)
         params = load_params(project / PARAMS)
-        subjects = choose_subjects(params, [subject] if isinstance(subject, str) else subject or [])
+        subjects = choose_subjects(params, subject)
     except DreamboothError as error:
-        return Failed(message=f"{error.code}: {error}")
+        return failed(error)
     states = {one: promote_one(one, project, params, force, return_state=True) for one in subjects}
     table = [{"subject": one, "verdict": _verdict(state)} for one, state in states.items()]
     create_table_artifact(table, key="promote", description="Verdicts of this run")
@@ -142,7 +143,7 @@ def approve(subject: str, root: str | None = None, patience_days: float = 14.0) 
         if challenger is None or (champion and champion.version == challenger.version):
             return Completed(message=f"{subject} has no challenger that is not the champion")
     except DreamboothError as error:
-        return Failed(message=f"{error.code}: {error}")
+        return failed(error)
     number = challenger.version
     _show(project, params, subject, number, champion.version if champion else None)
     question = Approval.with_initial_data(
@@ -181,11 +182,8 @@ def run(subjects: Sequence[str], root: Path) -> list[str]:
     Raises:
         PipelineError: the flow could not begin.
     """
-    state = cast("State[Any]", promote(list(subjects), str(root), return_state=True))
-    result = state.result(raise_on_failure=False)
-    if not isinstance(result, list):
-        raise PipelineError(state.message or f"the flow ended as {state.name}")
-    return [str(one.message or one.name) for one in result if not one.is_completed()]
+    states = states_of(lambda: cast("State[Any]", promote(list(subjects), str(root), return_state=True)))
+    return [str(one.message or one.name) for one in states if not one.is_completed()]
 
 
 def _verdict(state: "State[Any]") -> str:
@@ -197,13 +195,7 @@ def _verdict(state: "State[Any]") -> str:
 
 def main() -> int:
     """Promote the subjects named on the command line, or all."""
-    try:
-        failures = run(sys.argv[1:], find_root())
-    except DreamboothError as error:
-        failures = [f"{error.code}: {line}" for line in str(error).splitlines()]
-    for failure in failures:
-        sys.stderr.write(f"{failure}\n")
-    return PipelineError.exit_code if failures else 0
+    return exit_code(lambda: run(sys.argv[1:], find_root()))
 
 
 if __name__ == "__main__":

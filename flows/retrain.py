@@ -35,7 +35,8 @@ from dreambooth.folders import code_hash, sha256_of, sha256_of_file
 from dreambooth.params import Params, load_params
 from flows import clones
 from flows.graph import Graph, Stage
-from flows.project import PARAMS, choose_subjects, find_root
+from flows.program import failed
+from flows.project import PARAMS, choose_subjects, find_root, ids_of
 from flows.promote import promote_one
 from flows.summary import export_hash
 from flows.turns import has_limit, without_limit
@@ -95,7 +96,7 @@ def retrain(
         graph = Graph.load(project, allow_missing=deployment == CLONE).select(subjects)
         stale = find_stale(project, graph, subjects, oldest_days, files=deployment != CLONE)
     except DreamboothError as error:
-        return Failed(message=f"{error.code}: {error}")
+        return failed(error)
     if not stale:
         return Completed(name=SKIPPED, message="skipped: unchanged")
     for one, reasons in stale.items():
@@ -165,8 +166,7 @@ def began_since_due() -> str | None:
 
 
 def _ids(subject: str | list[str] | None) -> list[str]:
-    given = [subject] if isinstance(subject, str) else subject or []
-    return [one.removeprefix(EVENT_PREFIX) for one in given]
+    return [one.removeprefix(EVENT_PREFIX) for one in ids_of(subject)]
 
 
 def _reasons(stages: Sequence[Stage], known: Mapping[str, Stage]) -> Iterator[str]:
@@ -241,17 +241,17 @@ def _start(
     deployment: str, parameters: dict[str, Any], keys: tuple[str, ...], reasons: tuple[str, ...], key: str
 ) -> Work:
     """Ask for a flow run; one that was asked for with the same key and has not ended is taken instead of a second."""
-    for attempt in count():
+    attempts = count()
+    while True:
         run = _ask(
             deployment,
             parameters=parameters,
-            idempotency_key=f"{key}-{attempt}",
+            idempotency_key=f"{key}-{next(attempts)}",
             flow_run_name=" ".join(keys),
         )
         if not (run.state and run.state.is_final()):
             get_run_logger().info("%s: flow run %s (%s)", " ".join(keys), run.id, deployment)
             return Work(keys, reasons, run)
-    raise AssertionError("count() never ends")
 
 
 def _ask(deployment: str, **named: Any) -> FlowRun:

@@ -17,6 +17,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import ObjectNotFound
 
 from dreambooth.errors import PipelineError
+from flows.program import is_away
 
 VARIABLE = "DREAMBOOTH_GPU_SLOT"
 GPU = "gpu"  # the name of the limit where the variable says none
@@ -146,6 +147,6 @@ def _call(ask: Callable[[SyncPrefectClient], Response], no: int = 0) -> Response
     except TransportError as error:
         raise _AwayError(str(error)) from None
     except RuntimeError as error:
-        if "Failed to reach API" not in str(error):
+        if not is_away(error):
             raise
         raise _AwayError(str(error)) from None

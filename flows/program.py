@@ -1,0 +1,56 @@
+"""Flows as programs: a fault as the state of a run, the states of a run in this process, lines and an exit code."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from prefect.states import Failed
+
+from dreambooth.errors import DreamboothError, PipelineError
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import State
+
+
+def failed(error: DreamboothError, what: str = "") -> "State[Any]":
+    """Return the state of a run, or of a task about `what`, that ended with an error of its user."""
+    return Failed(message=f"{what and f'{what}: '}{error.code}: {error}")
+
+
+def is_away(error: RuntimeError) -> bool:
+    """Tell whether Prefect says by an error that its server does not answer."""
+    return "Failed to reach API" in str(error)
+
+
+def states_of(run: "Callable[[], State[Any]]") -> "list[State[Any]]":
+    """Run a flow in this process and return the states of its tasks.
+
+    Raises:
+        PipelineError: the flow could not begin, or the server that PREFECT_API_URL names does not answer.
+    """
+    try:
+        state = run()
+    except RuntimeError as error:
+        if not is_away(error):
+            raise
+        raise PipelineError(
+            f"{error} (PREFECT_API_URL); start that server: prefect server start; or work without one: "
+            "prefect config unset PREFECT_API_URL"
+        ) from None
+    result = state.result(raise_on_failure=False)
+    if isinstance(result, BaseException):
+        raise result
+    if not isinstance(result, list):
+        raise PipelineError(state.message or f"the flow ended as {state.name}")
+    return result
+
+
+def exit_code(run: Callable[[], Sequence[str]]) -> int:
+    """Run a program that returns a line for each failure; write them to stderr and return the code of the process."""
+    try:
+        failures, code = run(), PipelineError.exit_code
+    except DreamboothError as error:
+        failures, code = [f"{error.code}: {line}" for line in str(error).splitlines()], error.exit_code
+    for failure in failures:
+        sys.stderr.write(f"{failure}\n")
+    return code if failures else 0
