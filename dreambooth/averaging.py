@@ -1,6 +1,6 @@
 """A moving average of the trained weights, which wavers less than they do."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ class Average:
         self.values = {name: weight.detach().clone() for name, weight in weights.items()}
 
     @torch.no_grad()
-    def update(self, weights: Mapping[str, Tensor], step: int) -> None:
-        """Move towards the weights after step `step`, from 0."""
+    def update(self, weights: Sequence[Tensor], step: int) -> None:
+        """Move towards the weights after step `step`, from 0; they are in the order of those before the first step."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, weight in weights.items():
-            self.values[name].lerp_(weight.detach(), 1 - decay)
+        torch._foreach_lerp_(list(self.values.values()), list(weights), 1 - decay)  # one kernel for many weights

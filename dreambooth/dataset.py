@@ -5,8 +5,8 @@ channels, H height, W width of the latents.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows as tensors, on the CPU, float32."""
+    """Rows as tensors, float32."""
 
     latents: Tensor
     noise: Tensor
@@ -68,9 +68,16 @@ class Batch:
     instances: Tensor
     """Number of instance rows that the loss is a mean over: these, and those of other shapes that go with them."""
     prompts: tuple[str, ...]
-    taught: Tensor
+    taught: tuple[int, ...]
+    """Numbers of the rows whose target is the base's own prediction."""
     sizes: Tensor | None = None
     """(B, 6) of `families.Sizes`, where the samples have them."""
+
+    def on(self, device: torch.device) -> "Batch":
+        """Return the batch on a device, which is not waited for: it may be computing the step before."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return replace(self, **moved)
 
 
 def as_posterior(latents: Tensor) -> Posterior:
@@ -163,7 +170,7 @@ def collate(
         is_instance=is_instance,
         instances=is_instance.sum() if instances is None else torch.tensor(instances),
         prompts=tuple(row.sample.prompt for row in rows),
-        taught=torch.tensor([row.sample.taught for row in rows]),
+        taught=tuple(number for number, row in enumerate(rows) if row.sample.taught),
         sizes=stack_sizes([sizes for _, sizes in views]),
     )
 

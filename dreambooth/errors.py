@@ -186,11 +186,24 @@ def shown(text: object) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
 
 
+_NO_MEMORY = (  # plain RuntimeErrors
+    "can't allocate memory",  # c10/core/impl/alloc_cpu.cpp
+    "CUDA error: out of memory",  # outside of torch's own allocator
+    "STATUS_ALLOC_FAILED",  # cuBLAS and cuDNN, for their workspaces
+    "unable to find an engine to execute this computation",  # cuDNN, when no engine's workspace fits
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the device, or of the machine, ran out; by name, for torch is not imported here."""
+    return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in _NO_MEMORY)
+
+
 def machine_fault(error: BaseException) -> str:
     """Explain what the machine or a path lacks in one line; empty for a fault of ours, whose traceback is wanted."""
     if isinstance(error, OSError):
         return _file_fault(error)
-    if type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         first_line = str(error).splitlines()[0]
         return (
             f"E_OUT_OF_MEMORY: {first_line}; lower batch_size of the stage, or set train.gradient_checkpointing: true"

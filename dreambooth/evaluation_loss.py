@@ -58,7 +58,7 @@ def fixed_batches(
                 is_instance=is_instance,
                 instances=is_instance.sum(),
                 prompts=tuple(sample.prompt for sample, _ in part),
-                taught=torch.tensor([sample.taught for sample, _ in part]),
+                taught=tuple(number for number, (sample, _) in enumerate(part) if sample.taught),
                 sizes=stack_sizes([sample.sizes for sample, _ in part]),
             )
 
@@ -85,7 +85,7 @@ def _mean_loss(trainer: Trainer, samples: Sequence[Sample], role: str) -> float:
         module.eval()
     batches = fixed_batches(samples, role, len(trainer.alphas_cumprod), settings.seed, 2 * settings.train_batch_size)
     own = {"unet": model.unet, **model.encoders}  # without the wrapper of several processes: each measures all
-    losses = [row_losses(trainer, batch, own) for batch in batches]
+    losses = [row_losses(trainer, batch.on(trainer.accelerator.device), own) for batch in batches]
     for module in modules:
         module.train()
     return torch.cat(losses).mean().item() if losses else float("nan")

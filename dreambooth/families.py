@@ -58,7 +58,12 @@ class Text:
 
     def rows(self, numbers: Sequence[int]) -> "Text":
         """Take rows, in this order, some of them several times."""
-        return Text(self.embeds[numbers], None if self.pooled is None else self.pooled[numbers])
+        return Text(take(self.embeds, numbers), None if self.pooled is None else take(self.pooled, numbers))
+
+
+def take(tensor: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Return rows of a tensor, (B, ...), without waiting for its device as an index of numbers would."""
+    return tensor[torch.tensor(numbers).to(tensor.device, non_blocking=True)]
 
 
 def encode_text(family: Family, encoders: Sequence[torch.nn.Module], input_ids: Sequence[Tensor]) -> Text:
@@ -86,7 +91,7 @@ def condition(text: Text, sizes: Tensor | None) -> dict[str, Any]:
         return {"encoder_hidden_states": text.embeds}
     if sizes is None:
         raise ValueError("SDXL needs the sizes of each row")
-    sizes = sizes.to(text.pooled.device, text.pooled.dtype)
+    sizes = sizes.to(text.pooled.device, text.pooled.dtype, non_blocking=True)
     added = {"text_embeds": text.pooled, "time_ids": sizes}
     return {"encoder_hidden_states": text.embeds, "added_cond_kwargs": added}
 

@@ -15,7 +15,7 @@ from dreambooth.checkpoint import named_weights
 from dreambooth.models import DTYPES, Model, cast_module, save_parts
 from dreambooth.params import Train
 
-_HALF = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+HALF = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def learns_token(settings: Train) -> bool:
@@ -33,6 +33,11 @@ def trains_encoders(settings: Train) -> bool:
     return settings.train_text_encoder and settings.method != "textual_inversion"
 
 
+def reads_trained_text(settings: Train) -> bool:
+    """Whether the UNet reads text of which anything is trained."""
+    return trains_encoders(settings) or learns_token(settings)
+
+
 def add_token(model: Model, settings: Train, identifier: str, class_noun: str) -> None:
     """Extend the vocabulary by the identifier, which begins as the class noun, if the method learns it.
 
@@ -47,6 +52,11 @@ def add_token(model: Model, settings: Train, identifier: str, class_noun: str) -
     model.learned_token = identifier
 
 
+def frozen_dtype(settings: Train) -> torch.dtype | None:
+    """Return the precision of a UNet that is frozen, None where it is float32 or the UNet is trained."""
+    return None if settings.method == "full" else HALF[settings.mixed_precision]
+
+
 def make_trainable(model: Model, settings: Train) -> dict[str, torch.nn.Module]:
     """Freeze the model but for what the method trains; return the modules that hold it, in training mode.
 
@@ -55,10 +65,9 @@ def make_trainable(model: Model, settings: Train) -> dict[str, torch.nn.Module]:
     trained: dict[str, torch.nn.Module] = {}
     if settings.method != "textual_inversion":
         trained["unet"] = model.unet
-    if trains_encoders(settings) or learns_token(settings):
+    if reads_trained_text(settings):
         trained |= model.encoders
-    half = _HALF[settings.mixed_precision]
-    if settings.method != "full" and half is not None:
+    if (half := frozen_dtype(settings)) is not None:
         cast_module(model.unet, half)
     if settings.method == "full":
         for module in trained.values():

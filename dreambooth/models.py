@@ -97,6 +97,11 @@ def gpu_in_words() -> str | None:
     return f"{about.name}, {about.total_memory / 1e9:.0f} GB"
 
 
+def gpu_lacks_bfloat16() -> bool:
+    """Whether there is a GPU that only emulates bfloat16 (before Ampere): many times slower than float16."""
+    return torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def cpu_has_tiles() -> bool:
     """Whether the CPU multiplies matrices of bfloat16 in tiles (AMX): twice as fast as float32."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
@@ -152,6 +157,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
     trained: str | Path | None = None,
+    unet_dtype: torch.dtype | None = None,
 ) -> Model:
     """Load the parts of a pipeline folder in evaluation mode.
 
@@ -161,6 +167,7 @@ def load_model(
         device: None is the GPU when there is one.
         trained: a folder of a training (models/<subject>): parts that stand in for those of `path`, or a LoRA that
             is merged into them and an embedding that extends the vocabulary.
+        unet_dtype: of the weights of the UNet, before they are moved to the device; None: the same.
 
     Raises:
         ModelError: not a folder of a Stable Diffusion pipeline, or a part is missing or torn.
@@ -185,6 +192,8 @@ def load_model(
     )
     if trained is not None:
         load_trained(model, Path(trained))
+    if unet_dtype is not None:
+        cast_module(model.unet, unet_dtype)
     for name in family.weighted:
         module = getattr(model, name).requires_grad_(False).eval()
         module.to(place, memory_format=_memory_format(name, place, family))

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from PIL import Image
 
 from dreambooth import rng
+from dreambooth.errors import is_out_of_memory
 from dreambooth.models import Model
 from dreambooth.params import Train
 from dreambooth.sampling import SamplerSettings, draw
-from dreambooth.trainer import is_out_of_memory
 
 SCHEDULER, NUM_INFERENCE_STEPS = "dpmsolver++", 20  # Lu et al. 2022
 

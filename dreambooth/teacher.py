@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dreambooth import adapters
+from dreambooth import adapters, methods
 from dreambooth.dataset import Batch
-from dreambooth.families import condition
-from dreambooth.models import Model
+from dreambooth.families import condition, take
+from dreambooth.models import Model, cast_module
+from dreambooth.params import Train
 from dreambooth.texts import TextSource
 
 
@@ -23,25 +24,28 @@ class Teacher:
     Args:
         model: before its first step.
         prompts: of the rows that will be taught; they are encoded now, by the encoders of the base.
-        copied: whether the weights of the UNet themselves will move.
+        settings: of the training; where the weights of the UNet themselves will move, a copy stays, in the precision
+            that the UNet computes in.
     """
 
-    def __init__(self, model: Model, prompts: Sequence[str], copied: bool) -> None:
+    def __init__(self, model: Model, prompts: Sequence[str], settings: Train) -> None:
         self._model, self._text = model, TextSource(model, prompts, trained=False)
-        self._copy = copy.deepcopy(model.unet).requires_grad_(False).eval() if copied else None
+        self._copy: torch.nn.Module | None = None
+        if settings.method == "full":
+            self._copy = copy.deepcopy(model.unet).requires_grad_(False).eval()
+            if (half := methods.HALF[settings.mixed_precision]) is not None:
+                cast_module(self._copy, half)
 
     @torch.no_grad()
     def replace(self, target: Tensor, noisy_latents: Tensor, batch: Batch) -> Tensor:
         """Return the target with the base's prediction in the rows that are taught, (B, C, H, W)."""
-        rows = batch.taught.nonzero().flatten().tolist()
+        rows = batch.taught
         if not rows:
             return target
         text = self._text.encode([batch.prompts[row] for row in rows], ())
-        how = condition(text, None if batch.sizes is None else batch.sizes[rows])
-        timesteps = batch.timesteps[rows].to(target.device)
-        target = target.clone()
-        target[rows] = self._predict(noisy_latents[rows], timesteps, how).float()
-        return target
+        how = condition(text, None if batch.sizes is None else take(batch.sizes, rows))
+        predicted = self._predict(take(noisy_latents, rows), take(batch.timesteps, rows), how).float()
+        return target.index_copy(0, torch.tensor(rows).to(target.device, non_blocking=True), predicted)
 
     def _predict(self, latents: Tensor, timesteps: Tensor, how: dict[str, object]) -> Tensor:
         if self._copy is not None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dreambooth.families import Text, encode_text
+from dreambooth.families import Text, encode_text, take
 from dreambooth.models import Model
 from dreambooth.sampling import tokenize
 
@@ -36,5 +36,5 @@ class TextSource:
         if self.text is not None:
             return self.text.rows(rows)
         used = sorted(set(rows))
-        text = encode_text(self.family, encoders, [input_ids[used] for input_ids in self.input_ids])
+        text = encode_text(self.family, encoders, [take(input_ids, used) for input_ids in self.input_ids])
         return text.rows([used.index(row) for row in rows])

@@ -6,19 +6,20 @@ B rows, C latent channels, H height and W width of the latents, L tokens, D text
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, extract_model_from_parallel
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, extract_model_from_parallel
 from torch import Tensor
 
 from dreambooth import dataset, loss, methods
 from dreambooth.averaging import Average
 from dreambooth.checkpoint import State, named_weights, restore_weights
 from dreambooth.dataset import Batch, Row, Sample
-from dreambooth.errors import OutOfMemoryError, TrainingError
+from dreambooth.errors import OutOfMemoryError, TrainingError, is_out_of_memory
 from dreambooth.families import SDXL, condition
 from dreambooth.models import Model
 from dreambooth.optimizers import make_optimizer
@@ -30,7 +31,7 @@ from dreambooth.texts import TextSource
 _ADVICE = "lower train_batch_size and raise gradient_accumulation_steps, or set gradient_checkpointing (train: ...)"
 _ADVICE_OPTIMIZER = "train fewer weights (train.method: lora), or with smaller moments (train.optimizer: adamw_8bit)"
 _AVERAGE = "average"
-_CPU_ALLOCATOR = "can't allocate memory"  # of c10/core/impl/alloc_cpu.cpp, a plain RuntimeError
+_PATIENCE = timedelta(hours=2)  # of processes for the first one, which draws previews and writes checkpoints
 
 
 @dataclass
@@ -79,14 +80,20 @@ def prepare(model: Model, samples: Sequence[Sample], settings: Train) -> Trainer
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         cpu=model.device.type == "cpu",
-        # SDXL reads the layer before the last of its first text encoder: the last one never gets a gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=model.family is SDXL)],
+        kwargs_handlers=[
+            # SDXL reads the layer before the last of its first text encoder: the last one never gets a gradient.
+            DistributedDataParallelKwargs(
+                find_unused_parameters=model.family is SDXL and methods.reads_trained_text(settings),
+                gradient_as_bucket_view=True,
+            ),
+            InitProcessGroupKwargs(timeout=_PATIENCE),
+        ],
     )
     trained = methods.make_trainable(model, settings)
     reads_text = [name for name in model.encoders if name in trained]
     text = TextSource(model, [sample.prompt for sample in samples], trained=bool(reads_text))
     taught = [sample.prompt for sample in samples if sample.taught]
-    teacher = Teacher(model, taught, copied=settings.method == "full") if taught else None
+    teacher = Teacher(model, taught, settings) if taught else None
     if model.vae is None and not reads_text:
         for name in model.encoders:
             setattr(model, name, None)
@@ -114,7 +121,7 @@ def prepare(model: Model, samples: Sequence[Sample], settings: Train) -> Trainer
         text=text,
         teacher=teacher,
         average=Average(dict(named_weights(trained)), settings.ema_decay) if settings.ema_decay else None,
-        alphas_cumprod=scheduler.alphas_cumprod.float(),
+        alphas_cumprod=scheduler.alphas_cumprod.float().to(accelerator.device),
         prediction_type=_prediction_type(scheduler.config.prediction_type),
         settings=settings,
         parts=settings.gradient_accumulation_steps,
@@ -178,7 +185,7 @@ def train_step(trainer: Trainer, rows: Sequence[Row], step: int, learning_rate: 
     results = [_accumulate(trainer, part, step, len(own), number == len(own) - 1) for number, part in enumerate(own)]
     grad_norm = _update(trainer, step)
     if trainer.average is not None:
-        trainer.average.update(dict(named_weights(trainer.trained)), step)
+        trainer.average.update(trainer.trainable, step)
     means = {name: torch.stack([result[name] for result in results]).mean() for name in results[0]}
     return means | {"grad_norm": grad_norm}
 
@@ -222,30 +229,26 @@ def _accumulate(trainer: Trainer, part: Sequence[Row], step: int, share: int, is
                     stack.enter_context(trainer.accelerator.no_sync(module))
             step_loss, losses = forward(trainer, batch)
             trainer.accelerator.backward(step_loss / share)
-        found.append((step_loss.detach(), losses, batch.is_instance.to(losses.device)))
+        found.append((step_loss.detach(), losses, batch.is_instance))
     step_losses, row_losses, are_instance = zip(*found, strict=True)
     return _means(torch.stack(step_losses).sum(), torch.cat(row_losses), torch.cat(are_instance))
 
 
 def forward(trainer: Trainer, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the loss of a micro-batch, and the (B,) losses of its rows before any weight."""
-    device = trainer.accelerator.device
-    alpha_bar = trainer.alphas_cumprod[batch.timesteps].to(device)
+    """Return the loss of a micro-batch on its device, and the (B,) losses of its rows before any weight."""
     losses = row_losses(trainer, batch, trainer.modules)
+    alpha_bar = trainer.alphas_cumprod[batch.timesteps]
     snr_weights = loss.min_snr_weights(trainer.prediction_type, alpha_bar, trainer.settings.snr_gamma)
-    weights = batch.weights.to(device) * snr_weights
-    return loss.dreambooth_loss(losses, weights, batch.instances.to(device)), losses.detach()
+    return loss.dreambooth_loss(losses, batch.weights * snr_weights, batch.instances), losses.detach()
 
 
 def row_losses(trainer: Trainer, batch: Batch, modules: Mapping[str, torch.nn.Module]) -> Tensor:
     """Return the (B,) losses of rows before any weight, by the UNet and text encoders that are given."""
-    device = trainer.accelerator.device
-    latents, noise = batch.latents.to(device), batch.noise.to(device)
-    alpha_bar = trainer.alphas_cumprod[batch.timesteps].to(device)
-    noisy_latents = loss.add_noise(latents, noise, alpha_bar)
+    alpha_bar = trainer.alphas_cumprod[batch.timesteps]
+    noisy_latents = loss.add_noise(batch.latents, batch.noise, alpha_bar)
     text = trainer.text.encode(batch.prompts, [modules[name] for name in trainer.model.encoders])
-    model_pred = modules["unet"](noisy_latents, batch.timesteps.to(device), **condition(text, batch.sizes)).sample
-    target = loss.prediction_target(trainer.prediction_type, latents, noise, alpha_bar)
+    model_pred = modules["unet"](noisy_latents, batch.timesteps, **condition(text, batch.sizes)).sample
+    target = loss.prediction_target(trainer.prediction_type, batch.latents, batch.noise, alpha_bar)
     if trainer.teacher is not None:
         with trainer.accelerator.autocast():
             target = trainer.teacher.replace(target, noisy_latents, batch)
@@ -254,7 +257,8 @@ def row_losses(trainer: Trainer, batch: Batch, modules: Mapping[str, torch.nn.Mo
 
 def _collate(trainer: Trainer, rows: Sequence[Row], step: int, instances: int) -> Batch:
     settings = trainer.settings
-    return dataset.collate(rows, step, len(trainer.alphas_cumprod), settings.seed, settings.noise_offset, instances)
+    batch = dataset.collate(rows, step, len(trainer.alphas_cumprod), settings.seed, settings.noise_offset, instances)
+    return batch.on(trainer.accelerator.device)
 
 
 def capture(trainer: Trainer, step: int, records: Mapping[str, Any]) -> State:
@@ -280,7 +284,6 @@ def capture(trainer: Trainer, step: int, records: Mapping[str, Any]) -> State:
             "scaler": scaler.state_dict() if scaler is not None else {},
             "parts": trainer.parts,
             "checkpointing": trainer.checkpointing,
-            "position": {"step": step, "part": 0},
         },
         records=dict(records),
     )
@@ -323,11 +326,6 @@ def require_float32(parameters: Sequence[torch.nn.Parameter]) -> None:
     kinds = {parameter.dtype for parameter in parameters} - {torch.float32}
     if kinds:
         raise TrainingError(f"trainable weights are {kinds}; load the model in float32 and set train.mixed_precision")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the memory of the device, or of the machine, ran out."""
-    return isinstance(error, torch.OutOfMemoryError) or _CPU_ALLOCATOR in str(error)
 
 
 def _save_memory(trainer: Trainer, reason: str, step: int) -> None:

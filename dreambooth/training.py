@@ -96,7 +96,8 @@ def train(
             _loop(trainer, instance, prior, history, steps, stop, listeners or Listeners(), checkpoints)
         if checkpoints:
             checkpoints.finish()
-            if settings.load_best_model_at_end and not _ends_with_best(history):
+            ships_best = settings.load_best_model_at_end and not _ends_with_best(history)
+            if ships_best and trainer.accelerator.is_main_process:  # who alone writes and reads them, and what is made
                 _restore_best(trainer, checkpoints)
         if trainer.average is not None:
             restore_weights(trainer.trained, trainer.average.values)
@@ -168,23 +169,24 @@ def _loop(
             if first:
                 listeners.records(records)
             if evaluating:
-                history.evaluations.append(evaluate_loss(trainer, instance, prior, done))
+                history.evaluations.append(_shared(trainer, evaluate_loss(trainer, instance, prior, done)))
                 if first:
                     listeners.evaluation(history.evaluations[-1])
             if drawing and first and listeners.previews:
                 listeners.previews.draw(trainer.model, done, settings)
-            better = evaluating and is_best(history.evaluations)
+            better = evaluating and settings.load_best_model_at_end and is_best(history.evaluations)
             if checkpoints and first and done < steps and (saving or better or stopping):
                 score = history.evaluations[-1].score if better else None
                 checkpoints.begin_save(capture(trainer, done, asdict(history)), score)
             if stopping and done < steps:
-                _stop(stop, done, steps, checkpoints)
+                _stop(trainer, stop, done, steps, checkpoints)
 
 
-def _stop(stop: StopRequest, done: int, steps: int, checkpoints: Checkpoints | None) -> None:
+def _stop(trainer: Trainer, stop: StopRequest, done: int, steps: int, checkpoints: Checkpoints | None) -> None:
     """Answer a stop: wait for the checkpoint, say how far it went."""
     if checkpoints:
         checkpoints.finish()
+    trainer.accelerator.wait_for_everyone()  # a launcher ends the others when the first process has ended
     saved = "saved" if checkpoints else "lost"
     why = stop.signal.name if stop.signal else "a signal to another process"
     raise Interrupted(f"stopped by {why} after step {done} of {steps}, state {saved}")
@@ -200,6 +202,14 @@ def _restore_best(trainer: Trainer, checkpoints: Checkpoints) -> None:
     best = checkpoints.best()
     if best is not None:
         restore_weights(trainer.trained, best.weights)
+
+
+def _shared(trainer: Trainer, record: EvaluationRecord) -> EvaluationRecord:
+    """Return what the first process measured: different cards may differ in a last bit, and decide differently."""
+    records = [record]
+    if trainer.processes > 1:
+        broadcast_object_list(records)
+    return records[0]
 
 
 def _agree(trainer: Trainer, stop: bool) -> bool:

@@ -35,6 +35,7 @@ from dreambooth.locks import only_one
 from dreambooth.models import (
     Model,
     device_name,
+    gpu_lacks_bfloat16,
     library_versions,
     load_model,
     model_hash,
@@ -78,26 +79,24 @@ def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = 
         _start_processes(params.train.num_processes, subject_id, root, resume_from)
         return
     base = resolve_model(params.base.pretrained_model_name_or_path, params.base.revision, root)
-    model = load_model(base)
+    model = load_model(base, unet_dtype=methods.frozen_dtype(params.train))
     about = _inputs(params, subject_id, root, model_hash(base), device_name(model.device))
     instance = _instance_samples(params, subject_id, root, model, model_hash(base, ["vae"]))
     prior = _prior_samples(params, subject_id, root, instance) if params.has_prior else []
     about["class_images"] = sum(not sample.taught for sample in prior)
     methods.add_token(model, params.train, about["inputs"]["identifier"], about["inputs"]["class_noun"])
     checkpoints = _checkpoints(subject_id, root, about["inputs"], resume_from)
+    if params.train.preview_steps is None or processes.rank() > 0:  # the first process alone draws previews
+        model.vae = None  # all latents are known: its memory is free for the training
     if processes.rank() > 0:  # its share of the rows of each step, and no file
         train(model, instance, prior, params.train, None, checkpoints)
         return
     _require_room(params, model, root)
     _say_remarks(params, subject_id, model)
-    if params.train.preview_steps is None:
-        model.vae = None  # all latents are known: its memory is free for the training
     say(
         f"train {subject_id}: {len(instance)} photos, {len(prior)} class images, "
         f"{max_train_steps(params.train, len(instance))} steps on {model.device}"
     )
-    for remark in params.idle:
-        say(f"train {subject_id}: warning: {remark}")
     target = root / OUTPUTS[0].format(id=subject_id)
     with only_one(scratch_folder(root) / "locks", f"train-{subject_id}", f"the training of {subject_id}"):
         remove_leftovers(target)
@@ -131,6 +130,8 @@ def _start_processes(number: int, subject_id: str, root: Path, resume_from: Path
         raise TrainingError(
             f"train.num_processes: is {number}, but a launcher started {processes.count()}; start as many, or write 1"
         )
+    if number > (gpus := torch.cuda.device_count()) and torch.cuda.is_available():
+        raise TrainingError(f"train.num_processes: is {number}, but there are {gpus} GPUs here; write {gpus} or less")
     resume = ["--resume-from", str(resume_from)] if resume_from else []
     command = [sys.executable, "-m", "stages.train", subject_id, *resume]
     if code := launcher.start_all(command, number, root):
@@ -140,7 +141,10 @@ def _start_processes(number: int, subject_id: str, root: Path, resume_from: Path
 def _say_remarks(params: Params, subject_id: str, model: Model) -> None:
     word, tokenizer = params.subject(subject_id).identifier, model.tokenizer
     ids = tokenizer(word, add_special_tokens=False)["input_ids"]
-    for remark in identifier_remarks(word, ids, tokenizer.convert_ids_to_tokens(ids), len(tokenizer)):
+    remarks = [*identifier_remarks(word, ids, tokenizer.convert_ids_to_tokens(ids), len(tokenizer)), *params.idle]
+    if params.train.mixed_precision == "bf16" and gpu_lacks_bfloat16():
+        remarks.append("this GPU only emulates bfloat16; train.mixed_precision: fp16 is many times faster here")
+    for remark in remarks:
         say(f"train {subject_id}: warning: {remark}")
 
 

@@ -178,3 +178,14 @@ def test_what_computes_is_told_and_a_precision_that_would_draw_faster(
     (finding,) = _device(parse_params(params_values))
     assert finding.found.startswith(found)
     assert ("inference_dtype: bfloat16" in finding.remedy) == hint
+
+
+def test_a_gpu_that_only_emulates_bfloat16_is_told_to_take_float16(
+    params_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "gpu_in_words", lambda: "T4, 16 GB")
+    monkeypatch.setattr(models, "gpu_lacks_bfloat16", lambda: True)
+    for dtype in ("float32", "bfloat16", "float16"):
+        params_values["base"]["inference_dtype"] = dtype
+        (finding,) = _device(parse_params(params_values))
+        assert ("inference_dtype: float16" in finding.remedy) == (dtype != "float16")

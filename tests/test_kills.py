@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -508,6 +509,48 @@ def test_the_stage_starts_the_processes_itself_and_is_stopped_and_resumed_as_one
     assert said.count("150 steps on cpu") == 1  # one of them writes and tells
     assert read_manifest(root / "models/biscuit")["inputs"]["processes"] == 2
     assert (root / "models/biscuit/loss.csv").read_text().count("\n") == 151
+
+
+SLOW_DISK = """
+import sys, time
+from pathlib import Path
+from dreambooth import checkpoint, launcher, processes
+if "WORLD_SIZE" not in __import__("os").environ:
+    sys.exit(launcher.start_all([sys.executable, __file__], 2, Path.cwd()))
+write = checkpoint._save_sharded
+def slowly(*arguments):
+    if Path("slow").exists():
+        time.sleep(3)
+    write(*arguments)
+checkpoint._save_sharded = slowly
+sys.argv = ["stages.train", "biscuit"]
+from stages.entry import main
+from stages.train import run
+main(run, options=("resume_from",))
+"""
+
+
+@pytest.mark.fault(17)
+def test_the_other_processes_wait_for_the_one_that_saves(tmp_path: Path, tiny_model_folder: Path) -> None:
+    """Else the launcher takes the first that leaves for a failure, and ends the one that saves."""
+    values = tiny_values()
+    values["train"] |= {"max_train_steps": 3000, "checkpointing_steps": 3, "train_batch_size": 1, "num_processes": 2}
+    values["train"] |= {"method": "lora", "rank": 2}
+    root = prepared_project(tmp_path / "project", tiny_model_folder, values)
+    (root / "slowly.py").write_text(SLOW_DISK)
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, str(root / "slowly.py")]
+    with subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        await_true(lambda: list(root.glob(".scratch/checkpoints/*/step-*")), "no checkpoint was written")
+        (root / "slow").touch()
+        process.terminate()
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert process.returncode == RESUME, said
+    step = re.findall(r"after step (\d+) of 3000, state saved", said)[0]
+    newest = max(root.glob(".scratch/checkpoints/*/step-*"))
+    assert int(newest.name.removeprefix("step-")) == int(step)
+    read_manifest(newest)
 
 
 def test_the_code_of_the_process_that_fails_first_is_the_answer_and_none_is_left(tmp_path: Path) -> None:

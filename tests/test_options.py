@@ -14,7 +14,7 @@ from dreambooth import rng, trainer
 from dreambooth.averaging import Average
 from dreambooth.checkpoint import Checkpoints
 from dreambooth.dataset import Posterior, Sample, collate, rows_of_step
-from dreambooth.errors import OutOfMemoryError, TrainingError
+from dreambooth.errors import OutOfMemoryError, TrainingError, is_out_of_memory
 from dreambooth.images import to_square
 from dreambooth.loss import row_losses
 from dreambooth.models import Model, load_model
@@ -105,15 +105,32 @@ def test_a_row_takes_each_view_at_times_the_same_one_in_every_split() -> None:
     assert set(seen) == {0.0, 1.0, 2.0}
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes", True),
+        ("CUDA error: out of memory", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("GET was unable to find an engine to execute this computation", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED", False),
+    ],
+)
+def test_a_lack_of_memory_is_known_by_the_words_of_every_library(words: str, expected: bool) -> None:
+    assert is_out_of_memory(RuntimeError(words)) == expected
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+
+
 def test_the_average_by_hand() -> None:
     weight = torch.zeros(2)
     average = Average({"w": weight}, 0.5)
     for step, expected in ((0, 0.9), (1, 0.9 + (2 - 0.9) * (1 - 2 / 11))):
         weight.fill_(step + 1.0)
-        average.update({"w": weight}, step)
+        average.update([weight], step)
         assert torch.allclose(average.values["w"], torch.full((2,), expected))
     weight.fill_(0.0)
-    average.update({"w": weight}, 1000)  # by now the decay itself
+    average.update([weight], 1000)  # by now the decay itself
     assert torch.allclose(average.values["w"], torch.full((2,), 0.5 * expected))
 
 
