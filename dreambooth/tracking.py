@@ -44,6 +44,7 @@ MAX_METRICS_PER_BATCH = 1000  # mlflow.utils.validation
 MAX_PARAMS_PER_BATCH = 100  # the same, for tags too
 MAX_VALUE_LENGTH = 1000  # MLflow takes 6000; nobody reads more than this in a table
 CONNECT_SECONDS = 10.0
+_DRIVERS = {"psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}  # of SQLAlchemy's default for an address
 
 # Read by MLflow when it is imported or calls a server; whoever sets them in the environment wins.
 _ENVIRONMENT = {
@@ -52,6 +53,7 @@ _ENVIRONMENT = {
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # a stage's last words say what became of it
 }
 for _name, _value in _ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
@@ -82,10 +84,13 @@ def connect(root: Path) -> "tuple[MlflowClient, str]":
     The first migration of a database crashes when two processes start it at once, so it is done under a lock.
 
     Raises:
-        OSError: no server answers within CONNECT_SECONDS, or the database cannot be opened or filled.
+        OSError: it is no address, no server answers within CONNECT_SECONDS, its driver is missing, or the database
+            cannot be opened or filled.
         MlflowException: the store refuses.
     """
     uri = tracking_uri(root)
+    if "://" not in uri and not uri.startswith("databricks"):
+        raise OSError("MLFLOW_TRACKING_URI is no address such as http://HOST:5000, sqlite:////FILE or postgresql://...")
     if uri.startswith(("http://", "https://")):
         _check_server(uri)
     elif file := database_file(uri):
@@ -97,6 +102,9 @@ def connect(root: Path) -> "tuple[MlflowClient, str]":
         with FileLock(scratch_folder(root) / "mlflow.lock", timeout=5 * CLOSE_SECONDS):
             client = MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri)
             return client, _experiment(client, uri)
+    except ModuleNotFoundError as error:  # MLflow brings none
+        package = _DRIVERS.get(str(error.name), error.name)
+        raise OSError(f"the driver of this database is not installed: pip install {package}") from error
     except SQLAlchemyError as error:  # of the first migration, which MLflow does not put into words of its own
         raise OSError(str(error.__cause__ or error)) from error
 

@@ -211,8 +211,10 @@ def track_photos(root: Path, folder: Path) -> str | None:
     )
     if done.returncode == 0:
         return None
-    reason = " ".join(done.stderr.split()).removeprefix("ERROR: ") or f"exit {done.returncode}"
-    return f"the photos have no versions: {reason}; then: dvc add {name}"
+    said = " ".join(f"{done.stdout} {done.stderr}".split()).removeprefix("ERROR: ")
+    if "is not a git repository" in said:
+        return f"the photos have no versions: {root} is no git repository; git init, then dvc add {name}"
+    return f"the photos have no versions: {said or f'exit {done.returncode}'}; then: dvc add {name}"
 
 
 def _is(source: Path) -> bool:

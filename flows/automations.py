@@ -12,8 +12,10 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import StateType
 from prefect.events.actions import CallWebhook, ChangeFlowRunState
 from prefect.events.schemas.events import ResourceSpecification
+from prefect.settings import PREFECT_API_URL
 
 from dreambooth.errors import PipelineError
+from flows.program import reached
 
 FLOWS = ["personalize", "retrain", "promote", "generate"]
 Labels = dict[str, str | list[str]]
@@ -101,14 +103,14 @@ def apply(webhook: str | None = None) -> list[str]:
     Raises:
         PipelineError: no server is named, or it does not answer.
     """
-    from httpx import HTTPError
-
-    try:
+    if not PREFECT_API_URL.value():  # they would lie in the database of a server that ends with this process
+        raise PipelineError("automations live on a server that stays; name it: PREFECT_API_URL=http://HOST:4200/api")
+    if webhook is not None and not webhook.startswith(("http://", "https://")):
+        raise PipelineError(f"--webhook: should be an address that begins with http:// or https:// (got {webhook!r})")
+    with reached(remedy=""):
         wanted = [zombies(), restart(), *([notification(_save_hook(webhook))] if webhook else [])]
         with get_client(sync_client=True) as client:
             _replace(client, wanted)
-    except (HTTPError, RuntimeError) as error:
-        raise PipelineError(f"{error}; start the server, and name it: PREFECT_API_URL=http://HOST:4200/api") from None
     return [one.name for one in wanted]
 
 

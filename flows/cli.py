@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dreambooth.errors import MACHINE_FAULT, DreamboothError, PipelineError, machine_fault
+from dreambooth.errors import MACHINE_FAULT, DreamboothError, PipelineError, RegistryError, machine_fault
 from dreambooth.params import GUIDANCE, SAMPLER_STEPS, SIDE
 from dreambooth.redaction import redact
 from flows import commands
@@ -259,14 +259,21 @@ def _print_status(root: Path, params: "Params", graph: "Graph", subjects: list[s
     from flows.summary import read_summary
     from flows.tables import age, status_table
 
-    lines = []
+    lines, away = [], None
     for subject_id in subjects:
-        registered = _registered(root, subject_id)
+        registered = "?"
+        if away is None:  # asked once more for each subject it would take its time each time
+            try:
+                registered = _registered(root, subject_id)
+            except RegistryError as error:
+                away = error
         manifest = root / "export" / subject_id / "manifest.json"
         since = age(time.time() - manifest.stat().st_mtime) if manifest.exists() else "-"
         stale = [stage.entry for stage in graph.select([subject_id]).stale]
         lines.append((read_summary(root, params, subject_id), stale, registered, since))
     out.print(status_table(lines))
+    if away is not None:
+        _warn(f"{away.code}: {away}")
 
 
 def _registered(root: Path, subject_id: str) -> str:

@@ -57,6 +57,7 @@ def examine(root: Path) -> list[Finding]:
         "DVC": lambda: _dvc(root),
         "scratch": lambda: _scratch(root, params),
         "device": lambda: _device(params),
+        "Prefect": _prefect,
         "servers": lambda: _servers(listeners(), dict(os.environ)),
         "libraries": lambda: _libraries(installed),
     }
@@ -135,6 +136,20 @@ def _dvc(root: Path) -> Iterator[Finding]:
     for name, fault in known.items():
         remedy = f"dvc remote list; mend {name}, or sign in" if fault else ""
         yield Finding("broken" if fault else "good", f"DVC remote {name}", fault or "answers", remedy)
+
+
+def _prefect() -> Iterator[Finding]:
+    from flows import prefectstore
+
+    if not (url := prefectstore.server()):
+        return
+    from prefect.client.orchestration import get_client
+
+    from flows.program import reached
+
+    with reached(), get_client(sync_client=True) as client:
+        client.api_version()
+    yield Finding("good", "Prefect", f"{url} answers", "")
 
 
 def _scratch(root: Path, params: Params | None) -> Iterator[Finding]:

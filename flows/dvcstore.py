@@ -96,7 +96,7 @@ def forget_names(root: Path) -> None:
     """Remove DVC's notes of the project outside of it: they hold file names; DVC makes them again."""
     from dvc.repo import Repo
 
-    with Repo(str(root)) as repo:
+    with explained(root, "mend .dvc/config, then try again"), Repo(str(root)) as repo:
         folder = Path(repo.site_cache_dir)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -106,7 +106,7 @@ def remotes(root: Path) -> dict[str, str | None]:
     from dvc.repo import Repo
 
     found: dict[str, str | None] = {}
-    with Repo(str(root)) as repo:
+    with explained(root, "mend .dvc/config, then try again"), Repo(str(root)) as repo:
         for name in repo.config["remote"]:
             try:
                 remote = repo.cloud.get_remote(name)
@@ -115,6 +115,28 @@ def remotes(root: Path) -> dict[str, str | None]:
             except Exception as error:  # every kind of remote has exceptions of its own
                 found[name] = " ".join(str(error).split())
     return found
+
+
+@contextmanager
+def explained(root: Path, remedy: str) -> Iterator[None]:
+    """Turn what DVC raises into one line with the next step."""
+    from dvc.exceptions import DvcException, NotDvcRepoError
+
+    try:
+        yield
+    except NotDvcRepoError:
+        raise PipelineError(f"{root} has no .dvc folder; run there: dvc init (with --no-scm outside of git)") from None
+    except DvcException as error:
+        text = " ".join(str(error).split())
+        if "is not a git repository" in text:
+            remedy = "run there: git init; to stay without git: dvc config core.no_scm true"
+        raise PipelineError(f"{text}{_cause(error)}; {remedy}") from None
+
+
+def _cause(error: BaseException) -> str:
+    """Return what DVC keeps out of its message: the line that YAML or the schema stumbled over."""
+    cause = error.__cause__
+    return f": {' '.join(str(cause).split())}" if cause is not None and str(cause) else ""
 
 
 def being_written(root: Path) -> dict[Path, int]:
@@ -131,19 +153,15 @@ def being_written(root: Path) -> dict[Path, int]:
 
 @contextmanager
 def _places(root: Path) -> Iterator[list[_Place]]:
-    from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    try:
-        with Repo(str(root), _wait_for_lock=True) as repo:
-            legacy, local = repo.cache.legacy, repo.cache.local
-            places = [_Place("cache", local.fs, legacy.path, local)]
-            for name in repo.config["remote"]:
-                remote = repo.cloud.get_remote(name)
-                places.append(_Place(f"remote {name}", remote.fs, remote.path, remote.odb))
-            yield places
-    except DvcException as error:
-        raise PipelineError(f"DVC: {' '.join(str(error).split())}; mend .dvc/config, then try again") from None
+    with explained(root, "mend .dvc/config, then try again"), Repo(str(root), _wait_for_lock=True) as repo:
+        legacy, local = repo.cache.legacy, repo.cache.local
+        places = [_Place("cache", local.fs, legacy.path, local)]
+        for name in repo.config["remote"]:
+            remote = repo.cloud.get_remote(name)
+            places.append(_Place(f"remote {name}", remote.fs, remote.path, remote.odb))
+        yield places
 
 
 def _entries_of_project(root: Path) -> Iterator[Mapping[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from dreambooth.errors import PipelineError, SubjectError
 from dreambooth.params import load_params
-from flows.dvcstore import being_written
+from flows.dvcstore import being_written, explained
 from flows.project import PARAMS
 
 PRIOR = "prior"
@@ -297,18 +297,9 @@ def _from_root(path: str, root: Path) -> str:
 @contextmanager
 def _one_line_errors(root: Path) -> Iterator[None]:
     """Turn what DVC raises into our errors; a fault of params.yaml is told by our own reader, with every field."""
-    from dvc.exceptions import DvcException, NotDvcRepoError
-
     try:
-        yield
-    except NotDvcRepoError:
-        raise PipelineError(f"{root} has no .dvc folder; run there: dvc init (with --no-scm outside of git)") from None
-    except DvcException as error:
+        with explained(root, f"mend it in {root}"):
+            yield
+    except PipelineError:
         load_params(root / PARAMS)
-        raise PipelineError(f"{' '.join(str(error).split())}{_cause(error)}; mend it in {root}") from None
-
-
-def _cause(error: BaseException) -> str:
-    """Return what DVC keeps out of its message: the line that YAML or the schema stumbled over."""
-    cause = error.__cause__
-    return f": {' '.join(str(cause).split())}" if cause is not None and str(cause) else ""
+        raise

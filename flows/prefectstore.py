@@ -27,10 +27,8 @@ FAILED = ("FAILED", "CRASHED")
 
 def count(subject_id: str) -> int:
     """Count the flow runs that name a subject, in the local database or on the server."""
-    if _server():
-        from prefect.client.orchestration import get_client
-
-        with get_client(sync_client=True) as client:
+    if server():
+        with _client() as client:
             return len(_runs_of_server(client, subject_id))
     with _database() as connection:
         return len(_runs(connection, subject_id)) if connection else 0
@@ -42,7 +40,7 @@ def erase(subject_id: str) -> list[str]:
     A run of several subjects goes as a whole: its log names all of them. So does a run that failed with a reason that
     names the subject: one for an unknown subject lists those that are known.
     """
-    if _server():
+    if server():
         return _erase_on_server(subject_id)
     with _database() as connection:
         if connection is None:
@@ -66,7 +64,7 @@ def erase(subject_id: str) -> list[str]:
     return left
 
 
-def _server() -> str | None:
+def server() -> str | None:
     """Return the server that flows use: of the environment (empty: none), else of the profile of Prefect."""
     if "PREFECT_API_URL" in os.environ:
         return os.environ["PREFECT_API_URL"]
@@ -74,6 +72,22 @@ def _server() -> str | None:
 
     url: str | None = PREFECT_API_URL.value()
     return url
+
+
+@contextmanager
+def _client() -> "Iterator[SyncPrefectClient]":
+    """Ask the server.
+
+    Raises:
+        PipelineError: it does not answer.
+    """
+    from prefect.client.orchestration import get_client
+
+    from flows.program import reached
+
+    elsewhere = "; or erase where its database is: PREFECT_API_URL= dreambooth forget"
+    with reached(elsewhere), get_client(sync_client=True) as client:
+        yield client
 
 
 @contextmanager
@@ -199,10 +213,9 @@ def _names(run: "FlowRun", subject_id: str) -> bool:
 
 
 def _erase_on_server(subject_id: str) -> list[str]:
-    from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
-    with get_client(sync_client=True) as client:
+    with _client() as client:
         runs = sorted(_runs_of_server(client, subject_id))
         artifacts = {one.id for one in _artifacts_of_server(client, subject_id)}
         for part in (runs[at : at + 200] for at in range(0, len(runs), 200)):
@@ -212,7 +225,7 @@ def _erase_on_server(subject_id: str) -> list[str]:
             client.delete_artifact(artifact)
         for run in runs:
             client.delete_flow_run(run)
-    url = urlsplit(_server() or "")
+    url = urlsplit(server() or "")
     return [
         f"events and logs that Prefect at {url.hostname} keeps of deleted runs: they go with its retention, "
         "or where its database is: PREFECT_API_URL= dreambooth forget"

@@ -1,9 +1,11 @@
 """Flows as programs: a fault as the state of a run, the states of a run in this process, lines and an exit code."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Failed
 
 from dreambooth.errors import DreamboothError, PipelineError
@@ -22,21 +24,28 @@ def is_away(error: RuntimeError) -> bool:
     return "Failed to reach API" in str(error)
 
 
+@contextmanager
+def reached(remedy: str = "; or work without one: prefect config unset PREFECT_API_URL") -> Iterator[None]:
+    """Turn a server of Prefect that does not answer into one line with the next step."""
+    from httpx import HTTPError
+
+    try:
+        yield
+    except (HTTPError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_away(error):
+            raise
+        told = "; start that server: prefect server start"
+        raise PipelineError(f"{error} ({PREFECT_API_URL.value()}, PREFECT_API_URL){told}{remedy}") from None
+
+
 def states_of(run: "Callable[[], State[Any]]") -> "list[State[Any]]":
     """Run a flow in this process and return the states of its tasks.
 
     Raises:
         PipelineError: the flow could not begin, or the server that PREFECT_API_URL names does not answer.
     """
-    try:
+    with reached():
         state = run()
-    except RuntimeError as error:
-        if not is_away(error):
-            raise
-        raise PipelineError(
-            f"{error} (PREFECT_API_URL); start that server: prefect server start; or work without one: "
-            "prefect config unset PREFECT_API_URL"
-        ) from None
     result = state.result(raise_on_failure=False)
     if isinstance(result, BaseException):
         raise result

@@ -3,6 +3,7 @@
 The schedules, triggers and limits are those of prefect.yaml; nothing is said twice.
 """
 
+import argparse
 import os
 from importlib import import_module
 from pathlib import Path
@@ -63,6 +64,7 @@ def _deployment(entry: dict[str, Any]) -> RunnerDeployment:
 
 def main() -> None:
     """Serve until it is stopped."""
+    argparse.ArgumentParser(prog="python -m flows.serve", description=__doc__).parse_args()
     root = find_root()
     os.environ["DREAMBOOTH_HOME"] = str(root)
     serve(*deployments(root), limit=FLOW_RUNS_AT_ONCE)
