@@ -31,16 +31,8 @@ from base.recipe import Scorer as Section
 from base.soften import soften
 from base.sprites import Sprites
 from dreambooth.encoders import lite0_pooled
-from dreambooth.scorer import (
-    VOCABULARY,
-    WEIGHTS,
-    BundledScorer,
-    Vocabulary,
-    image_rows,
-    one_hot,
-    read_vocabulary,
-    text_rows,
-)
+from dreambooth.scorer import WEIGHTS, BundledScorer, image_rows, one_hot, text_rows
+from dreambooth.vocabulary import VOCABULARY, Vocabulary, read_vocabulary
 
 CACHE = recipe.SCRATCH / "scorer"
 MEASURED = "measured.json"

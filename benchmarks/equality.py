@@ -29,6 +29,7 @@ from dreambooth import evaluation
 from dreambooth.folders import write_file
 from dreambooth.models import model_hash
 from dreambooth.params import load_params
+from dreambooth.vocabulary import SCORER
 from stages import evaluate
 
 CONFIDENCE = 0.95
@@ -104,7 +105,7 @@ def score_both(recipe: Recipe, folder: Path) -> dict[str, float]:
     kept = folder / "identity.json"
     if not kept.exists():
         project = folder / "ours/project"
-        for name in ("data/prompts", evaluate.SCORER):
+        for name in ("data/prompts", SCORER):
             place = project / name
             place.parent.mkdir(parents=True, exist_ok=True)
             if not place.exists():

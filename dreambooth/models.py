@@ -20,6 +20,7 @@ import torch
 
 from dreambooth import adapters, lora, processes
 from dreambooth.adapters import EMBEDDINGS_FILE, LORA_FILE
+from dreambooth.bases import locate
 from dreambooth.errors import ModelError
 from dreambooth.families import FAMILIES, SD, SDXL, Family
 from dreambooth.folders import sha256_of, sha256_of_file
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LOCAL_MODELS = "data/base"  # what the stages depend on, see dvc.yaml
 _CONTENT_SUFFIXES = (".safetensors", ".json", ".txt")
 _PICKLES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 # What is fetched from the hub: the parts, not the same weights again as pickles, fp16 or one file.
@@ -131,24 +131,9 @@ def resolve_model(name_or_path: str, revision: str | None, root: Path) -> Path:
     Raises:
         ModelError: neither a folder nor to be had from the hub.
     """
-    folder = root / name_or_path
-    if folder.is_dir():
-        if not folder.absolute().is_relative_to(root.absolute() / LOCAL_MODELS):
-            raise ModelError(
-                f"base.pretrained_model_name_or_path: {name_or_path} is not in {LOCAL_MODELS}, where its changes would "
-                "be seen; move or copy it there"
-            )
-        if revision is not None:
-            raise ModelError(f"base.revision: {name_or_path} is a folder, which has no revision; write null")
+    if (folder := locate(name_or_path, revision, root)) is not None:
         return folder
-    if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/")):
-        raise ModelError(
-            f"base.pretrained_model_name_or_path: {name_or_path} is no folder in {root} and no hub id (owner/name)"
-        )
-    if revision is None:
-        raise ModelError(
-            f"base.revision: should be the 40-digit commit of the hub model {name_or_path}; a branch moves"
-        )
+    assert revision is not None  # else it could not be located
     return _fetch(name_or_path, revision)
 
 

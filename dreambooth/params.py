@@ -438,7 +438,10 @@ def parse_params(values: Mapping[str, Any], source: str = "params.yaml") -> Para
     try:
         params = Params.model_validate(values)
     except ValidationError as error:
-        raise ParamsError([shown(f"{source}: {_explain(fault)}") for fault in error.errors()]) from None
+        faults = error.errors()
+        mistyped = {(*fault["loc"][:-1], _near(fault["loc"])) for fault in faults if fault["type"] == "extra_forbidden"}
+        told = [fault for fault in faults if not (fault["type"] == "missing" and fault["loc"] in mistyped)]
+        raise ParamsError([shown(f"{source}: {_explain(fault)}") for fault in told]) from None
     problems = [*_secrets(values), *_contradictions(params)]
     if problems:
         raise ParamsError([shown(f"{source}: {problem}") for problem in problems])
@@ -627,9 +630,13 @@ def _explain(fault: Any) -> str:
 
 
 def _nearest_key(location: tuple[Any, ...]) -> str:
-    known = _keys_beside(location)
-    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+    near = _near(location)
+    return f"did you mean {near}?" if near else f"known here: {', '.join(_keys_beside(location))}"
+
+
+def _near(location: tuple[Any, ...]) -> str | None:
+    """Return the key that an unknown one was probably meant to be."""
+    return next(iter(difflib.get_close_matches(str(location[-1]), _keys_beside(location), n=1, cutoff=0.5)), None)
 
 
 def _keys_beside(location: tuple[Any, ...]) -> list[str]:

@@ -6,11 +6,8 @@ N pictures, M prompts, T tokens, F features, H hidden width, D width of the spac
 """
 
 import hashlib
-import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,51 +17,11 @@ from safetensors.torch import load
 from torch import Tensor
 
 from dreambooth.encoders import RESOLUTION, Lite0Pooled, lite0_pooled, load_lite0
-from dreambooth.errors import EvaluationError, ModelError, UnknownWordError
+from dreambooth.errors import EvaluationError, ModelError
+from dreambooth.vocabulary import NEXT_STEP, VOCABULARY, read_file, read_vocabulary
 
-VOCABULARY, WEIGHTS = "vocabulary.json", "scorer.safetensors"
+WEIGHTS = "scorer.safetensors"
 TENSORS = ("mean", "scale", "hidden.weight", "hidden.bias", "out.weight", "out.bias", "tokens")
-ARTICLES = {"a", "an", "the"}
-WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
-
-
-class Vocabulary(NamedTuple):
-    """What the scorer understands: phrases, and the token of each.
-
-    A phrase is one word or several: "on a red background" and "red" are different tokens, since the one is about the
-    background and the other about the subject. A phrase without a token carries nothing, as "photo of". Articles are
-    dropped before phrases are looked for: "on the beach" is "on a beach".
-    """
-
-    tokens: tuple[str, ...]
-    phrases: Mapping[tuple[str, ...], str | None]
-    """The words of a phrase, and the name of its token."""
-
-    def bag(self, prompt: str) -> frozenset[int]:
-        """List the tokens of a prompt: at each word the longest phrase that begins there.
-
-        Raises:
-            UnknownWordError: words that belong to no phrase.
-        """
-        found, unknown = self.parse(prompt)
-        if unknown:
-            raise UnknownWordError(prompt, unknown)
-        return frozenset(self.tokens.index(token) for token in found)
-
-    def parse(self, prompt: str) -> tuple[list[str], list[str]]:
-        """List the tokens and the unknown words of a prompt, in their order."""
-        words = split(prompt)
-        longest = max(map(len, self.phrases), default=0)
-        found, unknown, start = [], [], 0
-        while start < len(words):
-            ends = range(min(len(words), start + longest), start, -1)
-            end = next((end for end in ends if tuple(words[start:end]) in self.phrases), None)
-            if end is None:
-                unknown.append(words[start])
-            elif (token := self.phrases[tuple(words[start:end])]) is not None:
-                found.append(token)
-            start = end or start + 1
-        return found, unknown
 
 
 class BundledScorer:
@@ -78,7 +35,7 @@ class BundledScorer:
     """
 
     def __init__(self, folder: Path) -> None:
-        vocabulary, weights = (_content(folder / name) for name in (VOCABULARY, WEIGHTS))
+        vocabulary, weights = (read_file(folder / name) for name in (VOCABULARY, WEIGHTS))
         self.vocabulary = read_vocabulary(vocabulary, folder / VOCABULARY)
         self.weights = read_weights(weights, folder / WEIGHTS)
         if len(self.weights["tokens"]) != len(self.vocabulary.tokens):
@@ -118,9 +75,6 @@ class BundledScorer:
         return text_rows(one_hot(bags, len(self.vocabulary.tokens)), self.weights["tokens"])
 
 
-NEXT_STEP = "restore it from git, or make it again: dvc repro base/dvc.yaml:scorer"
-
-
 def image_rows(features: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
     """Bring (N, F) features into the space by a hidden layer of rectified units: (N, D), unit rows."""
     x = (features - weights["mean"]) * weights["scale"]
@@ -141,28 +95,6 @@ def one_hot(bags: Sequence[frozenset[int]], tokens: int) -> Tensor:
     return rows
 
 
-def split(phrase: str) -> tuple[str, ...]:
-    """Give the words of a phrase or a prompt: lower case, without punctuation and articles."""
-    return tuple(word for word in WORD.findall(phrase.lower()) if word not in ARTICLES)
-
-
-def read_vocabulary(content: bytes, path: Path) -> Vocabulary:
-    """Read {"tokens": [name], "phrases": {phrase: name or null}}.
-
-    Raises:
-        ModelError: the file is something else.
-    """
-    try:
-        data = json.loads(content)
-        tokens = tuple(data["tokens"])
-        phrases = {split(phrase): token for phrase, token in data["phrases"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path} cannot be read as a vocabulary ({error!r}); {NEXT_STEP}") from error
-    if strangers := sorted({token for token in phrases.values() if token is not None} - set(tokens)):
-        raise ModelError(f"{path}: phrases stand for {strangers}, which are no tokens; {NEXT_STEP}")
-    return Vocabulary(tokens, phrases)
-
-
 def read_weights(content: bytes, path: Path) -> dict[str, Tensor]:
     """Read the tensors of the head as float32.
 
@@ -176,10 +108,3 @@ def read_weights(content: bytes, path: Path) -> dict[str, Tensor]:
     if missing := sorted(set(TENSORS) - set(tensors)):
         raise ModelError(f"{path} lacks {missing}; {NEXT_STEP}")
     return tensors
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ModelError(f"{path} of the image-text scorer cannot be read ({error.strerror}); {NEXT_STEP}") from error

@@ -38,7 +38,16 @@ def load_yaml(text: str) -> Any:
     try:
         return yaml.load(text)
     except (YAMLError, ValueError) as error:  # a date that is none is a ValueError
-        raise YamlError(" ".join(str(error).partition("To suppress this check")[0].split())) from None
+        raise YamlError(_in_a_line(error)) from None
+
+
+def _in_a_line(error: YAMLError | ValueError) -> str:
+    """Say what is wrong and where, without the drawing of the place."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    said = " ".join(f"{getattr(error, 'context', None) or ''} {getattr(error, 'problem', None) or ''}".split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {said}"
 
 
 def dump_yaml(values: Any, flow: bool = False) -> str:

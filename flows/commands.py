@@ -97,6 +97,7 @@ def plan(
     from flows.graph import Graph
     from flows.lanes import Lanes, lanes_of
     from flows.plan import make_plan, plan_table
+    from flows.preflight import require_inputs
     from flows.project import choose_subjects
 
     root = find_root(context.obj)
@@ -106,6 +107,7 @@ def plan(
     out.print(plan_table(made))
     for line in made.in_words(price):
         say(line)
+    require_inputs(root, params, graph)
 
 
 def sweep(

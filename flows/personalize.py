@@ -28,6 +28,7 @@ from flows.dvcrun import DvcRunner, StageRun
 from flows.graph import GPU_ENTRIES, Graph
 from flows.lanes import MOST, Lanes, lanes_of
 from flows.leaving import heard_in_a_flow, leaving_when_told
+from flows.preflight import require_inputs
 from flows.program import exit_code, failed, states_of
 from flows.project import PARAMS, choose_subjects, find_root
 from flows.turns import VARIABLE, Turn, gpu, has_limit, without_limit
@@ -90,6 +91,7 @@ def personalize(subject: str | list[str] | None = None, root: str | None = None)
             params = load_params(project / PARAMS)
             subjects = choose_subjects(params, subject)
             graph = Graph.load(project).select(subjects)
+            require_inputs(project, params, graph)
         except DreamboothError as error:
             return failed(error)
         stages, versions = carry_out(params, subjects, graph, DvcRunner(project))

@@ -18,10 +18,11 @@ from rich.table import Table
 from dreambooth.errors import EvaluationError
 from dreambooth.folders import scratch_folder
 from dreambooth.params import Evaluate, Params, Prior
-from dreambooth.prompts import Template, choose, load_templates
+from dreambooth.prompts import choose
 from dreambooth.schedule import max_train_steps
 from flows.graph import GPU_ENTRIES, Graph, Stage
 from flows.lanes import Lanes
+from flows.preflight import remarks, templates_of
 from flows.summary import count_photos
 
 RATES = "rates.jsonl"
@@ -78,7 +79,7 @@ class Plan:
     around: Line
     """What a run takes beside its stages."""
     remarks: Sequence[str] = ()
-    """What its parameters ask for in vain, and prompts that cannot be read."""
+    """What its parameters ask for in vain, and what will be worse than its user may think."""
 
     @property
     def seconds(self) -> float:
@@ -196,7 +197,7 @@ def make_plan(root: Path, params: Params, graph: Graph, lanes: Lanes) -> Plan:
         shutil.disk_usage(root).free,
         longest_row(graph, seconds),
         _around(known[AROUND, ""]),
-        [*(params.idle if "train" in by_entry else ()), *_unreadable_prompts(by_entry["evaluate"], params, root)],
+        [*(params.idle if "train" in by_entry else ()), *remarks(root, params, graph)],
     )
 
 
@@ -219,7 +220,7 @@ def units_of(entry: str, key: str, params: Params, root: Path) -> int:
         return max_train_steps(train, count_photos(root, key)) * rows
     if entry == "evaluate":
         try:
-            count = len(choose(_templates(key, params, root), params.evaluate.max_prompts))
+            count = len(choose(templates_of(root, params, key), params.evaluate.max_prompts))
         except EvaluationError:  # which the plan says, and the stage will
             count = params.evaluate.max_prompts or PROMPTS
         return 2 * (count * len(params.evaluate.seeds) + params.evaluate.num_class_images)
@@ -274,22 +275,6 @@ def _around(measurements: Sequence[Measurement]) -> Line:
 
 def _pixels(params: Params) -> float:
     return float((params.base.resolution / DEFAULT_SIDE) ** 2)
-
-
-def _templates(subject_id: str, params: Params, root: Path) -> list[Template]:
-    """Read the prompts that the evaluation of a subject chooses from."""
-    return load_templates(root / params.evaluate.prompts / f"{params.subject(subject_id).prompt_kind}.csv")
-
-
-def _unreadable_prompts(stages: Iterable[Stage], params: Params, root: Path) -> list[str]:
-    """Say which prompts the evaluations that would run cannot read."""
-    faults = []
-    for stage in stages:
-        try:
-            _templates(stage.key, params, root)
-        except EvaluationError as error:
-            faults.append(str(error))
-    return list(dict.fromkeys(faults))
 
 
 def _append(root: Path, found: Iterable[Measurement]) -> None:

@@ -32,11 +32,11 @@ from dreambooth.params import Params
 from dreambooth.sampling import settings_of
 from dreambooth.scorer import BundledScorer
 from dreambooth.tracking import open_run
+from dreambooth.vocabulary import SCORER
 from stages.entry import main, say
 
 INPUTS = ("models/{id}", "build/{id}/instance", "data/base", "data/prompts")
 OUTPUTS = ("build/{id}/evaluation", "metrics/{id}.json")
-SCORER = "data/base/scorer"
 
 
 def run(params: Params, subject_id: str, root: Path) -> None:

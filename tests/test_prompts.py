@@ -10,7 +10,7 @@ from tiny_project import REPOSITORY
 
 from dreambooth.errors import EvaluationError
 from dreambooth.prompts import fill, load_templates, with_article
-from dreambooth.scorer import VOCABULARY, read_vocabulary
+from dreambooth.vocabulary import VOCABULARY, read_vocabulary
 
 PROMPTS = REPOSITORY / "data/prompts"
 COUNTS = {

@@ -12,7 +12,8 @@ from tiny_project import REPOSITORY
 from dreambooth import scorer
 from dreambooth.encoders import Lite0Encoder, lite0_pooled
 from dreambooth.errors import EvaluationError, ModelError, UnknownWordError
-from dreambooth.scorer import BundledScorer, Vocabulary, image_rows, one_hot, read_vocabulary, text_rows
+from dreambooth.scorer import BundledScorer, image_rows, one_hot, text_rows
+from dreambooth.vocabulary import VOCABULARY, Vocabulary, read_vocabulary
 
 FEATURES, HIDDEN, WIDTH = 1280 + 3136, 8, 6
 WORDS = {
@@ -41,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
     def rows(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    (tmp_path / scorer.VOCABULARY).write_text(json.dumps(WORDS))
+    (tmp_path / VOCABULARY).write_text(json.dumps(WORDS))
     tensors = {
         "mean": rows(FEATURES), "scale": rows(FEATURES).abs(), "hidden.weight": rows(HIDDEN, FEATURES),
         "hidden.bias": rows(HIDDEN), "out.weight": rows(WIDTH, HIDDEN), "out.bias": rows(WIDTH),
@@ -126,9 +127,9 @@ def test_other_weights_or_another_vocabulary_are_another_revision(folder: Path) 
     tensors = load_file(folder / scorer.WEIGHTS)
     save_file(tensors | {"tokens": tensors["tokens"] * 2}, folder / scorer.WEIGHTS)
     assert (changed := BundledScorer(folder).revision) != before
-    words = json.loads((folder / scorer.VOCABULARY).read_text())
+    words = json.loads((folder / VOCABULARY).read_text())
     words["phrases"]["drawing"] = None
-    (folder / scorer.VOCABULARY).write_text(json.dumps(words))
+    (folder / VOCABULARY).write_text(json.dumps(words))
     assert BundledScorer(folder).revision not in {before, changed}
 
 

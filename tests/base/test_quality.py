@@ -12,7 +12,7 @@ from PIL import Image
 from base import card, judge, quality, recipe, scorer
 from base.recipe import Recipe
 from base.sprites import Sprites
-from dreambooth.scorer import read_vocabulary
+from dreambooth.vocabulary import read_vocabulary
 
 TRAINING = {"rows": 2, "rows_before": 1, "minutes": 1, "share": 1, "parameters": 1}
 TRAINING |= {"vae_parameters": 1, "vae_rows": 1, "vae_minutes": 1}

@@ -12,7 +12,8 @@ from PIL import Image
 from base import autoencoder, hands, recipe, scorer
 from base.recipe import Recipe
 from base.sprites import Sprites
-from dreambooth.scorer import Vocabulary, read_vocabulary, text_rows
+from dreambooth.scorer import text_rows
+from dreambooth.vocabulary import Vocabulary, read_vocabulary
 
 NEVER = torch.zeros(2, 2, dtype=torch.bool)
 

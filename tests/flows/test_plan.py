@@ -1,11 +1,15 @@
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from toy_project import dvc
+from toy_project import REPOSITORY, dvc
 
+from dreambooth.errors import EvaluationError, ModelError
 from dreambooth.folders import scratch_folder
 from dreambooth.params import Params, load_params
+from dreambooth.vocabulary import SCORER
 from flows.graph import Graph, Stage
 from flows.lanes import Lanes
 from flows.plan import (
@@ -24,6 +28,7 @@ from flows.plan import (
     units_of,
     work_of,
 )
+from flows.preflight import require_inputs
 
 
 @pytest.fixture
@@ -101,7 +106,6 @@ def test_what_a_run_takes_beside_its_stages_is_planned_and_measured(project: Pat
 
 def test_the_prompts_are_those_of_the_users_own_file(project: Path, params: Params) -> None:
     folder = project / params.evaluate.prompts
-    folder.mkdir(parents=True)
     lines = [f"recontextualisation,a photo of {{}} on hill {number}" for number in range(40)]
     (folder / "live.csv").write_text("\n".join(["kind,prompt", *lines]) + "\n")
 
@@ -112,12 +116,36 @@ def test_the_prompts_are_those_of_the_users_own_file(project: Path, params: Para
     assert units(max_prompts=None) == 2 * 40
     assert units(max_prompts=30) == 2 * 30
     assert units(max_prompts=50) == 2 * 40
-    plan = make_plan(project, params, Graph.load(project), Lanes())
-    assert not any("live.csv" in remark for remark in plan.remarks)
+    graph = Graph.load(project)
+    require_inputs(project, params, graph)
     (folder / "live.csv").write_text("kind,prompt\nproperty,no place for it\n")
     assert units(max_prompts=None) == 2 * 25
-    (remark,) = [one for one in make_plan(project, params, Graph.load(project), Lanes()).remarks if "live.csv" in one]
-    assert "should have one {}" in remark  # once, for both subjects
+    with pytest.raises(EvaluationError, match=r"live.csv: .*should have one \{\}"):
+        require_inputs(project, params, graph)
+
+
+def test_what_a_late_stage_would_refuse_is_refused_before_the_first(project: Path, params: Params) -> None:
+    graph = Graph.load(project)
+    require_inputs(project, params, graph)
+    base = params.base.model_copy(update={"pretrained_model_name_or_path": "data/base/emoji65"})
+    with pytest.raises(ModelError, match=r"data/base/emoji65 is no folder in .* and no hub id"):
+        require_inputs(project, params.model_copy(update={"base": base}), graph)
+    hub = params.base.model_copy(update={"pretrained_model_name_or_path": "owner/name"})
+    with pytest.raises(ModelError, match="should be the 40-digit commit"):
+        require_inputs(project, params.model_copy(update={"base": hub}), graph)
+    done = Graph(tuple(dataclasses.replace(stage, stale=False) for stage in graph.stages))
+    require_inputs(project, params.model_copy(update={"base": base}), done)  # nothing would ask for it
+
+
+def test_a_class_that_the_bundled_model_does_not_know_is_told_before_the_training(
+    project: Path, params: Params
+) -> None:
+    shutil.copytree(REPOSITORY / SCORER, project / SCORER)
+    graph = Graph.load(project)
+    assert make_plan(project, params, graph, Lanes()).remarks == []
+    classes = {name: one.model_copy(update={"class_noun": "golden retreiver"}) for name, one in params.classes.items()}
+    (remark,) = make_plan(project, params.model_copy(update={"classes": classes}), graph, Lanes()).remarks
+    assert "does not know 'golden', 'retreiver' of the class 'golden retreiver'" in remark
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ def make_toy_project(root: Path, subjects: dict[str, str]) -> Path:
     }
     params["classes"] = {class_id: {"class_noun": class_id} for class_id in subjects.values()}
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    (root / params["base"]["pretrained_model_name_or_path"]).mkdir(parents=True)
+    shutil.copytree(REPOSITORY / "data/prompts", root / "data/prompts")
     shutil.copy(HERE / "toy.py", root / "toy.py")
     shutil.copy(HERE / "toy.dvc.yaml", root / "dvc.yaml")
     for number, name in enumerate(subjects):
