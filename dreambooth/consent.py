@@ -37,13 +37,12 @@ class Consent(Section):
         return {name: str(value) for name, value in self.model_dump().items()}
 
 
-def read_consent(folder: Path) -> Consent | None:
-    """Read the record beside the photos; None where there is none.
+def read_consent(path: Path) -> Consent | None:
+    """Read a record; None where there is none.
 
     Raises:
         ConsentError: it does not say who, when, for what and until when.
     """
-    path = folder / RECORD
     try:
         content: Any = load_yaml(read_text(path))
         return Consent.model_validate(content["consent"])
@@ -66,7 +65,7 @@ def require_consent(params: Params, subject_id: str, root: Path, today: date | N
     if subject is None or subject.kind != PERSON:
         return None
     folder = root / "data" / "subjects" / subject_id
-    consent = read_consent(folder)
+    consent = read_consent(folder / RECORD)
     if consent is None:
         raise ConsentError(f"{subject_id} is a person without a consent; write {folder / RECORD}: {_EXAMPLE}")
     require_lasting(consent, subject_id, today)

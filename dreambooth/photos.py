@@ -201,9 +201,15 @@ def check_photo(path: Path, limits: Photos, resolution: int = 0) -> tuple[PhotoR
     return replace(report, warnings=remarks), image
 
 
-def require_usable(reports: Sequence[PhotoReport], folder: Path, limits: Photos) -> list[PhotoReport]:
-    """Return the usable reports, or raise PhotosError that names every file that is not and the counts that are not."""
-    problems = [f"{shown(folder / report.file)}: {report.error}" for report in reports if report.error]
+def require_usable(reports: Sequence[PhotoReport], folder: Path | str, limits: Photos) -> list[PhotoReport]:
+    """Return the usable reports, or raise PhotosError that names every file that is not and the counts that are not.
+
+    Args:
+        reports: of photos, whose files are relative to a folder or absolute.
+        folder: where they are; in words where that is no one folder.
+        limits: section photos of params.yaml.
+    """
+    problems = [f"{shown(Path(folder, report.file))}: {report.error}" for report in reports if report.error]
     usable = [report for report in reports if report.usable]
     duplicates = sum(report.duplicate_of is not None for report in reports)
     if len(usable) < limits.min_count:

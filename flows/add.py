@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dreambooth.consent import PERSON, RECORD, read_consent, require_lasting
-from dreambooth.errors import ConsentError, ParamsError, PhotosError, PipelineError, SubjectError
+from dreambooth.errors import ConsentError, ParamsError, PhotosError, PipelineError, SubjectError, shown
 from dreambooth.folders import read_text
 from dreambooth.identifiers import remarks_by_tokenizer
 from dreambooth.params import Params, Photos, check_id, load_params, parse_params
@@ -90,7 +90,7 @@ def add_subject(root: Path, wish: Wish, sources: Sequence[Path], force: bool = F
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{wish.subject_id}.", dir=folder.parent) as temporary:
         place = Path(temporary) / "photos"
-        reports = _copy_and_check(photos, place, folder, params.photos)
+        reports = _copy_and_check(photos, place, _named(sources, ignored), params.photos)
         if entry["kind"] == PERSON:
             _copy_consent(wish, place)
         with _replaced(folder, Path(temporary) / "old"):
@@ -236,7 +236,13 @@ def _require_new(params: Params, subject_id: str, folder: Path) -> None:
         )
 
 
-def _copy_and_check(photos: Sequence[Path], place: Path, folder: Path, limits: Photos) -> list[PhotoReport]:
+def _named(sources: Sequence[Path], ignored: Sequence[str]) -> str:
+    """Say what the user named, and what of it is no photo."""
+    told = ", ".join(shown(source) for source in sources[:3]) + (" ..." if len(sources) > 3 else "")
+    return told + (f" (passed over: {', '.join(map(shown, ignored[:5]))})" if ignored else "")
+
+
+def _copy_and_check(photos: Sequence[Path], place: Path, named: str, limits: Photos) -> list[PhotoReport]:
     place.mkdir()
     given = dict(zip(new_names(photos), photos, strict=True))
     for name, photo in given.items():
@@ -247,8 +253,7 @@ def _copy_and_check(photos: Sequence[Path], place: Path, folder: Path, limits: P
     reports = check_photos(place, limits)
     # A message names the files where the user has them, not their copies that are gone by then.
     located = [replace(report, file=str(given[report.file].absolute())) for report in reports]
-    parents = {photo.parent for photo in photos}
-    require_usable(located, parents.pop() if len(parents) == 1 else folder, limits)
+    require_usable(located, named, limits)
     return [
         replace(report, file=given[report.file].name, duplicate_of=twin and given[twin].name)
         for report in reports
@@ -268,7 +273,7 @@ def _copy_consent(wish: Wish, place: Path) -> None:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", "no UTF-8")
         raise ConsentError(f"{wish.consent} cannot be read ({reason}); write a {RECORD}") from None
-    consent = read_consent(place)
+    consent = read_consent(wish.consent)
     assert consent is not None
     require_lasting(consent, wish.subject_id)
 

@@ -71,7 +71,7 @@ def _folder_and_place(root: Path, what: str) -> tuple[Path, Path]:
         if given.is_dir():
             return given, scratch_folder(root) / "check"
         if given.exists() or len(given.parts) > 1:  # meant as a path
-            fault = "is a file" if given.exists() else "does not exist"
+            fault = "is no folder" if given.exists() else "does not exist"
             raise SubjectError(f"{shown(given.absolute())} {fault}; name a folder of photos, or a subject") from None
         raise SubjectError(f"{error}; or name a folder of photos") from None
     if not folder.is_dir() and given.is_dir():

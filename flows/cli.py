@@ -273,7 +273,7 @@ def _print_status(root: Path, params: "Params", graph: "Graph", subjects: list[s
         lines.append((read_summary(root, params, subject_id), stale, registered, since))
     out.print(status_table(lines))
     if away is not None:
-        _warn(f"{away.code}: {away}")
+        raise away
 
 
 def _registered(root: Path, subject_id: str) -> str:

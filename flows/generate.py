@@ -13,6 +13,8 @@ from dreambooth.folders import read_text
 from dreambooth.params import SIDE, SIDE_UNIT
 from dreambooth.prompts import PLACEHOLDER, fill
 
+_CHANGES = {"num_inference_steps": "steps", "guidance_scale": "guidance", "resolution": "size"}
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -111,7 +113,7 @@ def draw(
         options: parameters of the model; seed among them.
         out: made if need be.
         provenance: is added to what each PNG says about itself, such as the registered version.
-        version: goes into the names, so that the pictures of one version do not replace those of another.
+        version: goes into the names, as options do, so that pictures do not replace those of another version.
         description: of the progress bar; None shows none.
     """
     from PIL import Image
@@ -122,7 +124,7 @@ def draw(
 
     out.mkdir(parents=True, exist_ok=True)
     seeds = range(options["seed"], options["seed"] + count)
-    suffix = "" if version is None else f"-v{version}"
+    suffix = ("" if version is None else f"-v{version}") + _changes(options)
     written: list[Path] = []
     rows: list[list[Image.Image | None]] = []
     with progress_bar(len(prompts) * count, description, unit="picture") as bar:
@@ -135,9 +137,17 @@ def draw(
                 row.append(image)
                 bar.update()
             rows.append(row)
-    sheet = out / f"sheet{suffix}.png"
+    more = f"-and-{len(prompts) - 1}-more" if len(prompts) > 1 else ""
+    sheet = out / f"sheet-{slugs(prompts)[0]}{more}{suffix}-{seeds.start}.png"
     grid(rows, list(prompts), [f"seed {seed}" for seed in seeds]).save(sheet)
     return Drawn(written, sheet)
+
+
+def _changes(options: Mapping[str, Any]) -> str:
+    """Name the options that are not the model's own: pictures of other options lie beside one another."""
+    told = [f"-{word}{options[name]:g}" for name, word in _CHANGES.items() if name in options]
+    without = options.get("negative_prompt")
+    return "".join(told) + (f"-without-{slugs([without])[0][:30]}" if without else "")
 
 
 def slugs(prompts: Sequence[str]) -> list[str]:

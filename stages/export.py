@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dreambooth.consent import read_consent
+from dreambooth.consent import RECORD, read_consent
 from dreambooth.errors import EvaluationError, ExportError
 from dreambooth.export import write_export
 from dreambooth.folders import new_folder, read_manifest
@@ -31,7 +31,7 @@ def run(params: Params, subject_id: str, root: Path) -> None:
             f"run the evaluation first: dvc repro evaluate@{subject_id}"
         )
     base_hash = model_hash(base)
-    consent = read_consent(root / INPUTS[3].format(id=subject_id))
+    consent = read_consent(root / INPUTS[3].format(id=subject_id) / RECORD)
     about: dict[str, Any] = {"base": base_hash, "model": fingerprint, "subject": subject_id}
     about |= {"consent": consent.as_text()} if consent else {}
     with new_folder(root / OUTPUTS[0].format(id=subject_id), about) as target:

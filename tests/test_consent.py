@@ -7,6 +7,7 @@ from registered import command
 from tiny_project import make_project, write_params
 
 from dreambooth.card import card
+from dreambooth.consent import RECORD as FILE
 from dreambooth.consent import read_consent, require_consent
 from dreambooth.errors import ConsentError
 from dreambooth.export import generation_defaults
@@ -57,7 +58,7 @@ def test_what_is_no_person_needs_none(folder: Path, params_values: dict[str, Any
 def test_a_record_that_leaves_something_open_is_refused(folder: Path, text: str, said: str) -> None:
     (folder / "subject.yaml").write_text(text)
     with pytest.raises(ConsentError, match=said):
-        read_consent(folder)
+        read_consent(folder / FILE)
 
 
 @pytest.mark.threat(21)
@@ -70,7 +71,7 @@ def test_the_card_carries_the_consent(folder: Path, params_values: dict[str, Any
     params = parse_params(params_values)
     (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     defaults = generation_defaults(params, "biscuit")
-    text = card(folder, "biscuit", params, "b", metrics, defaults, read_consent(folder))
+    text = card(folder, "biscuit", params, "b", metrics, defaults, read_consent(folder / FILE))
     assert "Consent: given by file 12 on 2026-01-31, for a poster, until 2026-12-31." in text
     assert "Consent" not in card(folder, "biscuit", params, "b", metrics, defaults)
 
@@ -109,4 +110,4 @@ def test_a_person_is_added_with_a_consent_alone(
     assert (refused.returncode, refused.stderr[:11]) == (3, "E_CONSENT: ")
     assert not (root / "data/subjects/ada").exists()
     assert command(root, *arguments, "--consent", str(record)).returncode == 0
-    assert read_consent(root / "data/subjects/ada") is not None
+    assert read_consent(root / "data/subjects/ada" / FILE) is not None

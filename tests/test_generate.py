@@ -57,8 +57,9 @@ def test_a_version_is_asked_in_its_own_words_and_keeps_its_pictures(root: Path) 
 def test_the_command_says_what_takes_long_and_counts_the_pictures(root: Path) -> None:
     done = command(root, "generate", BISCUIT, "a photo of {} at home", "-n", "2", "--steps", "1")
     assert done.returncode == 0, done.stderr
-    name = "build/biscuit/generated/a-photo-of-sks-dog-at-home-v2-"
-    assert done.stdout.splitlines() == [f"{name}0.png", f"{name}1.png", "build/biscuit/generated/sheet-v2.png"]
+    name = "a-photo-of-sks-dog-at-home-v2-steps1"
+    files = [f"{name}-0.png", f"{name}-1.png", f"sheet-{name}-0.png"]
+    assert done.stdout.splitlines() == [f"build/biscuit/generated/{file}" for file in files]
     assert done.stderr.startswith("loading biscuit v2\n")
     assert "draw biscuit v2: 100%" in done.stderr
     assert "2/2" in done.stderr

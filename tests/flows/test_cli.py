@@ -225,7 +225,16 @@ def test_generated_files_are_named_by_prompt_and_seed(tmp_path: Path) -> None:
     assert names == ["a-photo-of-sks-dog-5.png", "a-photo-of-sks-dog-6.png", "sks-dog-5.png", "sks-dog-6.png"]
     assert drawn.sheet.is_file()
     of_a_version = draw(Painter(), ["sks dog!"], 1, {"seed": 5}, tmp_path / "out", version=3)
-    assert [path.name for path in (*of_a_version.pictures, of_a_version.sheet)] == ["sks-dog-v3-5.png", "sheet-v3.png"]
+    names = [path.name for path in (*of_a_version.pictures, of_a_version.sheet)]
+    assert names == ["sks-dog-v3-5.png", "sheet-sks-dog-v3-5.png"]
+    options = {"seed": 5, "guidance_scale": 2.5, "negative_prompt": "A hat!"}
+    other = draw(Painter(), ["sks dog!", "in space"], 1, options, tmp_path / "out", version=3)
+    names = [path.name for path in (other.pictures[0], other.sheet)]
+    assert names == [
+        "sks-dog-v3-guidance2.5-without-a-hat-5.png",
+        "sheet-sks-dog-and-1-more-v3-guidance2.5-without-a-hat-5.png",
+    ]
+    assert all(path.is_file() for path in (*of_a_version.pictures, of_a_version.sheet))
     with Image.open(drawn.pictures[3]) as picture:
         assert picture.getpixel((0, 0)) == 6
 

@@ -52,9 +52,9 @@ def test_from_photos_to_pictures_by_three_commands(real_project: Path, tmp_path:
     shown = dreambooth("generate", "tom", "a photo of {} in space", "-n", "2", "--seed", "7", "--steps", "2")
     pictures = [real_project / line for line in shown.splitlines()]
     assert [path.name for path in pictures] == [
-        "a-photo-of-sks-cat-in-space-v1-7.png",
-        "a-photo-of-sks-cat-in-space-v1-8.png",
-        "sheet-v1.png",
+        "a-photo-of-sks-cat-in-space-v1-steps2-7.png",
+        "a-photo-of-sks-cat-in-space-v1-steps2-8.png",
+        "sheet-a-photo-of-sks-cat-in-space-v1-steps2-7.png",
     ]
     assert all(path.is_file() for path in pictures)
     with Image.open(pictures[0]) as drawn:
