@@ -15,15 +15,15 @@ from dreambooth import erasure, sweeps, versions
 from dreambooth.errors import ParamsError, SubjectError
 from dreambooth.folders import GENERATION, scratch_folder, sha256_of_file, write_file
 from dreambooth.locks import AlreadyRunningError, only_one
-from dreambooth.params import check_id, load_params, parse_params
+from dreambooth.params import check_id, load_params
 from dreambooth.registry import alone
-from dreambooth.yaml12 import YamlError, dump_yaml, load_yaml
+from dreambooth.yaml12 import dump_yaml, load_yaml
 from flows import dvcstore, prefectstore, summary
 from flows.clones import Copy, copies
 from flows.dvcstore import Kept, being_written
 from flows.experiments import experiments_of
 from flows.experiments import remove as remove_experiments
-from flows.project import PARAMS, read_params_text, write_params_text
+from flows.project import PARAMS, means, read_params_text, write_params_text
 
 FOLDERS = ("data/subjects/{id}", "build/{id}", "models/{id}", "export/{id}", "reports/{id}")
 FILES = ("data/subjects/{id}.dvc", "metrics/{id}.json")
@@ -323,11 +323,7 @@ def _forget_in_params(root: Path, subject_id: str) -> None:
         return
     others = {name: entry for name, entry in before.subjects.items() if name != subject_id}
     shorter = without_subject(text, subject_id)
-    try:
-        is_right = parse_params(load_yaml(shorter)) == before.model_copy(update={"subjects": others})
-    except (YamlError, ParamsError):
-        is_right = False
-    if not is_right:
+    if not means(shorter, before.model_copy(update={"subjects": others})):
         raise ParamsError([f"{PARAMS}: subjects.{subject_id} cannot be taken out; delete it by hand, then go on"])
     write_params_text(root, shorter)
 
