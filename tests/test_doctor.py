@@ -7,7 +7,7 @@ import pytest
 import yaml
 from registered import write_project
 
-from dreambooth import models
+from dreambooth import health, models, tracking
 from dreambooth.locks import only_one
 from dreambooth.params import parse_params
 from flows.doctor import Finding, _copies, _device, _libraries, _program, _servers, examine
@@ -189,3 +189,21 @@ def test_a_gpu_that_only_emulates_bfloat16_is_told_to_take_float16(
         params_values["base"]["inference_dtype"] = dtype
         (finding,) = _device(parse_params(params_values))
         assert ("inference_dtype: float16" in finding.remedy) == (dtype != "float16")
+
+
+@pytest.mark.parametrize(("what", "count"), [("uploads", 5), ("runs", 5)])
+def test_what_is_left_behind_is_counted_on_every_page(
+    tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch, what: str, count: int
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    write_project(tmp_path / "project", empty_database)
+    client, experiment = tracking.connect(tmp_path / "project")
+    for number in range(count):
+        client.create_logged_model(experiment, name=f"upload-{number}")
+        client.create_run(experiment)
+    for name in ("search_logged_models", "search_runs"):
+        search = getattr(MlflowClient, name)
+        monkeypatch.setattr(MlflowClient, name, lambda *a, _search=search, **b: _search(*a, **b | {"max_results": 2}))
+    monkeypatch.setattr(health, "DAY", -1)
+    assert about(examine(tmp_path / "project"), what).found.startswith(f"{count} ")
