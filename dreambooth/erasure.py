@@ -3,6 +3,7 @@
 import shutil
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from urllib.parse import urlsplit
 
 from dreambooth.aliases import log_name
 from dreambooth.redaction import redact
-from dreambooth.tracking import connect, database_file, explain, tracking_uri
+from dreambooth.tracking import connect, database_file, explain, paged, tracking_uri
 from dreambooth.versions import HASH_TAG, all_versions, explained, is_there
 
 if TYPE_CHECKING:
@@ -67,33 +68,25 @@ def erase(root: Path, subject_id: str) -> list[str]:
 
 
 def _models(client: "MlflowClient", root: Path, name: str) -> Iterator[str]:
-    experiments = [one.experiment_id for one in client.search_experiments()]
-    token = None
-    while experiments:
-        page = client.search_logged_models(experiments, filter_string=f"name = '{name}'", page_token=token)
-        yield from (model.model_id for model in page)
-        token = page.token
-        if not token:
-            break
+    experiments = [one.experiment_id for one in paged(client.search_experiments)]
+    if experiments:
+        found = paged(client.search_logged_models, experiments, filter_string=f"name = '{name}'")
+        yield from (model.model_id for model in found)
     if (file := database_file(tracking_uri(root))) is not None:  # those that somebody deleted, but not for good
-        connection = sqlite3.connect(file, timeout=60)
-        deleted = connection.execute("SELECT model_id FROM logged_models WHERE name = ?", [name]).fetchall()
-        connection.close()
+        with closing(sqlite3.connect(file, timeout=60)) as connection:
+            deleted = connection.execute("SELECT model_id FROM logged_models WHERE name = ?", [name]).fetchall()
         yield from (row[0] for row in deleted)
 
 
 def _runs(client: "MlflowClient", name: str) -> Iterator[str]:
     from mlflow.entities import ViewType
 
-    experiments = [one.experiment_id for one in client.search_experiments(view_type=ViewType.ALL)]
+    experiments = [one.experiment_id for one in paged(client.search_experiments, view_type=ViewType.ALL)]
+    if not experiments:
+        return
     for query in (f"tags.subject = '{name}'", f"params.subject = '{name}'", f"attributes.run_name = '{name}'"):
-        token = None
-        while experiments:
-            page = client.search_runs(experiments, query, run_view_type=ViewType.ALL, page_token=token)
-            yield from (run.info.run_id for run in page)
-            token = page.token
-            if not token:
-                break
+        found = paged(client.search_runs, experiments, query, run_view_type=ViewType.ALL)
+        yield from (run.info.run_id for run in found)
 
 
 def _delete_registered(client: "MlflowClient", name: str) -> None:
@@ -159,9 +152,6 @@ def _delete_files(location: str) -> Iterator[str]:
 
 def _vacuum(file: Path) -> None:
     """Give the room of deleted rows back: until then their bytes stand in the file."""
-    connection = sqlite3.connect(file, timeout=60, isolation_level=None)
-    try:
+    with closing(sqlite3.connect(file, timeout=60, isolation_level=None)) as connection:
         connection.execute("VACUUM")
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    finally:
-        connection.close()

@@ -3,13 +3,14 @@
 import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dreambooth import aliases
 from dreambooth.errors import RegistryError
 from dreambooth.redaction import redact
-from dreambooth.tracking import connect, database_file, explain, tracking_uri
+from dreambooth.tracking import connect, database_file, explain, paged, tracking_uri
 from dreambooth.versions import (
     CHALLENGER,
     CHAMPION,
@@ -55,11 +56,8 @@ def _database_fault(root: Path) -> str | None:
     if file is None:
         return None
     try:
-        connection = sqlite3.connect(f"file:{file}?mode=ro", uri=True)
-        try:
+        with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as connection:
             (answer,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-        finally:
-            connection.close()
     except sqlite3.Error as error:
         return explain(error)
     return None if answer == "ok" else str(answer)
@@ -67,14 +65,8 @@ def _database_fault(root: Path) -> str | None:
 
 def _registered(client: "MlflowClient") -> list[str]:
     """Return the names of all registered models that are subjects of ours: those that have a log."""
-    names: list[str] = []
-    token = None
-    while True:
-        page = client.search_registered_models("name LIKE '%.log'", max_results=1000, page_token=token)
-        names += [model.name.removesuffix(".log") for model in page]
-        token = page.token
-        if not token:
-            return names
+    logs = paged(client.search_registered_models, "name LIKE '%.log'", max_results=1000)
+    return [model.name.removesuffix(".log") for model in logs]
 
 
 def _subject(root: Path, client: "MlflowClient", name: str) -> Iterator[Fact]:
@@ -98,7 +90,7 @@ def _left_behind(client: "MlflowClient", experiment: str, names: list[str]) -> I
     used = {version.tags.get(MODEL_TAG) for name in names for version in all_versions(client, name)}
     begun = [
         model.model_id
-        for model in client.search_logged_models([experiment])
+        for model in paged(client.search_logged_models, [experiment])
         if model.model_id not in used and now - model.creation_timestamp > DAY
     ]
     if begun:
@@ -106,7 +98,7 @@ def _left_behind(client: "MlflowClient", experiment: str, names: list[str]) -> I
         yield "warning", "uploads", f"{len(begun)} never became a version: {', '.join(begun[:5])}", remedy
     runs = [
         run.info.run_id
-        for run in client.search_runs([experiment], "attributes.status = 'RUNNING'", max_results=100)
+        for run in paged(client.search_runs, [experiment], "attributes.status = 'RUNNING'")
         if now - run.info.start_time > DAY
     ]
     if runs:

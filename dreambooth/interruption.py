@@ -80,6 +80,22 @@ def die_with_starter() -> None:
         threading.Thread(target=_follow, args=(starter,), name=f"follow-{starter.pid}", daemon=True).start()
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """Tell whether a process runs; one that is dead and not yet buried does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:  # of another user now, so it is there
+        return True
+
+
+def tell(send: Callable[[], object]) -> None:
+    """Send a process a signal, `process.terminate`; one that is gone, or may not be told, is let be."""
+    with suppress(psutil.Error):
+        send()
+
+
 def _starters() -> list[psutil.Process]:
     """Return the parent; under DVC also the parent of a shell between the two.
 
@@ -92,9 +108,8 @@ def _starters() -> list[psutil.Process]:
 
 
 def _follow(starter: psutil.Process) -> None:
-    """Look until it is gone, or dead and not yet buried: psutil's own wait would wait for the burial as well."""
-    with suppress(psutil.NoSuchProcess):
-        while starter.is_running() and starter.status() != psutil.STATUS_ZOMBIE:
-            time.sleep(_LOOK_EVERY)
+    """Look until it has ended: psutil's own wait would wait for the burial as well."""
+    while is_alive(starter):
+        time.sleep(_LOOK_EVERY)
     if not any(_requests):  # else it is saving already, and the same signal again would end it at once
         os.kill(os.getpid(), signal.SIGTERM)

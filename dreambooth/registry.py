@@ -33,7 +33,7 @@ from dreambooth.folders import (
 from dreambooth.params import check_id
 from dreambooth.pointer import POINTER, resolve, write_pointer
 from dreambooth.redaction import redact
-from dreambooth.tracking import connect, database_file, ensure_run, tracking_uri
+from dreambooth.tracking import connect, database_file, ensure_run, paged, tracking_uri
 from dreambooth.versions import (
     CHALLENGER,
     CONSENT_TAG,
@@ -200,7 +200,8 @@ def _logged_model(client: "MlflowClient", model_id: str | None) -> "LoggedModel 
 
 def _begun(client: "MlflowClient", experiment: str, export: Export) -> "LoggedModel | None":
     """Return the place where an upload of the same bytes was begun, or None."""
-    found = client.search_logged_models([experiment], filter_string=f"tags.`{HASH_TAG}` = '{export.hash}'")
+    query = f"tags.`{HASH_TAG}` = '{export.hash}'"
+    found = paged(client.search_logged_models, [experiment], filter_string=query)
     return next((model for model in found if model.name == export.subject), None)
 
 

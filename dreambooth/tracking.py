@@ -17,8 +17,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -122,6 +122,23 @@ def ensure_run(client: "MlflowClient", experiment: str, key: str, name: str) -> 
     found = client.search_runs([experiment], query, max_results=1, order_by=["attributes.start_time ASC"])
     run = found[0] if found else client.create_run(experiment, tags={KEY_TAG: key}, run_name=name)
     return str(run.info.run_id)
+
+
+def paged(search: Callable[..., Any], *arguments: Any, **named: Any) -> Iterator[Any]:
+    """Yield all that a search of MLflow finds: a single call returns the first page only.
+
+    Args:
+        search: a method of the client that takes `page_token`.
+        arguments: of the search.
+        named: of the search; `max_results` is the size of a page.
+    """
+    token = None
+    while True:
+        page = search(*arguments, **named, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def explain(error: BaseException) -> str:
@@ -412,11 +429,8 @@ def _check_server(uri: str) -> None:
 def _check_database(file: Path) -> None:
     """Raise OSError when the file is no database, or cannot be opened: MLflow itself would try for minutes."""
     try:
-        connection = sqlite3.connect(file, timeout=CLOSE_SECONDS)
-        try:
+        with closing(sqlite3.connect(file, timeout=CLOSE_SECONDS)) as connection:
             connection.execute("PRAGMA schema_version")
-        finally:
-            connection.close()
     except sqlite3.Error as error:
         raise OSError(f"{file}: {error}; dreambooth doctor looks at it") from None
 

@@ -15,7 +15,7 @@ from dreambooth.folders import MANIFEST, TornFolderError, content_hash, sha256_o
 from dreambooth.params import check_id
 from dreambooth.pointer import POINTER, resolve
 from dreambooth.redaction import redact
-from dreambooth.tracking import connect, database_file, explain, tracking_uri
+from dreambooth.tracking import connect, database_file, explain, paged, tracking_uri
 from dreambooth.yaml12 import YamlError, load_yaml
 
 if TYPE_CHECKING:
@@ -283,20 +283,13 @@ def all_versions(client: "MlflowClient", name: str, limit: int | None = None) ->
 
 def _newest_first(client: "MlflowClient", name: str, page_size: int) -> "Iterator[ModelVersion]":
     """Yield the versions of a registered model, asking for so many at a time."""
-    token = None
-    while True:
-        page = client.search_model_versions(
-            f"name = '{name}'", order_by=["version_number DESC"], max_results=page_size, page_token=token
-        )
-        yield from page
-        token = page.token
-        if not token:
-            return
+    query, order = f"name = '{name}'", ["version_number DESC"]
+    yield from paged(client.search_model_versions, query, order_by=order, max_results=page_size)
 
 
 def made_of(client: "MlflowClient", name: str, tag: str, value: str) -> "list[ModelVersion]":
     """Return the versions that were made from the same bytes, the oldest first."""
-    found = client.search_model_versions(f"name = '{name}' and tags.`{tag}` = '{value}'")
+    found = paged(client.search_model_versions, f"name = '{name}' and tags.`{tag}` = '{value}'")
     return sorted(found, key=lambda version: int(version.version))
 
 

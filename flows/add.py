@@ -27,10 +27,10 @@ from dreambooth.photos import (
     require_usable,
 )
 from dreambooth.prompts import read_caption
-from dreambooth.yaml12 import YamlError, dump_yaml, load_yaml
+from dreambooth.yaml12 import dump_yaml
 from flows.dvcrun import child_environment
 from flows.preflight import unknown_noun
-from flows.project import PARAMS, read_params_text, write_params_text
+from flows.project import PARAMS, means, read_params_text, write_params_text
 
 IDENTIFIER, KIND = "sks", "object"  # of a new subject of which nothing else is said
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -178,7 +178,7 @@ def with_subject(text: str, params: Params, wish: Wish, class_id: str) -> str:
         wanted["subjects"][wish.subject_id] = entry
         text = _insert(text, "subjects", wish.subject_id, entry)
     checked = parse_params(wanted)
-    if not _says(text, checked):
+    if not means(text, checked):
         lines = dump_yaml({"subjects": {wish.subject_id: entry}}, flow=True).strip()
         raise ParamsError([f"{PARAMS}: lines cannot be added to `classes:` and `subjects:`; add by hand: {lines}"])
     return text
@@ -291,13 +291,6 @@ def _replaced(folder: Path, aside: Path) -> Iterator[None]:
         if existed:
             aside.rename(folder)
         raise
-
-
-def _says(text: str, params: Params) -> bool:
-    try:
-        return parse_params(load_yaml(text)) == params
-    except (YamlError, ParamsError):
-        return False
 
 
 def _insert(text: str, section: str, key: str, entry: dict[str, str]) -> str:

@@ -27,7 +27,7 @@ from dreambooth.tracking import tracking_uri
 from dreambooth.yaml12 import dump_yaml, load_yaml
 from flows.dvcrun import child_environment
 from flows.graph import Graph
-from flows.project import PARAMS
+from flows.project import PARAMS, write_params_text
 
 LOCK = "dvc.lock"
 PROMPTS = "data/prompts"
@@ -144,7 +144,16 @@ def override(project: Path, values: Mapping[str, Any]) -> None:
         return
     content = with_values(load_params(project / PARAMS).model_dump(mode="json"), values)
     parse_params(content)
-    write_file(project / PARAMS, dump_yaml(content).encode())
+    if (project / PARAMS).resolve().is_relative_to(project.resolve()):
+        write_params_text(project, dump_yaml(content))
+    else:  # what a link leads to outside of the clone is read by others too
+        write_file(project / PARAMS, dump_yaml(content).encode())
+
+
+def _params_files(project: Path) -> list[str]:
+    """Return params.yaml and, where it is a link within the project, the file that it leads to."""
+    place, home = (project / PARAMS).resolve(), project.resolve()
+    return sorted({PARAMS, place.relative_to(home).as_posix()}) if place.is_relative_to(home) else [PARAMS]
 
 
 def publish(clone: Path, stages: Collection[str]) -> None:
@@ -163,10 +172,11 @@ def commit_back(clone: Path, run_id: str) -> str | None:
     Raises:
         PipelineError: git cannot push.
     """
-    changed = git(clone, "status", "--porcelain", "--untracked-files=all", "--", LOCK, PARAMS)
+    files = [LOCK, *_params_files(clone)]
+    changed = git(clone, "status", "--porcelain", "--untracked-files=all", "--", *files)
     if not changed:
         return None
-    git(clone, "add", "--force", "--", LOCK, PARAMS)
+    git(clone, "add", "--force", "--", *files)
     git(clone, *ROBOT, "commit", "--quiet", "--message", f"Run {run_id}")
     branch = BRANCH.format(run_id)
     git(clone, "push", "--quiet", "--force", "origin", f"HEAD:refs/heads/{branch}")

@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal
 
 import psutil
+from packaging.requirements import Requirement
 
 from dreambooth.consent import PERSON, require_consent
 from dreambooth.errors import DreamboothError
@@ -21,12 +22,6 @@ from dreambooth.params import Params, load_params
 from flows.clones import copies
 from flows.project import PARAMS
 
-# Floors from security advisories, and ceilings beyond which the set does not work together.
-FLOORS = {
-    "prefect": "3.6.28", "mlflow": "3.11", "diffusers": "0.38", "transformers": "5.3", "torch": "2.10",
-    "pillow": "12.2", "fastapi": "0.139", "sqlalchemy": "2.0",
-}  # fmt: skip
-CEILINGS = {"fastapi": "0.151", "sqlalchemy": "2.1"}
 LOW_BYTES = 2e9  # of free disk
 SOON = 30  # days before a consent ends
 IDLE_DAYS = 7  # of a training that nobody continues
@@ -268,16 +263,15 @@ def _servers(found: list[tuple[str, int, tuple[str, ...]]], environment: dict[st
 
 
 def _libraries(installed_version: Callable[[str], str | None]) -> Iterator[Finding]:
+    """Compare what is installed with what pyproject.toml asks for; an extra is nobody's duty."""
     faults = []
-    for name, floor in FLOORS.items():
-        have, ceiling = installed_version(name), CEILINGS.get(name)
+    for needed in map(Requirement, requires("dreambooth") or ()):
+        if needed.marker and not needed.marker.evaluate({"extra": ""}):
+            continue
+        have = installed_version(needed.name)
         if have is None:
-            faults.append(f"{name} is missing")
-        elif _parts(have) < _parts(floor) or (ceiling and _parts(have) >= _parts(ceiling)):
-            faults.append(f"{name} {have}, wanted >= {floor}" + (f", < {ceiling}" if ceiling else ""))
+            faults.append(f"{needed.name} is missing")
+        elif not needed.specifier.contains(have, prereleases=True):
+            faults.append(f"{needed.name} {have}, wanted {needed.specifier}")
     remedy = "python -m pip install --constraint constraints.txt --editable ." if faults else ""
     yield Finding("broken" if faults else "good", "libraries", "; ".join(faults) or "within their bounds", remedy)
-
-
-def _parts(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", text.partition("+")[0])[:3])

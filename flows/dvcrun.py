@@ -17,13 +17,14 @@ from typing import Literal
 import psutil
 
 from dreambooth.errors import PipelineError
-from dreambooth.interruption import RESUME, Interrupted
+from dreambooth.interruption import RESUME, Interrupted, is_alive, tell
+from dreambooth.locks import AlreadyRunningError
 from dreambooth.redaction import redact
 
 Outcome = Literal["ran", "restored", "unchanged"]
 _KEPT_LINES = 500
 _BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")
-_RUNNING = "E_RUNNING: "  # of a stage that refused: another process does the same work
+_RUNNING = f"{AlreadyRunningError.code}: "  # of a stage that refused: another process does the same work
 _INTERRUPTED = f"{Interrupted.code}: "
 _LONGEST_PAUSE = 30.0  # seconds
 _GRACE = 30.0  # seconds a stage has to save its state: a training finishes its step first
@@ -259,13 +260,13 @@ def _stop_trees(pids: Iterable[int]) -> None:
             parent = psutil.Process(pid)
             below = parent.children(recursive=True)
             for process in below:
-                _signal(process.terminate)
+                tell(process.terminate)
             told += [*below, parent]
             idle += [] if below else [parent]
     for process in _still_there(idle, _UNWINDING):  # its stage may have heard the same signal as we
-        _signal(process.terminate)
+        tell(process.terminate)
     for process in _still_there(told, _GRACE):
-        _signal(process.kill)
+        tell(process.kill)
 
 
 def _still_there(processes: Iterable[psutil.Process], seconds: float) -> list[psutil.Process]:
@@ -274,17 +275,6 @@ def _still_there(processes: Iterable[psutil.Process], seconds: float) -> list[ps
     psutil's own wait would bury a child, and who started it would take its end for a success.
     """
     deadline = time.monotonic() + seconds
-    while (left := [one for one in processes if _runs(one)]) and time.monotonic() < deadline:
+    while (left := [one for one in processes if is_alive(one)]) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
-
-
-def _runs(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
-
-
-def _signal(send: Callable[[], object]) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        send()

@@ -15,15 +15,15 @@ from dreambooth import erasure, sweeps, versions
 from dreambooth.errors import ParamsError, SubjectError
 from dreambooth.folders import GENERATION, scratch_folder, sha256_of_file, write_file
 from dreambooth.locks import AlreadyRunningError, only_one
-from dreambooth.params import check_id, load_params, parse_params
+from dreambooth.params import check_id, load_params
 from dreambooth.registry import alone
-from dreambooth.yaml12 import YamlError, dump_yaml, load_yaml
+from dreambooth.yaml12 import dump_yaml, load_yaml
 from flows import dvcstore, prefectstore, summary
-from flows.clones import copies
+from flows.clones import Copy, copies
 from flows.dvcstore import Kept, being_written
 from flows.experiments import experiments_of
 from flows.experiments import remove as remove_experiments
-from flows.project import PARAMS, read_params_text, write_params_text
+from flows.project import PARAMS, means, read_params_text, write_params_text
 
 FOLDERS = ("data/subjects/{id}", "build/{id}", "models/{id}", "export/{id}", "reports/{id}")
 FILES = ("data/subjects/{id}.dvc", "metrics/{id}.json")
@@ -76,9 +76,10 @@ def inventory(root: Path, subject_id: str) -> Inventory:
     kept = Kept(kept.objects | journal.objects, kept.runs | journal.runs)
     held = erasure.holdings(root, subject_id)
     shared = [*_thumbnails(root, subject_id), *_pipelines(root, subject_id, held.exports)]
+    left = _left_copies(root)
     places = {
         "files and folders": sum(1 for path in [*paths, *shared] for _ in _files(path)),
-        "copies of the project that killed runs left": sum(_knows(one, subject_id) for one in _left_copies(root)),
+        "copies of the project that killed runs left": sum(_knows(copy.project, subject_id) for copy in left),
         "entries of params.yaml, dvc.lock": _mentions(root, subject_id),
         "experiments of sweeps": len(set(experiments.values())),
         "objects of DVC (cache and remotes)": len(kept.objects),
@@ -114,7 +115,7 @@ def erase(root: Path, found: Inventory) -> Path:
         found.out_of_reach += prefectstore.erase(subject_id)
         if (root / ".dvc").is_dir():
             found.out_of_reach += dvcstore.erase(root, found.kept)
-        for path in [*found.paths, *_left_copies(root)]:
+        for path in [*found.paths, *(copy.folder for copy in _left_copies(root))]:
             _remove(path)
         _forget_in_lock(root, subject_id)
         _forget_in_gitignore(root, subject_id)
@@ -259,14 +260,13 @@ def _refuse_beside_copies(root: Path, subject_id: str) -> None:
             raise AlreadyRunningError(f"{copy.project} has files of {subject_id} and is in use: {copy.user}")
 
 
-def _left_copies(root: Path) -> list[Path]:
+def _left_copies(root: Path) -> list[Copy]:
     """Return the copies that killed runs and sweeps left; all go, whoever's: nobody continues in one."""
-    return [copy.folder for copy in copies(root) if not copy.user]
+    return [copy for copy in copies(root) if not copy.user]
 
 
-def _knows(folder: Path, subject_id: str) -> bool:
+def _knows(project: Path, subject_id: str) -> bool:
     """Tell whether a copy of the project has a file, a folder or an entry of a subject."""
-    project = folder / "project" if (folder / "project").is_dir() else folder
     if any((project / place.format(id=subject_id)).exists() for place in (*FOLDERS, *FILES)):
         return True
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in project.glob("*") if path.name in TEXTS]
@@ -323,11 +323,7 @@ def _forget_in_params(root: Path, subject_id: str) -> None:
         return
     others = {name: entry for name, entry in before.subjects.items() if name != subject_id}
     shorter = without_subject(text, subject_id)
-    try:
-        is_right = parse_params(load_yaml(shorter)) == before.model_copy(update={"subjects": others})
-    except (YamlError, ParamsError):
-        is_right = False
-    if not is_right:
+    if not means(shorter, before.model_copy(update={"subjects": others})):
         raise ParamsError([f"{PARAMS}: subjects.{subject_id} cannot be taken out; delete it by hand, then go on"])
     write_params_text(root, shorter)
 

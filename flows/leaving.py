@@ -9,13 +9,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
 import psutil
 
-from dreambooth.interruption import Interrupted, on_stop
+from dreambooth.interruption import Interrupted, on_stop, tell
 from flows.console import err
 from flows.dvcrun import stop_all
 from flows.tables import print_problems
@@ -137,11 +137,11 @@ def _end(code: int, grace: float) -> None:
     children = psutil.Process().children()
     for process in psutil.Process().children(recursive=True):
         if process not in children:
-            _signal(process.kill)
+            tell(process.kill)
         elif _is_server(process):
-            _signal(process.terminate)
+            tell(process.terminate)
     for process in psutil.wait_procs(children, grace)[1]:
-        _signal(process.kill)
+        tell(process.kill)
     with suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -152,8 +152,3 @@ def _is_server(process: psutil.Process) -> bool:
     with suppress(psutil.Error):
         return "uvicorn" in process.cmdline()
     return False
-
-
-def _signal(send: Callable[..., object], *arguments: object) -> None:
-    with suppress(psutil.Error):
-        send(*arguments)

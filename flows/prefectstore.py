@@ -5,7 +5,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,11 +97,8 @@ def _database() -> Iterator[sqlite3.Connection | None]:
     if file is None or not file.is_file():
         yield None
         return
-    connection = sqlite3.connect(file, timeout=60)
-    try:
+    with closing(sqlite3.connect(file, timeout=60)) as connection:
         yield connection
-    finally:
-        connection.close()
 
 
 def _database_file() -> Path | None:

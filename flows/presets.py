@@ -14,7 +14,7 @@ from ruamel.yaml.representer import RoundTripRepresenter
 from dreambooth.errors import ParamsError
 from dreambooth.params import parse_params
 from dreambooth.yaml12 import YamlError, load_yaml
-from flows.project import PARAMS, write_params_text
+from flows.project import PARAMS, read_params_text, write_params_text
 
 FOLDER = "params"
 MAY_SAY = ("base", "evaluate", "export", "photos", "prior", "tracking", "train")  # not who is trained, nor who may pass
@@ -52,7 +52,7 @@ def apply(root: Path, presets: Sequence[str]) -> list[Change]:
     Raises:
         ParamsError: no such preset, one that says what a preset may not, or values that do not go together.
     """
-    text = (root / PARAMS).read_text(encoding="utf-8")
+    text = read_params_text(root)
     changes: dict[str, Change] = {}
     for preset in presets:
         text, new = merge(text, read(root, preset))
@@ -95,7 +95,7 @@ def write_values(root: Path, values: Mapping[str, Any], source: str) -> list[Cha
     Raises:
         ParamsError: a parameter that params.yaml does not have, or an invalid result; the file stays as it was.
     """
-    text, changes = put((root / PARAMS).read_text(encoding="utf-8"), values, source)
+    text, changes = put(read_params_text(root), values, source)
     parse_params(_plain_values(text))
     if changes:
         write_params_text(root, text)
@@ -119,7 +119,7 @@ def put(text: str, values: Mapping[str, Any], source: str) -> tuple[str, list[Ch
     yaml.preserve_quotes, yaml.width = True, 4096
     yaml.indent(mapping=2, sequence=4, offset=2)  # as params.yaml has its lists, also once DVC has moved them
     _plain_values(text)  # refuses what ruamel.yaml would fail at
-    whole = yaml.load(text)
+    whole = yaml.load(text.replace("\r\n", "\n"))  # it would keep the first of two in comments alone
     unknown = [path for path in values if path.rpartition(".")[2] not in _section(whole, path)]
     if unknown:
         raise ParamsError([f"{PARAMS}: {path}: unknown, but {source} sets it" for path in unknown])
@@ -132,7 +132,7 @@ def put(text: str, values: Mapping[str, Any], source: str) -> tuple[str, list[Ch
             _put(section, key, value)
     out = io.StringIO()
     yaml.dump(whole, out)
-    return out.getvalue(), changes
+    return out.getvalue().replace("\n", "\r\n" if "\r\n" in text else "\n"), changes
 
 
 def _section(whole: CommentedMap, path: str) -> CommentedMap:

@@ -4,9 +4,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from dreambooth.errors import PipelineError
+from dreambooth.errors import ParamsError, PipelineError
 from dreambooth.folders import write_file
-from dreambooth.params import Params
+from dreambooth.params import Params, parse_params
+from dreambooth.yaml12 import YamlError, load_yaml
 
 PARAMS = "params.yaml"
 MARKS = ("dvc.yaml", PARAMS)
@@ -59,6 +60,14 @@ def read_params_text(root: Path) -> str:
 def write_params_text(root: Path, text: str) -> None:
     """Replace what params.yaml says; where a link of that name stands, the file that it leads to."""
     write_file((root / PARAMS).resolve(), text.encode())
+
+
+def means(text: str, params: Params) -> bool:
+    """Tell whether a text is a params.yaml that says these parameters."""
+    try:
+        return parse_params(load_yaml(text)) == params
+    except (YamlError, ParamsError):
+        return False
 
 
 def _is_project(folder: Path) -> bool:

@@ -7,10 +7,10 @@ import pytest
 import yaml
 from registered import write_project
 
-from dreambooth import models
+from dreambooth import health, models, tracking
 from dreambooth.locks import only_one
 from dreambooth.params import parse_params
-from flows.doctor import Finding, _copies, _device, _libraries, _program, _servers, examine
+from flows.doctor import Finding, _copies, _device, _libraries, _program, _servers, examine, installed
 
 
 @pytest.fixture
@@ -135,20 +135,18 @@ def test_clones_and_sweeps_that_killed_processes_left_are_named_with_their_size(
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"fastapi": "0.151.0"}, "fastapi 0.151.0, wanted >= 0.139, < 0.151"),
+        ({"fastapi": "0.151.0"}, "fastapi 0.151.0, wanted <0.151,>=0.139"),
         ({"sqlalchemy": "2.1"}, "sqlalchemy 2.1"),
-        ({"mlflow": "3.9.1"}, "mlflow 3.9.1, wanted >= 3.11"),
+        ({"mlflow": "3.9.1"}, "mlflow 3.9.1, wanted <4,>=3.11"),
         ({"torch": None}, "torch is missing"),
+        ({"prefect": "3.8.0rc1"}, "prefect 3.8.0rc1, wanted <4,>=3.8"),  # before the first that is wanted
+        ({"prefect": "3.9.0rc1"}, None),
         ({"torch": "2.10.0+cpu"}, None),
     ],
 )
 @pytest.mark.threat(19)
 def test_a_library_outside_of_its_bounds_is_named(changed: dict[str, Any], said: str | None) -> None:
-    have = {
-        "prefect": "3.8.8", "mlflow": "3.17.2", "diffusers": "0.42.1", "transformers": "5.3.0", "torch": "2.11.0",
-        "pillow": "13.0", "fastapi": "0.150.2", "sqlalchemy": "2.0.40",
-    }  # fmt: skip
-    (found,) = _libraries((have | changed).get)
+    (found,) = _libraries(lambda name: changed[name] if name in changed else installed(name))
     assert found.is_broken == (said is not None)
     assert (said or "within their bounds") in found.found
 
@@ -189,3 +187,21 @@ def test_a_gpu_that_only_emulates_bfloat16_is_told_to_take_float16(
         params_values["base"]["inference_dtype"] = dtype
         (finding,) = _device(parse_params(params_values))
         assert ("inference_dtype: float16" in finding.remedy) == (dtype != "float16")
+
+
+@pytest.mark.parametrize(("what", "count"), [("uploads", 5), ("runs", 5)])
+def test_what_is_left_behind_is_counted_on_every_page(
+    tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch, what: str, count: int
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    write_project(tmp_path / "project", empty_database)
+    client, experiment = tracking.connect(tmp_path / "project")
+    for number in range(count):
+        client.create_logged_model(experiment, name=f"upload-{number}")
+        client.create_run(experiment)
+    for name in ("search_logged_models", "search_runs"):
+        search = getattr(MlflowClient, name)
+        monkeypatch.setattr(MlflowClient, name, lambda *a, _search=search, **b: _search(*a, **b | {"max_results": 2}))
+    monkeypatch.setattr(health, "DAY", -1)
+    assert about(examine(tmp_path / "project"), what).found.startswith(f"{count} ")

@@ -29,6 +29,7 @@ from toy_project import (
 from dreambooth import versions
 from dreambooth.errors import ParamsError, PipelineError
 from dreambooth.params import load_params
+from dreambooth.yaml12 import load_yaml
 from flows import clones
 from flows.clone import PAUSES, RETRIES, _may_pass, hand_back
 from flows.graph import Graph
@@ -180,6 +181,32 @@ def test_a_clone_has_its_parameters_overridden_where_dvc_hashes_them(tmp_path: P
         with pytest.raises(ParamsError, match=message):
             clones.override(root, values)
     assert (root / "params.yaml").read_bytes() == before
+
+
+def test_linked_parameters_stay_a_link_and_what_it_leads_to_is_handed_back(tmp_path: Path) -> None:
+    home = make_toy_project(tmp_path / "home", {"biscuit": "dog"})
+    (home / "params.yaml").rename(home / "ours.yaml")
+    (home / "params.yaml").symlink_to("ours.yaml")
+    (home / "dvc.lock").write_text("schema: '2.0'\n")
+    git(home, "init", "--quiet")
+    git(home, "add", "--all")
+    git(home, "commit", "--quiet", "--message", "toy")
+    git(tmp_path, "clone", "--quiet", str(home), "clone")
+    clones.override(tmp_path / "clone", {"train.learning_rate": 2e-6})
+    assert clones.commit_back(tmp_path / "clone", "7") == "runs/7"
+    assert git(home, "ls-tree", "runs/7", "params.yaml").startswith("120000 ")
+    changed = load_yaml(git(home, "show", "runs/7:ours.yaml"))
+    assert changed["train"]["learning_rate"] == 2e-6
+
+
+def test_overridden_parameters_do_not_follow_a_link_out_of_the_clone(tmp_path: Path) -> None:
+    root = make_toy_project(tmp_path / "project", {"biscuit": "dog"})
+    shared = (root / "params.yaml").rename(tmp_path / "shared.yaml")
+    (root / "params.yaml").symlink_to(shared)
+    before = shared.read_bytes()
+    clones.override(root, {"train.learning_rate": 2e-6})
+    assert load_params(root / "params.yaml").train.learning_rate == 2e-6
+    assert shared.read_bytes() == before
 
 
 def test_a_killed_process_leaves_a_clone_that_nobody_uses_and_a_living_one_says_who_it_is(tmp_path: Path) -> None:

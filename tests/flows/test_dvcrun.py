@@ -11,6 +11,7 @@ import pytest
 from toy_project import await_true, dvc, ran
 
 from dreambooth.errors import PipelineError
+from dreambooth.interruption import is_alive, tell
 from flows import dvcrun
 from flows.dvcrun import DvcRunner, StageRun
 
@@ -174,7 +175,24 @@ def test_no_process_survives_an_interrupted_parent(project: Path) -> None:
         parent.send_signal(signal.SIGINT)
         parent.wait(20)
     assert len(below) >= 2
-    assert not [process for process in below if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert not [process for process in below if is_alive(process)]
+
+
+def test_a_process_is_alive_until_it_is_dead_buried_or_not() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        process = psutil.Process(child.pid)
+        assert is_alive(process)
+        tell(process.kill)
+        await_true(lambda: process.status() == psutil.STATUS_ZOMBIE)
+        assert not is_alive(process)
+    assert not is_alive(process)
+
+
+def test_a_process_that_may_not_be_told_is_let_be() -> None:
+    def refuse() -> None:
+        raise psutil.AccessDenied(1)
+
+    tell(refuse)
 
 
 def test_a_stopped_runner_starts_nothing(project: Path) -> None:

@@ -306,9 +306,9 @@ def test_a_copy_in_which_somebody_works_is_refused_and_stays(project: Path) -> N
         with pytest.raises(AlreadyRunningError, match=f"pid {child.pid} works in"):
             _refuse_beside_copies(project, SUBJECT)
         _refuse_beside_copies(project, "rex")  # of which it has nothing
-        assert _left_copies(project) == [clone]
+        assert [copy.folder for copy in _left_copies(project)] == [clone]
         child.communicate(b"\n")
-    assert _left_copies(project) == [clone, sweep]
+    assert [copy.folder for copy in _left_copies(project)] == [clone, sweep]
 
 
 def test_a_server_that_a_profile_of_prefect_names_is_asked(tmp_path: Path) -> None:

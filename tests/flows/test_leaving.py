@@ -14,6 +14,7 @@ import psutil
 import pytest
 from toy_project import REPOSITORY, await_true, kill_tree, post, quiet
 
+from dreambooth.interruption import is_alive
 from flows.leaving import in_words
 
 SAVES = """
@@ -67,10 +68,6 @@ def training(
         run.wait()
 
 
-def lives(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-
-
 def locks_of_dvc(root: Path) -> object:
     return json.loads((root / ".dvc/tmp/rwlock").read_text())
 
@@ -88,7 +85,7 @@ def test_a_run_that_is_told_to_stop_says_in_one_line_that_the_state_is_saved_and
         os.killpg(run.pid, number)
         assert run.wait(60) == 75
         assert time.monotonic() - began < 60  # without its server Prefect would go on for minutes
-        assert not [process for process in below if lives(process)]
+        assert not [process for process in below if is_alive(process)]
     said = (saving / "said").read_text()
     assert (saving / "saved").exists()
     assert said.splitlines()[-2:] == [
@@ -112,7 +109,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once_and_leaves_no_process_and_no_torn_lo
         await_true(lambda: "stopping: " in (saving / "said").read_text(), pause=0.05)
         os.killpg(run.pid, signal.SIGINT)
         assert run.wait(60) == 130
-        assert not [process for process in below if lives(process)]
+        assert not [process for process in below if is_alive(process)]
     assert "Traceback" not in (saving / "said").read_text()
     assert not (saving / "saved").exists()
     locks_of_dvc(saving)

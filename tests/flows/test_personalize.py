@@ -13,6 +13,7 @@ import pytest
 import yaml
 from toy_project import await_true, dvc, make_toy_project, post, prefect, quiet, ran
 
+from dreambooth.interruption import is_alive
 from flows import lanes
 from flows.graph import Graph
 
@@ -246,7 +247,7 @@ def test_cancelling_leaves_no_process_behind(project: Path, environment: dict[st
         flow.send_signal(signal.SIGTERM)
         flow.wait(30)
     assert time.monotonic() - started < 20
-    assert not [process for process in below if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert not [process for process in below if is_alive(process)]
 
 
 @pytest.mark.fault(38)

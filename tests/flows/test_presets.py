@@ -53,6 +53,15 @@ def test_only_the_lines_of_changed_values_are_changed(root: Path) -> None:
     assert load_params(root / "params.yaml").train.method == "lora"
 
 
+def test_line_ends_stay_as_they_are(root: Path) -> None:
+    path = root / "params.yaml"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert apply(root, ["sd15-lora"])
+    assert path.read_bytes().count(b"\n") == path.read_bytes().count(b"\r\n")
+    assert b"\r\r" not in path.read_bytes()
+    assert load_params(path).train.method == "lora"
+
+
 def test_a_second_time_nothing_changes(root: Path) -> None:
     apply(root, ["sd15-full"])
     before = (root / "params.yaml").read_bytes()
