@@ -14,8 +14,9 @@ from dreambooth.errors import DreamboothError
 
 RESUME = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 _LOOK_EVERY = 0.5  # seconds
-_ONE = 1.0  # seconds in which the same signal is one request: that of the group, and that of a runner above
+ONE_REQUEST = 1.0  # seconds in which the same signal is one: of the group, of a runner above, both of `timeout`
 _requests: list["StopRequest"] = []  # that are open now, for `_follow`
+_answered: list["StopRequest"] = []  # of this process
 _SHELLS = {"sh", "dash", "bash", "ash", "busybox", "ksh", "zsh", "fish"}
 
 
@@ -49,7 +50,7 @@ def stop_request() -> Iterator[StopRequest]:
     def note(number: int, frame: FrameType | None) -> None:
         if request.signal is None:
             request.signal, request.since = signal.Signals(number), time.monotonic()
-        elif request.signal == number and time.monotonic() - request.since > _ONE:
+        elif request.signal == number and time.monotonic() - request.since > ONE_REQUEST:
             os._exit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():  # signals arrive elsewhere
@@ -61,6 +62,32 @@ def stop_request() -> Iterator[StopRequest]:
             yield request
     finally:
         _requests.remove(request)
+        if request:
+            _answered.append(request)
+
+
+@contextmanager
+def deaf_once_answered() -> Iterator[None]:
+    """Pass over signals when a training has answered one: its state is saved, the process ends, and has to say so."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        previous = before[signal.Signals(number)]
+        if _answered or previous == signal.SIG_IGN:
+            return
+        if callable(previous):
+            previous(number, frame)
+        else:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    try:
+        with on_stop(hear):
+            yield
+    finally:
+        if _answered:
+            for number in before:
+                signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

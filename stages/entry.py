@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from dreambooth.consent import require_consent
 from dreambooth.errors import MACHINE_FAULT, DreamboothError, machine_fault
-from dreambooth.interruption import die_with_starter
+from dreambooth.interruption import deaf_once_answered, die_with_starter
 from dreambooth.params import check_id, load_params
 from dreambooth.redaction import redact, redact_logs
 
@@ -36,20 +36,21 @@ def main(run: Run, options: Sequence[str] = ()) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file name may hold bytes that are no text
             stream.reconfigure(errors="backslashreplace")
-    try:
-        root, params, key = Path.cwd(), load_params(Path("params.yaml")), check_id(given.pop("id"))
-        require_consent(params, key, root)
-        run(params, key, root, **given)
-    except DreamboothError as error:
-        if os.environ.get("DREAMBOOTH_DEBUG"):
-            raise
-        sys.stderr.writelines(f"{error.code}: {line}\n" for line in redact(str(error)).splitlines())
-        raise SystemExit(error.exit_code) from None
-    except (OSError, RuntimeError) as error:
-        if os.environ.get("DREAMBOOTH_DEBUG") or not (told := machine_fault(error)):
-            raise
-        sys.stderr.write(f"{redact(told)}\n")
-        raise SystemExit(MACHINE_FAULT) from None
+    with deaf_once_answered():
+        try:
+            root, params, key = Path.cwd(), load_params(Path("params.yaml")), check_id(given.pop("id"))
+            require_consent(params, key, root)
+            run(params, key, root, **given)
+        except DreamboothError as error:
+            if os.environ.get("DREAMBOOTH_DEBUG"):
+                raise
+            sys.stderr.writelines(f"{error.code}: {line}\n" for line in redact(str(error)).splitlines())
+            raise SystemExit(error.exit_code) from None
+        except (OSError, RuntimeError) as error:
+            if os.environ.get("DREAMBOOTH_DEBUG") or not (told := machine_fault(error)):
+                raise
+            sys.stderr.write(f"{redact(told)}\n")
+            raise SystemExit(MACHINE_FAULT) from None
 
 
 def say(line: str) -> None:

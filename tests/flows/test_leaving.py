@@ -14,7 +14,7 @@ import psutil
 import pytest
 from toy_project import REPOSITORY, await_true, kill_tree, post, quiet
 
-from dreambooth.interruption import is_alive
+from dreambooth.interruption import ONE_REQUEST, is_alive
 from flows.leaving import in_words
 
 SAVES = """
@@ -74,14 +74,17 @@ def locks_of_dvc(root: Path) -> object:
 
 @pytest.mark.slow
 @pytest.mark.fault(17)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "twice"), [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True)])
 def test_a_run_that_is_told_to_stop_says_in_one_line_that_the_state_is_saved_and_leaves_no_process(
-    saving: Path, prefect_home: Path, number: signal.Signals
+    saving: Path, prefect_home: Path, number: signal.Signals, twice: bool
 ) -> None:
+    """Twice as `timeout` does: the process that it started, then its group."""
     with training(saving, prefect_home, server=None) as run:
         below = psutil.Process(run.pid).children(recursive=True)
         assert len(below) >= 3  # the server, DVC and the stage
         began = time.monotonic()
+        if twice:
+            os.kill(run.pid, number)
         os.killpg(run.pid, number)
         assert run.wait(60) == 75
         assert time.monotonic() - began < 60  # without its server Prefect would go on for minutes
@@ -107,6 +110,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once_and_leaves_no_process_and_no_torn_lo
         below = psutil.Process(run.pid).children(recursive=True)
         os.killpg(run.pid, signal.SIGINT)
         await_true(lambda: "stopping: " in (saving / "said").read_text(), pause=0.05)
+        time.sleep(ONE_REQUEST)
         os.killpg(run.pid, signal.SIGINT)
         assert run.wait(60) == 130
         assert not [process for process in below if is_alive(process)]
