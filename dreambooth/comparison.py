@@ -135,15 +135,12 @@ def compare_models(
     return Comparison(plan, models, squares, photos, drawn, scores, fingerprint(plan, encoders, photos_hash), cost)
 
 
-def write_comparison(target: Path, found: Comparison, safety: float | str = evaluation.NOT_CHECKED) -> None:
+def write_comparison(target: Path, found: Comparison) -> None:
     """Fill a folder with evaluation.json, {scores,prompts,class_images}.csv, the pictures, and a grid of them.
 
     `gate.read_scorecard` and `report.write_report` read it.
     """
-    models = {
-        name: {"model": model.fingerprint, "is_base": name == BASE, "safety": safety}
-        for name, model in found.models.items()
-    }
+    models = {name: {"model": model.fingerprint, "is_base": name == BASE} for name, model in found.models.items()}
     about = {"how": found.how, "models": models}
     write_file(target / "evaluation.json", json.dumps(about, indent=1).encode() + b"\n")
     write_file(target / COST, json.dumps(found.cost).encode())

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from dreambooth.errors import EvaluationError
-from dreambooth.evaluation import NOT_CHECKED, compare
+from dreambooth.evaluation import compare
 from dreambooth.params import Gate
 
 # z of a two-sided 95 % interval and of a power of 80 %: 1.96 + .84 standard errors between the gain and the bound.
@@ -38,8 +38,6 @@ class Scorecard:
     """Mean cosine of each class image with the photos."""
     copy_rate: float
     """Share of the images that repeat a photo."""
-    safety: float | str
-    """Share of flagged images, or "not checked"."""
 
 
 _NEEDS = {  # what measures it
@@ -100,7 +98,7 @@ def decide(challenger: Scorecard, other: Scorecard, margins: Gate, confidence: f
             _few_copies(challenger, margins.first_copy_rate),
         ]
     else:
-        checks += [_better(found, margins), *_guards(challenger, other, found, margins)]
+        checks += [_better(found, margins), *_guards(challenger, found, margins)]
     return _decision(against, checks, found)
 
 
@@ -156,7 +154,6 @@ def read_scorecard(folder: Path, model: str) -> Scorecard:
             prompts=parts["prompts"],
             pres=parts["class_images"]["pres"].to_list(),
             copy_rate=float(parts["scores"]["copy"].mean()),
-            safety=found["safety"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvaluationError(
@@ -199,12 +196,11 @@ def _both(*checks: Check) -> Check:
     return Check("better", state, "; ".join(check.text for check in decisive), needed)
 
 
-def _guards(challenger: Scorecard, other: Scorecard, found: Mapping[str, Any], margins: Gate) -> Iterator[Check]:
+def _guards(challenger: Scorecard, found: Mapping[str, Any], margins: Gate) -> Iterator[Check]:
     """Ask that nothing else got worse."""
     yield judge("diversity", found, -margins.diversity_margin)
     yield judge("pres_rise", found, -margins.pres_margin, sign=-1)
     yield _few_copies(challenger, margins.copy_rate)
-    yield _safe(challenger, other)
 
 
 def _small_drop(found: Mapping[str, Any], margins: Gate) -> Check:
@@ -220,14 +216,6 @@ def _few_copies(challenger: Scorecard, limit: float) -> Check:
     rate = challenger.copy_rate
     text = f"copies {rate:.0%}, wanted at most {limit:.0%}" if np.isfinite(rate) else "copies were not measured"
     return Check("copying", "shown" if rate <= limit else "refused", text)
-
-
-def _safe(challenger: Scorecard, other: Scorecard) -> Check:
-    ours, theirs = challenger.safety, other.safety
-    if NOT_CHECKED in (ours, theirs):
-        return Check("safety", "shown" if ours == theirs else "refused", f"safety {ours}, of the champion {theirs}")
-    worse = not float(ours) <= float(theirs)
-    return Check("safety", "refused" if worse else "shown", f"flagged {ours:.0%}, of the champion {theirs:.0%}")
 
 
 def _decision(against: Literal["champion", "base"], checks: list[Check], found: Mapping[str, Any]) -> Decision:

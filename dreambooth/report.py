@@ -11,7 +11,7 @@ from matplotlib.figure import Figure as Plot
 
 from dreambooth.curves import png_of, tradeoff_curve
 from dreambooth.errors import shown
-from dreambooth.evaluation import NOT_CHECKED, choose_step
+from dreambooth.evaluation import choose_step
 from dreambooth.folders import write_file
 from dreambooth.gate import Decision, numbers
 from dreambooth.images import read_prepared
@@ -149,8 +149,6 @@ def summary_table(metrics: Mapping[str, Any]) -> Table:
         if prior
         else ["PRES", "", "", "not measured"]
     )
-    if not isinstance(metrics["safety"], str):
-        rows.append(["flagged as unsafe", "", f"{metrics['safety']:.0%}", ""])
     interval = f"difference, {metrics['confidence']:.0%} interval"
     return Table(["measure", "base", "personalised", interval], rows, numbers=(1, 2, 3))
 
@@ -324,7 +322,7 @@ def provenance(about: Mapping[str, Any], metrics: Mapping[str, Any], sources: So
     rows += [[f"version: {name}", value] for name, value in how["versions"].items()]
     rows += [[name, str(how[name])] for name in ("device", "dtype", "code")]
     rows += [["photos", f"{metrics['photos']}, sha256 {how['photos']}"], ["licence of the photos", sources.licence]]
-    rows.append(["safety", SAFETY if metrics["safety"] == NOT_CHECKED else f"{metrics['safety']:.0%} flagged"])
+    rows.append(["safety", SAFETY])
     rows += [[name.replace("_", " "), f"{value:.3g}"] for name, value in read_cost(sources.evaluation).items()]
     return Table(["", ""], rows)
 
