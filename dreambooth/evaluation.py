@@ -24,10 +24,10 @@ MIN_COUNTED = 2  # an interval needs a spread
 MIN_PROMPTS = 6  # under this an interval over prompts says little, and no model is promoted on it
 PHOTO_SIDE = 1024
 NOT_CHECKED = "not checked"
-# What can change a score; their hash is the version of the evaluator.
+# What can change a score; their hash is the version of the evaluator (tests/test_pipeline.py compares with imports).
 MODULES = (
-    "comparison", "drawings", "encoders", "evaluation", "fidelity", "hub_encoders", "images", "models", "prompts",
-    "rng", "sampling", "scorer",
+    "adapters", "comparison", "drawings", "encoders", "evaluation", "families", "fidelity", "hub_encoders", "images",
+    "lora", "models", "prompts", "rng", "sampling", "scorer",
 )  # fmt: skip
 
 
