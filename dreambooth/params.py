@@ -167,6 +167,10 @@ class Prior(Section):
     """Image i is drawn from the seed (seed, i)."""
 
 
+LORA_METHODS = ("lora", "pivotal")
+TOKEN_METHODS = ("textual_inversion", "pivotal")
+
+
 class Train(Section):
     """The training of one subject. Defaults for photo-scale models: docs/recipes.md."""
 
@@ -269,6 +273,21 @@ class Train(Section):
         """Whether class rows teach anything: their prompt lacks the new word, so a word alone learns nothing there."""
         return self.method != "textual_inversion"
 
+    @property
+    def adds_lora(self) -> bool:
+        """Whether low-rank updates are trained."""
+        return self.method in LORA_METHODS
+
+    @property
+    def learns_token(self) -> bool:
+        """Whether the identifier becomes a new word with an embedding of its own."""
+        return self.method in TOKEN_METHODS
+
+    @property
+    def trains_encoders(self) -> bool:
+        """Whether the layers of the text encoders move."""
+        return self.train_text_encoder and self.method != "textual_inversion"
+
 
 class Evaluate(Section):
     """How the personalised model is compared with the base."""
@@ -329,9 +348,9 @@ class Gate(Section):
 
 ExportFormat = Literal["diffusers", "single_file", "lora", "kohya", "embedding"]
 METHODS_OF_FORMAT = {  # those that are missing here can hold what any method made
-    "lora": ("lora", "pivotal"),
-    "kohya": ("lora", "pivotal"),
-    "embedding": ("textual_inversion", "pivotal"),
+    "lora": LORA_METHODS,
+    "kohya": LORA_METHODS,
+    "embedding": TOKEN_METHODS,
 }
 
 
@@ -503,6 +522,17 @@ def describe(path: str) -> list[str]:
     ]
 
 
+def format_faults(export: Export, method: str) -> Iterator[str]:
+    """Name the formats that a training by this method does not fill."""
+    for name in export.formats:
+        methods = METHODS_OF_FORMAT.get(name)
+        if methods and method not in methods:
+            yield (
+                f"export.formats: {name} holds what train.method {' or '.join(methods)} makes, and the method is "
+                f"{method}; take it out, or train by another method"
+            )
+
+
 def _remedy(error: Exception) -> str:
     """Say what mends a file that editors and other systems have written in a way of their own."""
     if isinstance(error, UnicodeDecodeError):
@@ -532,13 +562,7 @@ def _contradictions(params: Params) -> Iterator[str]:
     photos = params.photos
     if photos.max_count < photos.min_count:
         yield f"photos.max_count: should be at least photos.min_count {photos.min_count} (got {photos.max_count})"
-    for name in params.export.formats:
-        methods = METHODS_OF_FORMAT.get(name)
-        if methods and params.train.method not in methods:
-            yield (
-                f"export.formats: {name} holds what train.method {' or '.join(methods)} makes (train.method is "
-                f"{params.train.method}); take it out, or change the method"
-            )
+    yield from format_faults(params.export, params.train.method)
     if photos.prepared_side < params.base.resolution:
         yield (
             f"photos.prepared_side: should be at least base.resolution {params.base.resolution} "
@@ -577,9 +601,9 @@ def _idle_prior(params: Params) -> Iterator[str]:
 def _idle_options(train: Train) -> Iterator[str]:
     """Name options of the training that its method, or another option, leaves without effect."""
     method = f"train.method {train.method}"
-    if train.use_dora and train.method not in ("lora", "pivotal"):
+    if train.use_dora and not train.adds_lora:
         yield f"{method} has no LoRA: train.use_dora has no effect"
-    if train.embedding_learning_rate is not None and train.method not in ("textual_inversion", "pivotal"):
+    if train.embedding_learning_rate is not None and not train.learns_token:
         yield f"{method} learns no new word: train.embedding_learning_rate has no effect"
     if train.method == "textual_inversion" and train.train_text_encoder:
         yield f"{method} trains the new word alone: train.train_text_encoder has no effect"
