@@ -99,7 +99,7 @@ def train_both(recipe: Recipe, script: Path, folder: Path, path: Sequence[Path])
         (folder / "reference/done").touch()
 
 
-def score_both(recipe: Recipe, folder: Path) -> dict[str, float]:
+def score_both(folder: Path) -> dict[str, float]:
     """Return the identity of both final models and of the base, from the same prompts and noise."""
     kept = folder / "identity.json"
     if not kept.exists():
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         train_both(own, script, place, given.reference_path)
         ours.append(read_ours(place / "ours/project"))
         reference.append(read_reference(place / "reference/out/logs"))
-        identity.append(score_both(own, place))
+        identity.append(score_both(place))
     text = report(recipe, given.seeds, compare_losses(ours, reference), identity)
     path = Path(given.out) / f"{datetime.now(UTC):%Y-%m-%d}-equality.md"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ import pandas as pd
 from PIL import Image
 
 from benchmarks.bench import hardware
-from dreambooth.comparison import BASE
+from dreambooth.evaluation import BASE
 from dreambooth.folders import write_file
 from dreambooth.grid import STRIP_TILE, grid
 from dreambooth.images import png_bytes, read_prepared, to_square

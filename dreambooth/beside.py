@@ -13,13 +13,13 @@ from PIL import Image
 
 from dreambooth import evaluation
 from dreambooth.errors import EvaluationError
+from dreambooth.evaluation import BASE
 from dreambooth.gate import Scorecard, decide, numbers, read_scorecard
 from dreambooth.grid import STRIP_TILE, grid
 from dreambooth.images import png_bytes
 from dreambooth.pages import data_uri, render
 from dreambooth.params import Gate
 
-BASE = "base"  # as `dreambooth.comparison` names it, which loads the libraries that draw
 MOST, LEAST = 3, 3  # prompts that are shown: those with the most and the least identity against the champion
 COLUMNS = ("measure", "base", "champion", "candidate", "candidate - champion")
 NOT_COMPARABLE, MISSING = "not comparable", "not measured"

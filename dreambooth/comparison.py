@@ -18,7 +18,7 @@ from PIL import Image
 
 from dreambooth import evaluation
 from dreambooth.drawings import Picture, drawing_key, ensure_drawings, read_pngs
-from dreambooth.evaluation import Encoders, Reference, Scores
+from dreambooth.evaluation import BASE, COST, Encoders, Reference, Scores
 from dreambooth.folders import code_hash, write_file
 from dreambooth.grid import comparison_grid
 from dreambooth.images import png_bytes
@@ -33,9 +33,6 @@ from dreambooth.models import (
 )
 from dreambooth.prompts import fill
 from dreambooth.sampling import SamplerSettings
-
-COST = ".cost.json"  # hidden: no part of the content, which is the same whenever it is made
-BASE = "base"
 
 
 @dataclass(frozen=True)

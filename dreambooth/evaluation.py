@@ -19,11 +19,13 @@ from dreambooth.encoders import FeatureReader, ImageEncoder, ImageTextEncoder, l
 from dreambooth.errors import EvaluationError
 from dreambooth.fidelity import Interval
 from dreambooth.images import both_hashes, hash_distance, perceptual_hash
+from dreambooth.params import MIN_PROMPTS
 
 MIN_COUNTED = 2  # an interval needs a spread
-MIN_PROMPTS = 6  # under this an interval over prompts says little, and no model is promoted on it
 PHOTO_SIDE = 1024
 NOT_CHECKED = "not checked"
+BASE = "base"  # name of the untouched model in what an evaluation writes
+COST = ".cost.json"  # hidden: no part of the content, which is the same whenever it is made
 # What can change a score; their hash is the version of the evaluator (tests/test_pipeline.py compares with imports).
 MODULES = (
     "adapters", "comparison", "drawings", "encoders", "evaluation", "families", "fidelity", "hub_encoders", "images",
@@ -360,7 +362,7 @@ def headline(metrics: dict[str, Any]) -> str:
         f"{identity['gain']:+.3f} [{identity['low']:+.3f}, {identity['high']:+.3f}] over {prompts_counted} prompts"
     )
     if prompts_counted < MIN_PROMPTS:
-        return f"identity {numbers}: too few prompts to tell, at least {MIN_PROMPTS} are needed"
+        return f"identity {numbers}: too few prompts to tell, under {MIN_PROMPTS} an interval says little"
     if identity["low"] > 0:
         return f"identity {numbers}: nearer to the subject than the base model"
     if identity["high"] < 0:

@@ -67,8 +67,6 @@ class Decision:
     line: str
     """For people: the verdict with its reason."""
     checks: tuple[Check, ...]
-    needed_prompts: int | None = None
-    """How many prompts would decide, where that is what is missing."""
 
 
 def decide(challenger: Scorecard, other: Scorecard, margins: Gate, confidence: float = 0.95) -> Decision:
@@ -132,6 +130,11 @@ def numbers(interval: Mapping[str, Any]) -> str:
     return f"{interval['mean']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
 
 
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Name what two evaluations did differently; empty where they did all alike."""
+    return ", ".join(key for key in sorted({*one, *other}) if one.get(key) != other.get(key))
+
+
 def read_scorecard(folder: Path, model: str) -> Scorecard:
     """Read what the evaluation left of one model in build/<id>/evaluation, or a copy of it.
 
@@ -163,10 +166,9 @@ def read_scorecard(folder: Path, model: str) -> Scorecard:
 
 def _comparable(challenger: Scorecard, other: Scorecard, margins: Gate) -> Iterator[Check]:
     """Refuse scores of two evaluators, and too few prompts for an interval."""
-    keys = sorted(set(challenger.how) | set(other.how))
-    differing = [key for key in keys if challenger.how.get(key) != other.how.get(key)]
-    if differing or not keys:
-        what = ", ".join(differing) or "nothing is known of either"
+    differs = differing(challenger.how, other.how)
+    if differs or not challenger.how:
+        what = differs or "nothing is known of either"
         yield Check("evaluator", "refused", f"the two were not evaluated alike ({what}); evaluate both again")
     counted = int((challenger.prompts["kind"] != "property").sum())
     if counted < margins.min_prompts:
@@ -234,4 +236,4 @@ def _decision(against: Literal["champion", "base"], checks: list[Check], found: 
     says = [*([f"{needed} prompts"] if needed else []), *([f"{images[0]} class images"] if images else [])]
     if says:
         line += f"; {' and '.join(says)} would decide"
-    return Decision(verdict, against, line, tuple(checks), needed)
+    return Decision(verdict, against, line, tuple(checks))

@@ -21,6 +21,7 @@ from dreambooth.yaml12 import YamlError, load_yaml
 RESERVED_IDS = ("classes",)  # build/classes has the class images
 ID_PATTERN = r"^[a-z0-9][a-z0-9-]{0,40}$"
 MAX_BYTES = 1 << 20
+MIN_PROMPTS = 6  # under this an interval over prompts says little, and no model is promoted on it
 # What a sampler may be told, here and by whoever asks a registered model for pictures.
 SAMPLER_STEPS = (1, 999)  # at 1000 DPM-Solver++ has a timestep twice, and divides by their distance
 GUIDANCE = (0, 50)
@@ -324,7 +325,7 @@ Margin = Annotated[float, Field(ge=0, le=1)]
 class Gate(Section):
     """What a new model must show before it takes the place of the champion; cosines of the encoders in use."""
 
-    min_prompts: Annotated[int, Field(ge=6)]
+    min_prompts: Annotated[int, Field(ge=MIN_PROMPTS)]
     """Fewest prompts that count for the identity; under 6 an interval says little."""
     min_gain: Margin
     """The identity's lower bound must be above it."""

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure as Plot
 
 from dreambooth.curves import png_of, tradeoff_curve
 from dreambooth.errors import shown
-from dreambooth.evaluation import choose_step
+from dreambooth.evaluation import COST, choose_step
+from dreambooth.fidelity import COPY_DISTANCE
 from dreambooth.folders import write_file
 from dreambooth.gate import Decision, numbers
 from dreambooth.images import read_prepared
@@ -25,7 +26,7 @@ SAFETY = (
     "not checked: nothing in this pipeline looks for unsafe pictures. To have it checked, look at the pictures of this "
     "page, or run a safety checker over the PNG files in build/<subject>/evaluation/personalised"
 )
-MEASURES = (("identity", "identity"), ("prompt", "prompt_fidelity"), ("diversity", "diversity"))
+MEASURES = ("identity", "prompt", "diversity")
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def make_report(title: str, sources: Sources, metrics: Mapping[str, Any], decisi
 def summary_table(metrics: Mapping[str, Any]) -> Table:
     """Set the base beside the personalised model, a line a measure; what was not measured says so."""
     rows = []
-    for name, _ in MEASURES:
+    for name in MEASURES:
         found = metrics.get(name)
         rows.append([name, *_base_and_model(found), _gain(found)] if found else [name, "", "", "not measured"])
     copying, prior = metrics["copying"], metrics.get("prior")
@@ -329,7 +330,7 @@ def provenance(about: Mapping[str, Any], metrics: Mapping[str, Any], sources: So
 
 def read_cost(evaluation: Path) -> dict[str, float]:
     """Return time and memory of an evaluation, by name with unit; empty if they were not noted."""
-    path = evaluation / ".cost.json"
+    path = evaluation / COST
     found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found
 
@@ -362,7 +363,7 @@ def _copying_note(metrics: Mapping[str, Any]) -> str:
     copying = metrics["copying"]
     return (
         f"Copies, framed in red: {copying['rate']:.0%}. A copy is a cosine above {copying['threshold']:.2f} or a "
-        "perceptual hash within 8 of 63 bits."
+        f"perceptual hash within {COPY_DISTANCE} of 63 bits."
     )
 
 
