@@ -23,6 +23,7 @@ from benchmarks import usage
 from benchmarks.results import picture, write_page
 from benchmarks.usage import NOTHING, Usage
 from dreambooth.folders import code_hash, scratch_folder, sha256_of, sha256_of_file, write_file
+from dreambooth.intervals import in_interval
 from dreambooth.params import TOKEN_METHODS, parse_params
 from dreambooth.yaml12 import dump_yaml, load_yaml
 from stages.entry import say
@@ -166,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say(f"[{number + 1}/{len(todo)}] {subject}: {method}" + (f", about {left:.0f} min left" if left else ""))
         results.append(measure(folder, given.project, one, method))
         gain = results[-1].metrics["identity"]
-        say(f"    identity {gain['gain']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]")
+        say(f"    identity {in_interval(gain['gain'], gain['low'], gain['high'])}")
         write_page(given.out, results, values, given.picture)
         picture(given.picture, results, values)
     say(f"{given.out}, {given.picture}")

@@ -7,6 +7,7 @@ from typing import Any
 
 from dreambooth.consent import Consent
 from dreambooth.folders import sha256_of_file
+from dreambooth.intervals import in_interval
 from dreambooth.params import LORA_METHODS, TOKEN_METHODS, Params
 
 # How the files of each format are loaded.
@@ -132,7 +133,7 @@ def _scores(metrics: dict[str, Any]) -> str:
 
 
 def _interval(gain: Mapping[str, Any]) -> str:
-    return f"{gain['gain']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
+    return in_interval(gain["gain"], gain["low"], gain["high"])
 
 
 def _parameters(params: Params, class_images: int) -> str:

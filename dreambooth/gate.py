@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from dreambooth.errors import EvaluationError
-from dreambooth.evaluation import compare
+from dreambooth.evaluation import compare, counted
+from dreambooth.intervals import in_interval
 from dreambooth.params import Gate
 
 # z of a two-sided 95 % interval and of a power of 80 %: 1.96 + .84 standard errors between the gain and the bound.
@@ -126,8 +127,8 @@ def judge(name: str, found: Mapping[str, Any], bound: float, sign: int = 1) -> C
 
 
 def numbers(interval: Mapping[str, Any]) -> str:
-    """Write a mean with its interval: +0.041 [+0.017, +0.065]."""
-    return f"{interval['mean']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
+    """Write an interval of `evaluation.compare`."""
+    return in_interval(interval["mean"], interval["low"], interval["high"])
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
@@ -170,10 +171,10 @@ def _comparable(challenger: Scorecard, other: Scorecard, margins: Gate) -> Itera
     if differs or not challenger.how:
         what = differs or "nothing is known of either"
         yield Check("evaluator", "refused", f"the two were not evaluated alike ({what}); evaluate both again")
-    counted = int((challenger.prompts["kind"] != "property").sum())
-    if counted < margins.min_prompts:
+    count = len(counted(challenger.prompts))
+    if count < margins.min_prompts:
         text = (
-            f"{counted} of {len(challenger.prompts)} prompts count for the identity (those of a property do not), "
+            f"{count} of {len(challenger.prompts)} prompts count for the identity (those of a property do not), "
             f"{margins.min_prompts} are needed; raise evaluate.max_prompts"
         )
         yield Check("prompts", "open", text)

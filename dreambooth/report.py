@@ -11,11 +11,12 @@ from matplotlib.figure import Figure as Plot
 
 from dreambooth.curves import png_of, tradeoff_curve
 from dreambooth.errors import shown
-from dreambooth.evaluation import COST, choose_step
+from dreambooth.evaluation import COST, choose_step, counted
 from dreambooth.fidelity import COPY_DISTANCE
 from dreambooth.folders import write_file
-from dreambooth.gate import Decision, numbers
+from dreambooth.gate import Decision
 from dreambooth.images import read_prepared
+from dreambooth.intervals import in_interval
 from dreambooth.pages import Picture, data_uri, file_picture, picture_of, render
 
 WORST = 5
@@ -146,7 +147,7 @@ def summary_table(metrics: Mapping[str, Any]) -> Table:
     copying, prior = metrics["copying"], metrics.get("prior")
     rows.append(["copies", f"{copying['rate_base']:.0%}", f"{copying['rate']:.0%}", ""])
     rows.append(
-        ["PRES (less is better)", *_base_and_model(prior), numbers({**prior, "mean": prior["rise"]})]
+        ["PRES (less is better)", *_base_and_model(prior), in_interval(prior["rise"], prior["low"], prior["high"])]
         if prior
         else ["PRES", "", "", "not measured"]
     )
@@ -174,8 +175,7 @@ def prompt_tables(prompts: pd.DataFrame, models: Sequence[str]) -> list[dict[str
     table = model.assign(gain=model["identity"] - base["identity"])
     if model["prompt_fidelity"].notna().all():
         table = table.assign(prompt_gain=model["prompt_fidelity"] - base["prompt_fidelity"])
-    counted = table[table["kind"] != "property"]
-    parts = [(f"The worst {WORST} by identity", counted.sort_values("identity").head(WORST))]
+    parts = [(f"The worst {WORST} by identity", counted(table).sort_values("identity").head(WORST))]
     parts += [(str(kind), rows) for kind, rows in table.groupby("kind", sort=False)]
     return [{"title": title, "table": prompt_table(rows)} for title, rows in parts]
 
@@ -340,7 +340,7 @@ def _base_and_model(found: Mapping[str, Any]) -> list[str]:
 
 
 def _gain(found: Mapping[str, Any]) -> str:
-    return numbers({**found, "mean": found["gain"]})
+    return in_interval(found["gain"], found["low"], found["high"])
 
 
 def _cell(value: Any, column: str) -> str:
@@ -371,9 +371,10 @@ def _prior_note(metrics: Mapping[str, Any]) -> str:
     if "prior" not in metrics:
         return "Not measured (evaluate.num_class_images)."
     prior = metrics["prior"]
+    rise = in_interval(prior["rise"], prior["low"], prior["high"])
     return (
         f"The same seeds for each model, PRES (likeness with the photos of the subject) under each. Its rise is "
-        f"{numbers({**prior, 'mean': prior['rise']})} over {prior['images']} images. Squared maximum mean discrepancy "
+        f"{rise} over {prior['images']} images. Squared maximum mean discrepancy "
         f"{prior['mmd2']:+.4f}, permutation p {prior['p_value']:.3f}: a small p says that the class has changed."
     )
 

@@ -40,6 +40,7 @@ WITHOUT_EFFECT = {
 WITHOUT_SCORE = WITHOUT_EFFECT | {
     "dreambooth/folders.py",  # hashes and manifests
     "dreambooth/grid.py",  # a sheet for people
+    "dreambooth/intervals.py",  # a number in words
 }
 WITHOUT_PICTURE = WITHOUT_SCORE | {"dreambooth/images.py"}  # of it a drawing needs the PNG, which keeps every pixel
 
