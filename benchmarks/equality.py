@@ -27,6 +27,7 @@ from benchmarks.bench import add_recipe_options, comparison_key, hardware, recip
 from benchmarks.recipe import CLASS, ROOT, SUBJECT, Ours, Recipe, Reference, find_script
 from dreambooth import evaluation
 from dreambooth.folders import write_file
+from dreambooth.intervals import in_interval
 from dreambooth.models import model_hash
 from dreambooth.params import load_params
 from dreambooth.vocabulary import SCORER
@@ -100,7 +101,7 @@ def train_both(recipe: Recipe, script: Path, folder: Path, path: Sequence[Path])
         (folder / "reference/done").touch()
 
 
-def score_both(recipe: Recipe, folder: Path) -> dict[str, float]:
+def score_both(folder: Path) -> dict[str, float]:
     """Return the identity of both final models and of the base, from the same prompts and noise."""
     kept = folder / "identity.json"
     if not kept.exists():
@@ -119,23 +120,18 @@ def score_both(recipe: Recipe, folder: Path) -> dict[str, float]:
             {name: (place, model_hash(place)) for name, place in models.items()},
             evaluate.encoders_of(params, project),
         )
-        counted = {name: _identity(scores.prompts) for name, scores in found.scores.items()}
+        counted = {name: evaluation.mean_counted(scores.prompts) for name, scores in found.scores.items()}
         difference = evaluation.compare(found.scores["ours"], found.scores["reference"], CONFIDENCE)["identity"]
         write_file(kept, json.dumps(counted | {"low": difference["low"], "high": difference["high"]}).encode())
     values: dict[str, float] = json.loads(kept.read_text())
     return values
 
 
-def _identity(prompts: pd.DataFrame) -> float:
-    """Return the mean over the prompts that count."""
-    return float(prompts["identity"][prompts["kind"] != "property"].mean())
-
-
 def report(recipe: Recipe, seeds: Sequence[int], losses: Difference, identity: Sequence[Mapping[str, float]]) -> str:
     """Write the results: the verdict first, then a row a seed."""
     rows = [
         f"| {seed} | {one['base']:.3f} | {one['ours']:.3f} | {one['reference']:.3f} | "
-        f"{one['ours'] - one['reference']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}] |"
+        f"{in_interval(one['ours'] - one['reference'], one['low'], one['high'])} |"
         for seed, one in zip(seeds, identity, strict=True)
     ]
     differences = [one["ours"] - one["reference"] for one in identity]
@@ -173,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         train_both(own, script, place, given.reference_path)
         ours.append(read_ours(place / "ours/project"))
         reference.append(read_reference(place / "reference/out/logs"))
-        identity.append(score_both(own, place))
+        identity.append(score_both(place))
     text = report(recipe, given.seeds, compare_losses(ours, reference), identity)
     path = Path(given.out) / f"{datetime.now(UTC):%Y-%m-%d}-equality.md"
     path.parent.mkdir(parents=True, exist_ok=True)

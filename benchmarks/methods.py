@@ -23,7 +23,8 @@ from benchmarks import usage
 from benchmarks.results import picture, write_page
 from benchmarks.usage import NOTHING, Usage
 from dreambooth.folders import code_hash, scratch_folder, sha256_of, sha256_of_file, write_file
-from dreambooth.params import parse_params
+from dreambooth.intervals import in_interval
+from dreambooth.params import TOKEN_METHODS, parse_params
 from dreambooth.yaml12 import dump_yaml, load_yaml
 from stages.entry import say
 
@@ -38,7 +39,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "pivotal": {"rank": 16, "lora_alpha": 16.0, "learning_rate": 1e-3, "embedding_learning_rate": 3e-3},
     "textual_inversion": {"learning_rate": 5e-3},
 }
-NEW_WORD = ("pivotal", "textual_inversion")  # the identifier of params.yaml is a word of the base
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def parameters(values: Mapping[str, Any], subject: str, method: str, changes: Ma
         changes: of the section train.
     """
     of_subject = dict(values["subjects"][subject])
-    if method in NEW_WORD:
+    if method in TOKEN_METHODS:  # the identifier of params.yaml is a word of the base
         of_subject["identifier"] = f"<{subject}>"
     train = values["train"] | {"preview_steps": None, "evaluation_steps": None, "load_best_model_at_end": False}
     return dict(values) | {
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say(f"[{number + 1}/{len(todo)}] {subject}: {method}" + (f", about {left:.0f} min left" if left else ""))
         results.append(measure(folder, given.project, one, method))
         gain = results[-1].metrics["identity"]
-        say(f"    identity {gain['gain']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]")
+        say(f"    identity {in_interval(gain['gain'], gain['low'], gain['high'])}")
         write_page(given.out, results, values, given.picture)
         picture(given.picture, results, values)
     say(f"{given.out}, {given.picture}")

@@ -14,10 +14,11 @@ import pandas as pd
 from PIL import Image
 
 from benchmarks.bench import hardware
-from dreambooth.comparison import BASE
+from dreambooth.evaluation import BASE
 from dreambooth.folders import write_file
 from dreambooth.grid import STRIP_TILE, grid
 from dreambooth.images import png_bytes, read_prepared, to_square
+from dreambooth.intervals import in_interval
 
 if TYPE_CHECKING:
     from benchmarks.methods import Result
@@ -143,7 +144,7 @@ def _line(one: Result) -> str:
 def _difference(measured: Mapping[str, Any] | None, name: str) -> str:
     if measured is None:
         return "not measured"
-    return f"{measured[name]:+.3f} [{measured['low']:+.3f}, {measured['high']:+.3f}]"
+    return in_interval(measured[name], measured["low"], measured["high"])
 
 
 def _told(results: Sequence[Result]) -> str:

@@ -13,13 +13,13 @@ from PIL import Image
 
 from dreambooth import evaluation
 from dreambooth.errors import EvaluationError
+from dreambooth.evaluation import BASE
 from dreambooth.gate import Scorecard, decide, numbers, read_scorecard
 from dreambooth.grid import STRIP_TILE, grid
 from dreambooth.images import png_bytes
 from dreambooth.pages import data_uri, render
 from dreambooth.params import Gate
 
-BASE = "base"  # as `dreambooth.comparison` names it, which loads the libraries that draw
 MOST, LEAST = 3, 3  # prompts that are shown: those with the most and the least identity against the champion
 COLUMNS = ("measure", "base", "champion", "candidate", "candidate - champion")
 NOT_COMPARABLE, MISSING = "not comparable", "not measured"
@@ -103,7 +103,7 @@ def score_rows(cards: Sequence[Scorecard], confidence: float) -> list[list[str]]
         except EvaluationError:
             are_alike = False
     means = {
-        "identity": ("identity", [_identity(card) for card in cards]),
+        "identity": ("identity", [evaluation.mean_counted(card.prompts) for card in cards]),
         "prompt": ("prompt fidelity", [card.prompts["prompt_fidelity"].mean() for card in cards]),
         "diversity": ("diversity", [card.prompts["diversity"].mean() for card in cards]),
         "pres_rise": ("PRES (less is better)", [pd.Series(card.pres, dtype=float).mean() for card in cards]),
@@ -120,14 +120,14 @@ def score_rows(cards: Sequence[Scorecard], confidence: float) -> list[list[str]]
 def choose_prompts(candidate: pd.DataFrame, champion: pd.DataFrame, are_alike: bool) -> dict[str, str]:
     """Return some prompts with their labels: those with the most identity won by the candidate, then with the least.
 
-    Property prompts should change the subject, so they are left out. Both extremes are shown, for a mean hides them.
+    Only prompts that count. Both extremes are shown, for a mean hides them.
 
     Args:
         candidate: a row a prompt: kind, prompt, identity, the mean over its seeds.
         champion: the same.
         are_alike: whether the two may be subtracted; the first prompts are returned otherwise.
     """
-    counted = candidate[candidate["kind"] != "property"]
+    counted = evaluation.counted(candidate)
     if not are_alike:
         return {prompt: prompt for prompt in counted["prompt"][: MOST + LEAST]}
     pairs = counted.merge(champion, on=["kind", "prompt"], suffixes=("", "_champion"))
@@ -191,10 +191,6 @@ def _picture(side: Side, table: pd.DataFrame, asked: pd.DataFrame) -> tuple[Imag
         return None, caption
 
 
-def _identity(card: Scorecard) -> float:
-    return float(card.prompts["identity"][card.prompts["kind"] != "property"].mean())
-
-
 def _number(value: float) -> str:
     return MISSING if pd.isna(value) else f"{value:.3f}"
 
@@ -206,7 +202,7 @@ def _difference(interval: Mapping[str, Any] | None, are_alike: bool) -> str:
 
 
 def _note(candidate: Scorecard, are_alike: bool, confidence: float, shown: int, has_sheet: bool) -> str:
-    counted = int((candidate.prompts["kind"] != "property").sum())
+    counted = len(evaluation.counted(candidate.prompts))
     scores = (
         f"Differences at the same prompts and noise, with {confidence:.0%} intervals over prompts; the identity over "
         f"the {counted} prompts that count."

@@ -7,7 +7,8 @@ from typing import Any
 
 from dreambooth.consent import Consent
 from dreambooth.folders import sha256_of_file
-from dreambooth.params import METHODS_OF_FORMAT, Params
+from dreambooth.intervals import in_interval
+from dreambooth.params import LORA_METHODS, TOKEN_METHODS, Params
 
 # How the files of each format are loaded.
 LOADING = {
@@ -62,7 +63,7 @@ def card(
         f"A {pipeline}, personalised with DreamBooth (Ruiz et al. 2022; method: {method}). Say `{prompt}`.",
         _usage(subject_id, pipeline, defaults),
         _files(folder, f"export/{subject_id}", pipeline, params, method),
-        _TOGETHER if method == "pivotal" else "",
+        _TOGETHER if method in LORA_METHODS and method in TOKEN_METHODS else "",
         _scores(metrics),
         f"Trained from `{base}` (sha256 {base_hash}) on {metrics['photos']} photos with these parameters:",
         _parameters(params, class_images),
@@ -104,7 +105,7 @@ def _loading(kind: str, pipeline: str, params: Params, method: str) -> str:
     """Say how a file of a format is loaded, with what this training makes different."""
     if kind == "kohya" and params.train.use_dora:
         return _KOHYA_DORA
-    if kind == "single_file" and method in METHODS_OF_FORMAT["embedding"]:
+    if kind == "single_file" and method in TOKEN_METHODS:
         return _WORDLESS
     if kind == "embedding" and "XL" in pipeline:
         return _EMBEDDING_SDXL
@@ -132,7 +133,7 @@ def _scores(metrics: dict[str, Any]) -> str:
 
 
 def _interval(gain: Mapping[str, Any]) -> str:
-    return f"{gain['gain']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
+    return in_interval(gain["gain"], gain["low"], gain["high"])
 
 
 def _parameters(params: Params, class_images: int) -> str:

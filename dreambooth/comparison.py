@@ -18,7 +18,7 @@ from PIL import Image
 
 from dreambooth import evaluation
 from dreambooth.drawings import Picture, drawing_key, ensure_drawings, read_pngs
-from dreambooth.evaluation import Encoders, Reference, Scores
+from dreambooth.evaluation import BASE, COST, Encoders, Reference, Scores
 from dreambooth.folders import code_hash, write_file
 from dreambooth.grid import comparison_grid
 from dreambooth.images import png_bytes
@@ -33,9 +33,6 @@ from dreambooth.models import (
 )
 from dreambooth.prompts import fill
 from dreambooth.sampling import SamplerSettings
-
-COST = ".cost.json"  # hidden: no part of the content, which is the same whenever it is made
-BASE = "base"
 
 
 @dataclass(frozen=True)
@@ -135,15 +132,12 @@ def compare_models(
     return Comparison(plan, models, squares, photos, drawn, scores, fingerprint(plan, encoders, photos_hash), cost)
 
 
-def write_comparison(target: Path, found: Comparison, safety: float | str = evaluation.NOT_CHECKED) -> None:
+def write_comparison(target: Path, found: Comparison) -> None:
     """Fill a folder with evaluation.json, {scores,prompts,class_images}.csv, the pictures, and a grid of them.
 
     `gate.read_scorecard` and `report.write_report` read it.
     """
-    models = {
-        name: {"model": model.fingerprint, "is_base": name == BASE, "safety": safety}
-        for name, model in found.models.items()
-    }
+    models = {name: {"model": model.fingerprint, "is_base": name == BASE} for name, model in found.models.items()}
     about = {"how": found.how, "models": models}
     write_file(target / "evaluation.json", json.dumps(about, indent=1).encode() + b"\n")
     write_file(target / COST, json.dumps(found.cost).encode())

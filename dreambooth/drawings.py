@@ -27,14 +27,8 @@ from dreambooth.progress import progress_bar
 from dreambooth.sampling import Drawing, SamplerSettings, draw_batch
 
 INDEX = "index.jsonl"
-_CODE = (
-    "adapters",
-    "drawings",
-    "families",
-    "models",
-    "rng",
-    "sampling",
-)  # the modules that decide about the bits of a picture
+# What can change the bits of a picture (tests/test_pipeline.py compares with imports).
+_CODE = ("adapters", "drawings", "families", "lora", "models", "rng", "sampling")
 _FLAT = 2.0  # standard deviation of the grey levels of 255 under which a picture shows nothing
 
 

@@ -19,15 +19,19 @@ from dreambooth.encoders import FeatureReader, ImageEncoder, ImageTextEncoder, l
 from dreambooth.errors import EvaluationError
 from dreambooth.fidelity import Interval
 from dreambooth.images import both_hashes, hash_distance, perceptual_hash
+from dreambooth.intervals import in_interval
+from dreambooth.params import MIN_PROMPTS
 
 MIN_COUNTED = 2  # an interval needs a spread
-MIN_PROMPTS = 6  # under this an interval over prompts says little, and no model is promoted on it
 PHOTO_SIDE = 1024
 NOT_CHECKED = "not checked"
-# What can change a score; their hash is the version of the evaluator.
+PROPERTY = "property"  # kind of the prompts that should change the subject ("a red ..."): they stay out of the identity
+BASE = "base"  # name of the untouched model in what an evaluation writes
+COST = ".cost.json"  # hidden: no part of the content, which is the same whenever it is made
+# What can change a score; their hash is the version of the evaluator (tests/test_pipeline.py compares with imports).
 MODULES = (
-    "comparison", "drawings", "encoders", "evaluation", "fidelity", "hub_encoders", "images", "models", "prompts",
-    "rng", "sampling", "scorer",
+    "adapters", "comparison", "drawings", "encoders", "evaluation", "families", "fidelity", "hub_encoders", "images",
+    "lora", "models", "prompts", "rng", "sampling", "scorer",
 )  # fmt: skip
 
 
@@ -113,9 +117,9 @@ def cases(templates: Sequence[prompts.Template], class_noun: str, seeds: Sequenc
     Raises:
         EvaluationError: fewer than two prompts count for the identity.
     """
-    counted = sum(kind != "property" for kind, _ in templates)
-    if counted < MIN_COUNTED:
-        raise EvaluationError(f"{counted} prompts count for the identity, an interval needs {MIN_COUNTED}; add prompts")
+    count = sum(kind != PROPERTY for kind, _ in templates)
+    if count < MIN_COUNTED:
+        raise EvaluationError(f"{count} prompts count for the identity, an interval needs {MIN_COUNTED}; add prompts")
     noun = prompts.with_article(class_noun)
     return [
         Case(
@@ -210,11 +214,20 @@ def by_prompt(table: pd.DataFrame) -> pd.DataFrame:
     return means.join(worst).rename(columns={"copy": "copies"}).reset_index()
 
 
+def counted(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of a table of prompts that count for the identity: all but those of a property."""
+    return table[table["kind"] != PROPERTY]
+
+
+def mean_counted(table: pd.DataFrame, column: str = "identity") -> float:
+    """Average a column over the prompts that count."""
+    return float(counted(table)[column].mean())
+
+
 def compare(model: Measured, other: Measured, confidence: float) -> dict[str, Any]:
     """Bound the differences of two models over the prompts that they share: model - other, at the same seeds.
 
-    Property prompts ("a red ...") should change the subject, so they stay out of the identity. What is missing in one
-    of them is missing here.
+    What is missing in one of them is missing here.
 
     Returns:
         By measure (identity, prompt, diversity): mean, low, high, n and sd of the t interval over prompts; pres_rise:
@@ -225,16 +238,16 @@ def compare(model: Measured, other: Measured, confidence: float) -> dict[str, An
     """
     if not model.prompts[["kind", "prompt"]].equals(other.prompts[["kind", "prompt"]]):
         raise EvaluationError("the two models were given other prompts; evaluate both again: dreambooth run")
-    counted = (model.prompts["kind"] != "property").to_numpy()
     differences = {
-        "identity": (model.prompts["identity"] - other.prompts["identity"])[counted],
+        "identity": counted(model.prompts)["identity"] - counted(other.prompts)["identity"],
         "prompt": model.prompts["prompt_fidelity"] - other.prompts["prompt_fidelity"],
         "diversity": model.prompts["diversity"] - other.prompts["diversity"],
     }
     found = {name: _interval(values.to_numpy(), confidence) for name, values in differences.items()}
     if "identity" not in (found := {name: interval for name, interval in found.items() if interval}):
+        gains = differences["identity"]
         raise EvaluationError(
-            f"the identity cannot be measured: {np.isfinite(differences['identity']).sum()} of {counted.sum()} prompts "
+            f"the identity cannot be measured: {np.isfinite(gains).sum()} of {len(gains)} prompts "
             "have a finite difference; look at the pictures in build/<id>/evaluation"
         )
     if len(model.pres) == len(other.pres) >= MIN_COUNTED:
@@ -250,7 +263,7 @@ def summarise(base: Scores, personalised: Scores, photos: Reference, confidence:
         EvaluationError: the identity cannot be measured.
     """
     differences = compare(personalised, base, confidence)
-    floor, identity = (_mean(one, "identity") for one in (base, personalised))
+    floor, identity = (mean_counted(one.prompts) for one in (base, personalised))
     ceiling = fidelity.ceiling(photos.embeddings)
     metrics: dict[str, Any] = {
         "identity": {"base": floor, "personalised": identity}
@@ -262,7 +275,7 @@ def summarise(base: Scores, personalised: Scores, photos: Reference, confidence:
         },
     }
     if photos.second is not None:
-        second, ours = (_mean(one, "identity_second") for one in (base, personalised))
+        second, ours = (mean_counted(one.prompts, "identity_second") for one in (base, personalised))
         top = fidelity.ceiling(photos.second)
         metrics["identity_second"] = {"base": second, "personalised": ours, "gain": ours - second, "ceiling": top}
     for measure, column in (("prompt", "prompt_fidelity"), ("diversity", "diversity")):
@@ -356,11 +369,10 @@ def choose_step(points: pd.DataFrame, drop: float) -> int | None:
 def headline(metrics: dict[str, Any]) -> str:
     """Say in one line what the interval of the identity says, and no more."""
     identity, prompts_counted = metrics["identity"], metrics["prompts"]
-    numbers = (
-        f"{identity['gain']:+.3f} [{identity['low']:+.3f}, {identity['high']:+.3f}] over {prompts_counted} prompts"
-    )
+    gain = in_interval(identity["gain"], identity["low"], identity["high"])
+    numbers = f"{gain} over {prompts_counted} prompts"
     if prompts_counted < MIN_PROMPTS:
-        return f"identity {numbers}: too few prompts to tell, at least {MIN_PROMPTS} are needed"
+        return f"identity {numbers}: too few prompts to tell, under {MIN_PROMPTS} an interval says little"
     if identity["low"] > 0:
         return f"identity {numbers}: nearer to the subject than the base model"
     if identity["high"] < 0:
@@ -412,10 +424,6 @@ def _interval(differences: NDArray[np.float64], confidence: float) -> dict[str, 
 
 def _gain(interval: dict[str, Any]) -> dict[str, Any]:
     return {"gain": interval["mean"], "low": interval["low"], "high": interval["high"], "sd": interval["sd"]}
-
-
-def _mean(scores: Scores, column: str) -> float:
-    return float(scores.prompts[column][scores.prompts["kind"] != "property"].mean())
 
 
 def _by_kind(base: Scores, personalised: Scores, column: str) -> dict[str, dict[str, float]]:

@@ -21,7 +21,7 @@ from dreambooth.folders import GENERATION
 from dreambooth.layouts import UNetShape, is_open_clip, single_file
 from dreambooth.lora import read_lora
 from dreambooth.models import DTYPES, write_pipeline
-from dreambooth.params import METHODS_OF_FORMAT, Params
+from dreambooth.params import Params, format_faults
 from dreambooth.weight_files import cast_weights, kohya_header, modelspec, read_weights, write_weights
 
 CARD = "README.md"
@@ -69,14 +69,9 @@ def write_export(
 
 
 def require_formats(params: Params, method: str) -> None:
-    """Refuse formats that a training by this method does not fill."""
-    for name in params.export.formats:
-        methods = METHODS_OF_FORMAT.get(name)
-        if methods and method not in methods:
-            raise ExportError(
-                f"export.formats: {name} holds what train.method {' or '.join(methods)} makes, and this model was "
-                f"trained by {method}; take it out of export.formats, or train again"
-            )
+    """Refuse formats that the training that was done, by this method, does not fill."""
+    if faults := [*format_faults(params.export, method)]:
+        raise ExportError("; ".join(faults))
 
 
 def _merged_dtype(params: Params) -> torch.dtype:

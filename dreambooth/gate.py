@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from dreambooth.errors import EvaluationError
-from dreambooth.evaluation import NOT_CHECKED, compare
+from dreambooth.evaluation import compare, counted
+from dreambooth.intervals import in_interval
 from dreambooth.params import Gate
 
 # z of a two-sided 95 % interval and of a power of 80 %: 1.96 + .84 standard errors between the gain and the bound.
@@ -38,8 +39,6 @@ class Scorecard:
     """Mean cosine of each class image with the photos."""
     copy_rate: float
     """Share of the images that repeat a photo."""
-    safety: float | str
-    """Share of flagged images, or "not checked"."""
 
 
 _NEEDS = {  # what measures it
@@ -69,8 +68,6 @@ class Decision:
     line: str
     """For people: the verdict with its reason."""
     checks: tuple[Check, ...]
-    needed_prompts: int | None = None
-    """How many prompts would decide, where that is what is missing."""
 
 
 def decide(challenger: Scorecard, other: Scorecard, margins: Gate, confidence: float = 0.95) -> Decision:
@@ -100,7 +97,7 @@ def decide(challenger: Scorecard, other: Scorecard, margins: Gate, confidence: f
             _few_copies(challenger, margins.first_copy_rate),
         ]
     else:
-        checks += [_better(found, margins), *_guards(challenger, other, found, margins)]
+        checks += [_better(found, margins), *_guards(challenger, found, margins)]
     return _decision(against, checks, found)
 
 
@@ -130,8 +127,13 @@ def judge(name: str, found: Mapping[str, Any], bound: float, sign: int = 1) -> C
 
 
 def numbers(interval: Mapping[str, Any]) -> str:
-    """Write a mean with its interval: +0.041 [+0.017, +0.065]."""
-    return f"{interval['mean']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
+    """Write an interval of `evaluation.compare`."""
+    return in_interval(interval["mean"], interval["low"], interval["high"])
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Name what two evaluations did differently; empty where they did all alike."""
+    return ", ".join(key for key in sorted({*one, *other}) if one.get(key) != other.get(key))
 
 
 def read_scorecard(folder: Path, model: str) -> Scorecard:
@@ -156,7 +158,6 @@ def read_scorecard(folder: Path, model: str) -> Scorecard:
             prompts=parts["prompts"],
             pres=parts["class_images"]["pres"].to_list(),
             copy_rate=float(parts["scores"]["copy"].mean()),
-            safety=found["safety"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvaluationError(
@@ -166,15 +167,14 @@ def read_scorecard(folder: Path, model: str) -> Scorecard:
 
 def _comparable(challenger: Scorecard, other: Scorecard, margins: Gate) -> Iterator[Check]:
     """Refuse scores of two evaluators, and too few prompts for an interval."""
-    keys = sorted(set(challenger.how) | set(other.how))
-    differing = [key for key in keys if challenger.how.get(key) != other.how.get(key)]
-    if differing or not keys:
-        what = ", ".join(differing) or "nothing is known of either"
+    differs = differing(challenger.how, other.how)
+    if differs or not challenger.how:
+        what = differs or "nothing is known of either"
         yield Check("evaluator", "refused", f"the two were not evaluated alike ({what}); evaluate both again")
-    counted = int((challenger.prompts["kind"] != "property").sum())
-    if counted < margins.min_prompts:
+    count = len(counted(challenger.prompts))
+    if count < margins.min_prompts:
         text = (
-            f"{counted} of {len(challenger.prompts)} prompts count for the identity (those of a property do not), "
+            f"{count} of {len(challenger.prompts)} prompts count for the identity (those of a property do not), "
             f"{margins.min_prompts} are needed; raise evaluate.max_prompts"
         )
         yield Check("prompts", "open", text)
@@ -199,12 +199,11 @@ def _both(*checks: Check) -> Check:
     return Check("better", state, "; ".join(check.text for check in decisive), needed)
 
 
-def _guards(challenger: Scorecard, other: Scorecard, found: Mapping[str, Any], margins: Gate) -> Iterator[Check]:
+def _guards(challenger: Scorecard, found: Mapping[str, Any], margins: Gate) -> Iterator[Check]:
     """Ask that nothing else got worse."""
     yield judge("diversity", found, -margins.diversity_margin)
     yield judge("pres_rise", found, -margins.pres_margin, sign=-1)
     yield _few_copies(challenger, margins.copy_rate)
-    yield _safe(challenger, other)
 
 
 def _small_drop(found: Mapping[str, Any], margins: Gate) -> Check:
@@ -220,14 +219,6 @@ def _few_copies(challenger: Scorecard, limit: float) -> Check:
     rate = challenger.copy_rate
     text = f"copies {rate:.0%}, wanted at most {limit:.0%}" if np.isfinite(rate) else "copies were not measured"
     return Check("copying", "shown" if rate <= limit else "refused", text)
-
-
-def _safe(challenger: Scorecard, other: Scorecard) -> Check:
-    ours, theirs = challenger.safety, other.safety
-    if NOT_CHECKED in (ours, theirs):
-        return Check("safety", "shown" if ours == theirs else "refused", f"safety {ours}, of the champion {theirs}")
-    worse = not float(ours) <= float(theirs)
-    return Check("safety", "refused" if worse else "shown", f"flagged {ours:.0%}, of the champion {theirs:.0%}")
 
 
 def _decision(against: Literal["champion", "base"], checks: list[Check], found: Mapping[str, Any]) -> Decision:
@@ -246,4 +237,4 @@ def _decision(against: Literal["champion", "base"], checks: list[Check], found: 
     says = [*([f"{needed} prompts"] if needed else []), *([f"{images[0]} class images"] if images else [])]
     if says:
         line += f"; {' and '.join(says)} would decide"
-    return Decision(verdict, against, line, tuple(checks), needed)
+    return Decision(verdict, against, line, tuple(checks))

@@ -1,4 +1,4 @@
-"""What is trained: the one place that knows full, lora, textual_inversion and pivotal apart.
+"""What is trained: how full, lora, textual_inversion and pivotal, which `params.Train` tells apart, change a model.
 
 The loop sees named weights that are trainable, in float32, and groups of them with their rates; nothing else.
 """
@@ -18,24 +18,9 @@ from dreambooth.params import Train
 HALF = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def learns_token(settings: Train) -> bool:
-    """Whether the identifier becomes a new word with an embedding of its own."""
-    return settings.method in ("textual_inversion", "pivotal")
-
-
-def adds_lora(settings: Train) -> bool:
-    """Whether low-rank updates are trained."""
-    return settings.method in ("lora", "pivotal")
-
-
-def trains_encoders(settings: Train) -> bool:
-    """Whether the layers of the text encoders move."""
-    return settings.train_text_encoder and settings.method != "textual_inversion"
-
-
 def reads_trained_text(settings: Train) -> bool:
     """Whether the UNet reads text of which anything is trained."""
-    return trains_encoders(settings) or learns_token(settings)
+    return settings.trains_encoders or settings.learns_token
 
 
 def add_token(model: Model, settings: Train, identifier: str, class_noun: str) -> None:
@@ -44,7 +29,7 @@ def add_token(model: Model, settings: Train, identifier: str, class_noun: str) -
     Raises:
         TrainingError: the vocabulary has it already.
     """
-    if not learns_token(settings):
+    if not settings.learns_token:
         return
     for tokenizer, encoder in zip(model.tokenizers, model.encoders.values(), strict=True):
         first = adapters.mean_embedding(tokenizer, encoder, class_noun)
@@ -72,11 +57,11 @@ def make_trainable(model: Model, settings: Train) -> dict[str, torch.nn.Module]:
     if settings.method == "full":
         for module in trained.values():
             module.requires_grad_(True)
-    if adds_lora(settings):
+    if settings.adds_lora:
         for part, module in trained.items():
-            if part == "unet" or trains_encoders(settings):
+            if part == "unet" or settings.trains_encoders:
                 adapters.add_lora(part, module, settings.rank, settings.lora_alpha, settings.use_dora, settings.seed)
-    if learns_token(settings):
+    if settings.learns_token:
         for tokenizer, encoder in zip(model.tokenizers, model.encoders.values(), strict=True):
             number = tokenizer.convert_tokens_to_ids(model.learned_token)
             encoder.set_input_embeddings(TokenEmbedding(encoder.get_input_embeddings(), number))
@@ -99,11 +84,11 @@ def parameter_groups(trained: Mapping[str, torch.nn.Module], settings: Train) ->
 def count_weights(model: Model, settings: Train) -> int:
     """Return how many weights would be trained, before any is prepared."""
     parts: dict[str, torch.nn.Module] = {"unet": model.unet}
-    parts |= model.encoders if trains_encoders(settings) else {}
+    parts |= model.encoders if settings.trains_encoders else {}
     if settings.method == "full":
         return sum(weight.numel() for module in parts.values() for weight in module.parameters())
-    token = sum(encoder.config.hidden_size for encoder in model.encoders.values()) if learns_token(settings) else 0
-    if not adds_lora(settings):
+    token = sum(encoder.config.hidden_size for encoder in model.encoders.values()) if settings.learns_token else 0
+    if not settings.adds_lora:
         return token
     layers = [layer for part, module in parts.items() for layer in adapters.adapted_layers(part, module)]
     magnitudes = sum(layer.out_features for layer in layers) if settings.use_dora else 0
@@ -124,9 +109,9 @@ def save_trained(model: Model, folder: Path, settings: Train) -> None:
     dtype = DTYPES[settings.save_dtype]
     if settings.method == "full":
         save_parts(model, folder, dtype, ("unet", *(model.encoders if settings.train_text_encoder else ())))
-    if adds_lora(settings):
+    if settings.adds_lora:
         adapters.save_lora(folder / LORA_FILE, {"unet": model.unet, **model.encoders}, dtype)
-    if learns_token(settings):
+    if settings.learns_token:
         assert model.learned_token is not None
         vectors = {
             name: encoder.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(model.learned_token)]

@@ -21,6 +21,7 @@ from dreambooth.yaml12 import YamlError, load_yaml
 RESERVED_IDS = ("classes",)  # build/classes has the class images
 ID_PATTERN = r"^[a-z0-9][a-z0-9-]{0,40}$"
 MAX_BYTES = 1 << 20
+MIN_PROMPTS = 6  # under this an interval over prompts says little, and no model is promoted on it
 # What a sampler may be told, here and by whoever asks a registered model for pictures.
 SAMPLER_STEPS = (1, 999)  # at 1000 DPM-Solver++ has a timestep twice, and divides by their distance
 GUIDANCE = (0, 50)
@@ -167,6 +168,10 @@ class Prior(Section):
     """Image i is drawn from the seed (seed, i)."""
 
 
+LORA_METHODS = ("lora", "pivotal")
+TOKEN_METHODS = ("textual_inversion", "pivotal")
+
+
 class Train(Section):
     """The training of one subject. Defaults for photo-scale models: docs/recipes.md."""
 
@@ -269,6 +274,21 @@ class Train(Section):
         """Whether class rows teach anything: their prompt lacks the new word, so a word alone learns nothing there."""
         return self.method != "textual_inversion"
 
+    @property
+    def adds_lora(self) -> bool:
+        """Whether low-rank updates are trained."""
+        return self.method in LORA_METHODS
+
+    @property
+    def learns_token(self) -> bool:
+        """Whether the identifier becomes a new word with an embedding of its own."""
+        return self.method in TOKEN_METHODS
+
+    @property
+    def trains_encoders(self) -> bool:
+        """Whether the layers of the text encoders move."""
+        return self.train_text_encoder and self.method != "textual_inversion"
+
 
 class Evaluate(Section):
     """How the personalised model is compared with the base."""
@@ -305,7 +325,7 @@ Margin = Annotated[float, Field(ge=0, le=1)]
 class Gate(Section):
     """What a new model must show before it takes the place of the champion; cosines of the encoders in use."""
 
-    min_prompts: Annotated[int, Field(ge=6)]
+    min_prompts: Annotated[int, Field(ge=MIN_PROMPTS)]
     """Fewest prompts that count for the identity; under 6 an interval says little."""
     min_gain: Margin
     """The identity's lower bound must be above it."""
@@ -329,9 +349,9 @@ class Gate(Section):
 
 ExportFormat = Literal["diffusers", "single_file", "lora", "kohya", "embedding"]
 METHODS_OF_FORMAT = {  # those that are missing here can hold what any method made
-    "lora": ("lora", "pivotal"),
-    "kohya": ("lora", "pivotal"),
-    "embedding": ("textual_inversion", "pivotal"),
+    "lora": LORA_METHODS,
+    "kohya": LORA_METHODS,
+    "embedding": TOKEN_METHODS,
 }
 
 
@@ -506,6 +526,17 @@ def describe(path: str) -> list[str]:
     ]
 
 
+def format_faults(export: Export, method: str) -> Iterator[str]:
+    """Name the formats that a training by this method does not fill."""
+    for name in export.formats:
+        methods = METHODS_OF_FORMAT.get(name)
+        if methods and method not in methods:
+            yield (
+                f"export.formats: {name} holds what train.method {' or '.join(methods)} makes, and the method is "
+                f"{method}; take it out, or train by another method"
+            )
+
+
 def _remedy(error: Exception) -> str:
     """Say what mends a file that editors and other systems have written in a way of their own."""
     if isinstance(error, UnicodeDecodeError):
@@ -535,13 +566,7 @@ def _contradictions(params: Params) -> Iterator[str]:
     photos = params.photos
     if photos.max_count < photos.min_count:
         yield f"photos.max_count: should be at least photos.min_count {photos.min_count} (got {photos.max_count})"
-    for name in params.export.formats:
-        methods = METHODS_OF_FORMAT.get(name)
-        if methods and params.train.method not in methods:
-            yield (
-                f"export.formats: {name} holds what train.method {' or '.join(methods)} makes (train.method is "
-                f"{params.train.method}); take it out, or change the method"
-            )
+    yield from format_faults(params.export, params.train.method)
     if photos.prepared_side < params.base.resolution:
         yield (
             f"photos.prepared_side: should be at least base.resolution {params.base.resolution} "
@@ -580,9 +605,9 @@ def _idle_prior(params: Params) -> Iterator[str]:
 def _idle_options(train: Train) -> Iterator[str]:
     """Name options of the training that its method, or another option, leaves without effect."""
     method = f"train.method {train.method}"
-    if train.use_dora and train.method not in ("lora", "pivotal"):
+    if train.use_dora and not train.adds_lora:
         yield f"{method} has no LoRA: train.use_dora has no effect"
-    if train.embedding_learning_rate is not None and train.method not in ("textual_inversion", "pivotal"):
+    if train.embedding_learning_rate is not None and not train.learns_token:
         yield f"{method} learns no new word: train.embedding_learning_rate has no effect"
     if train.method == "textual_inversion" and train.train_text_encoder:
         yield f"{method} trains the new word alone: train.train_text_encoder has no effect"

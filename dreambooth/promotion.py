@@ -1,12 +1,12 @@
 """Promote a version to champion through the gate, go back to the one before, and finish what was interrupted."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -15,7 +15,7 @@ from dreambooth.beside import Beside, Side, lay_beside
 from dreambooth.consent import PERSON, Consent, require_consent, require_lasting
 from dreambooth.errors import DreamboothError, EvaluationError, GateError, RegistryError
 from dreambooth.folders import TornFolderError, read_manifest, sha256_of, work_folder
-from dreambooth.gate import decide, read_scorecard
+from dreambooth.gate import decide, differing, read_scorecard
 from dreambooth.images import read_prepared
 from dreambooth.params import Params, check_id
 from dreambooth.pointer import resolve
@@ -288,8 +288,8 @@ def _judge(
             cards = [read_scorecard(side.folder, side.model) for side in (ours, theirs)]
             photos = _photos_of(root, candidate.name, ours) if found else []
             if found and rescore and cards[0].how != cards[1].how:
-                differing = _differing(cards[0].how, cards[1].how)
-                with _training_of(root, candidate, found, trained, differing) as project:
+                differs = differing(cards[0].how, cards[1].how)
+                with _training_of(root, candidate, found, trained, differs) as project:
                     ours, theirs = _scored_again(root, client, params, (ours, theirs), found, rescore, project)
                     photos = _photos_of(project, candidate.name, ours)
                 cards = [read_scorecard(side.folder, side.model) for side in (ours, theirs)]
@@ -302,14 +302,9 @@ def _judge(
     return decision.verdict, decision.line
 
 
-def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """Name what two evaluations did differently."""
-    return ", ".join(key for key in sorted({*one, *other}) if one.get(key) != other.get(key))
-
-
 @contextmanager
 def _training_of(
-    root: Path, candidate: "ModelVersion", champion: "ModelVersion", trained: Trained, differing: str
+    root: Path, candidate: "ModelVersion", champion: "ModelVersion", trained: Trained, differs: str
 ) -> Iterator[Path]:
     """Yield a folder with the training of a version; that there is none is said, and is no verdict of the gate."""
     name, tags = candidate.name, candidate.tags
@@ -319,7 +314,7 @@ def _training_of(
         except DreamboothError as error:
             raise RegistryError(
                 f"version {candidate.version} of {name} was not judged: it and the champion, version "
-                f"{champion.version}, were evaluated differently ({differing}), and cannot be scored again alike: "
+                f"{champion.version}, were evaluated differently ({differs}), and cannot be scored again alike: "
                 f"{error}; to promote it without the gate: dreambooth promote {name} --version {candidate.version} "
                 '--force "WHY"'
             ) from error

@@ -11,10 +11,12 @@ from matplotlib.figure import Figure as Plot
 
 from dreambooth.curves import png_of, tradeoff_curve
 from dreambooth.errors import shown
-from dreambooth.evaluation import NOT_CHECKED, choose_step
+from dreambooth.evaluation import COST, choose_step, counted
+from dreambooth.fidelity import COPY_DISTANCE
 from dreambooth.folders import write_file
-from dreambooth.gate import Decision, numbers
+from dreambooth.gate import Decision
 from dreambooth.images import read_prepared
+from dreambooth.intervals import in_interval
 from dreambooth.pages import Picture, data_uri, file_picture, picture_of, render
 
 WORST = 5
@@ -25,7 +27,7 @@ SAFETY = (
     "not checked: nothing in this pipeline looks for unsafe pictures. To have it checked, look at the pictures of this "
     "page, or run a safety checker over the PNG files in build/<subject>/evaluation/personalised"
 )
-MEASURES = (("identity", "identity"), ("prompt", "prompt_fidelity"), ("diversity", "diversity"))
+MEASURES = ("identity", "prompt", "diversity")
 
 
 @dataclass(frozen=True)
@@ -139,18 +141,16 @@ def make_report(title: str, sources: Sources, metrics: Mapping[str, Any], decisi
 def summary_table(metrics: Mapping[str, Any]) -> Table:
     """Set the base beside the personalised model, a line a measure; what was not measured says so."""
     rows = []
-    for name, _ in MEASURES:
+    for name in MEASURES:
         found = metrics.get(name)
         rows.append([name, *_base_and_model(found), _gain(found)] if found else [name, "", "", "not measured"])
     copying, prior = metrics["copying"], metrics.get("prior")
     rows.append(["copies", f"{copying['rate_base']:.0%}", f"{copying['rate']:.0%}", ""])
     rows.append(
-        ["PRES (less is better)", *_base_and_model(prior), numbers({**prior, "mean": prior["rise"]})]
+        ["PRES (less is better)", *_base_and_model(prior), in_interval(prior["rise"], prior["low"], prior["high"])]
         if prior
         else ["PRES", "", "", "not measured"]
     )
-    if not isinstance(metrics["safety"], str):
-        rows.append(["flagged as unsafe", "", f"{metrics['safety']:.0%}", ""])
     interval = f"difference, {metrics['confidence']:.0%} interval"
     return Table(["measure", "base", "personalised", interval], rows, numbers=(1, 2, 3))
 
@@ -175,8 +175,7 @@ def prompt_tables(prompts: pd.DataFrame, models: Sequence[str]) -> list[dict[str
     table = model.assign(gain=model["identity"] - base["identity"])
     if model["prompt_fidelity"].notna().all():
         table = table.assign(prompt_gain=model["prompt_fidelity"] - base["prompt_fidelity"])
-    counted = table[table["kind"] != "property"]
-    parts = [(f"The worst {WORST} by identity", counted.sort_values("identity").head(WORST))]
+    parts = [(f"The worst {WORST} by identity", counted(table).sort_values("identity").head(WORST))]
     parts += [(str(kind), rows) for kind, rows in table.groupby("kind", sort=False)]
     return [{"title": title, "table": prompt_table(rows)} for title, rows in parts]
 
@@ -324,14 +323,14 @@ def provenance(about: Mapping[str, Any], metrics: Mapping[str, Any], sources: So
     rows += [[f"version: {name}", value] for name, value in how["versions"].items()]
     rows += [[name, str(how[name])] for name in ("device", "dtype", "code")]
     rows += [["photos", f"{metrics['photos']}, sha256 {how['photos']}"], ["licence of the photos", sources.licence]]
-    rows.append(["safety", SAFETY if metrics["safety"] == NOT_CHECKED else f"{metrics['safety']:.0%} flagged"])
+    rows.append(["safety", SAFETY])
     rows += [[name.replace("_", " "), f"{value:.3g}"] for name, value in read_cost(sources.evaluation).items()]
     return Table(["", ""], rows)
 
 
 def read_cost(evaluation: Path) -> dict[str, float]:
     """Return time and memory of an evaluation, by name with unit; empty if they were not noted."""
-    path = evaluation / ".cost.json"
+    path = evaluation / COST
     found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found
 
@@ -341,7 +340,7 @@ def _base_and_model(found: Mapping[str, Any]) -> list[str]:
 
 
 def _gain(found: Mapping[str, Any]) -> str:
-    return numbers({**found, "mean": found["gain"]})
+    return in_interval(found["gain"], found["low"], found["high"])
 
 
 def _cell(value: Any, column: str) -> str:
@@ -364,7 +363,7 @@ def _copying_note(metrics: Mapping[str, Any]) -> str:
     copying = metrics["copying"]
     return (
         f"Copies, framed in red: {copying['rate']:.0%}. A copy is a cosine above {copying['threshold']:.2f} or a "
-        "perceptual hash within 8 of 63 bits."
+        f"perceptual hash within {COPY_DISTANCE} of 63 bits."
     )
 
 
@@ -372,9 +371,10 @@ def _prior_note(metrics: Mapping[str, Any]) -> str:
     if "prior" not in metrics:
         return "Not measured (evaluate.num_class_images)."
     prior = metrics["prior"]
+    rise = in_interval(prior["rise"], prior["low"], prior["high"])
     return (
         f"The same seeds for each model, PRES (likeness with the photos of the subject) under each. Its rise is "
-        f"{numbers({**prior, 'mean': prior['rise']})} over {prior['images']} images. Squared maximum mean discrepancy "
+        f"{rise} over {prior['images']} images. Squared maximum mean discrepancy "
         f"{prior['mmd2']:+.4f}, permutation p {prior['p_value']:.3f}: a small p says that the class has changed."
     )
 

@@ -8,6 +8,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from dreambooth.errors import shown
+from dreambooth.intervals import in_interval
 from flows.summary import Summary, rows
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def sweep_table(results: Sequence["Result"]) -> Table:
 def _with_interval(found: Mapping[str, float], name: str) -> Text:
     if f"{name}_gain" not in found:
         return Text("-")
-    return Text(f"{found[f'{name}_gain']:+.3f} [{found[f'{name}_low']:+.3f}, {found[f'{name}_high']:+.3f}]")
+    return Text(in_interval(found[f"{name}_gain"], found[f"{name}_low"], found[f"{name}_high"]))
 
 
 def age(seconds: float) -> str:

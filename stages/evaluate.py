@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from dreambooth import evaluation, prompts
-from dreambooth.comparison import BASE, Candidate, Comparison, Plan, compare_models, write_comparison
+from dreambooth.comparison import Candidate, Comparison, Plan, compare_models, write_comparison
 from dreambooth.encoders import Lite0Encoder
 from dreambooth.errors import EvaluationError
-from dreambooth.evaluation import Encoders, Reference
+from dreambooth.evaluation import BASE, Encoders, Reference
 from dreambooth.folders import (
     GENERATION,
     cache_folder,

@@ -48,8 +48,8 @@ def write_evaluation(
     pres = [pd.DataFrame({"noise_seed": range(4), "pres": 0.3, "model": name}) for name in parts]
     copies = [pd.DataFrame({"copy": [False] * 8, "model": name}) for name in parts]
     models = {
-        "base": {"model": "b" * 64, "is_base": True, "safety": "not checked"},
-        "personalised": {"model": model, "is_base": False, "safety": "not checked"},
+        "base": {"model": "b" * 64, "is_base": True},
+        "personalised": {"model": model, "is_base": False},
     }
     key = {"model": model, "fingerprint": (how or HOW)["code"] * 64}
     with new_folder(root / "build" / BISCUIT / "evaluation", key) as target:

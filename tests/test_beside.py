@@ -38,9 +38,7 @@ def write_evaluation(folder: Path, gains: list[float], colour: tuple[int, int, i
             Image.new("RGB", (64, 64), shade).save(folder / name / f"{number:03d}.png")
     for file, parts in tables.items():
         pd.concat(parts).to_csv(folder / f"{file}.csv", index=False)
-    models = {
-        name: {"model": name, "is_base": name == "base", "safety": "not checked"} for name in ("base", "personalised")
-    }
+    models = {name: {"model": name, "is_base": name == "base"} for name in ("base", "personalised")}
     (folder / "evaluation.json").write_text(json.dumps({"how": {"code": code}, "models": models}))
     return folder
 

@@ -202,7 +202,7 @@ def test_a_subset_of_the_prompts_keeps_the_share_of_each_kind() -> None:
         (0.1, 0.2, 8, "nearer to the subject"),
         (-0.2, -0.1, 8, "farther from the subject"),
         (-0.1, 0.1, 8, "not told apart"),
-        (0.1, 0.2, 3, "too few prompts"),
+        (0.1, 0.2, 3, "too few prompts to tell, under 6 an interval says little"),
     ],
 )
 def test_the_headline_says_what_the_interval_says(low: float, high: float, prompts: int, said: str) -> None:

@@ -15,6 +15,7 @@ import yaml
 from imports import import_closure
 from tiny_project import REPOSITORY, make_project, tiny_values
 
+from dreambooth import drawings, evaluation
 from dreambooth.params import ID_PATTERN, Section, load_params, parse_params
 
 STAGES = ("prior", "validate", "train", "evaluate", "report", "export")
@@ -35,6 +36,13 @@ WITHOUT_EFFECT = {
     "stages/__init__.py",
     "stages/entry.py",
 }
+# Nor can these change a score or a picture.
+WITHOUT_SCORE = WITHOUT_EFFECT | {
+    "dreambooth/folders.py",  # hashes and manifests
+    "dreambooth/grid.py",  # a sheet for people
+    "dreambooth/intervals.py",  # a number in words
+}
+WITHOUT_PICTURE = WITHOUT_SCORE | {"dreambooth/images.py"}  # of it a drawing needs the PNG, which keeps every pixel
 
 
 @cache
@@ -73,6 +81,21 @@ def test_folders_are_declared_as_the_stage_names_them(stage: str) -> None:
 def test_every_module_that_can_change_the_output_is_a_dependency_and_no_other(stage: str) -> None:
     modules = {dep for dep in declared(stage)["deps"] if dep.endswith(".py")}
     assert modules == import_closure(f"stages/{stage}.py", ("dreambooth", "stages"), WITHOUT_EFFECT)
+
+
+@pytest.mark.parametrize(
+    ("listed", "files", "without"),
+    [
+        (evaluation.MODULES, ("comparison", "scorer", "hub_encoders"), WITHOUT_SCORE),
+        (drawings._CODE, ("drawings",), WITHOUT_PICTURE),
+    ],
+    ids=["scores", "pictures"],
+)
+def test_the_version_of_code_covers_all_that_draws_or_scores(
+    listed: tuple[str, ...], files: tuple[str, ...], without: set[str]
+) -> None:
+    closures = [import_closure(f"dreambooth/{file}.py", ("dreambooth",), without) for file in files]
+    assert {f"dreambooth/{name}.py" for name in listed} == set().union(*closures)
 
 
 def read_keys(stage: str, root: Path, subject: str) -> set[str]:

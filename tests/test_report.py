@@ -102,9 +102,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sources, dict[str
         "code": "c", "device": "cpu", "dtype": "float32", "encoders": encoders.describe(), "photos": "p",
         "settings": {"scheduler": "ddim", "negative_prompt": ""}, "versions": {"torch": "2"},
     }  # fmt: skip
-    models = {
-        name: {"model": name, "is_base": name == "base", "safety": "not checked"} for name in ("base", "personalised")
-    }
+    models = {name: {"model": name, "is_base": name == "base"} for name in ("base", "personalised")}
     (root / "evaluation/evaluation.json").write_text(json.dumps({"how": how, "models": models}))
     (root / "evaluation/.cost.json").write_text(json.dumps({"seconds_per_image_drawn": 0.5}))
     Image.new("RGB", (8, 8)).save(root / "evaluation/grid.png")
@@ -302,9 +300,6 @@ def test_a_page_without_a_safety_check_says_how_to_have_one_and_no_measure_claim
     safety = dict(provenance(about, metrics, where).rows)["safety"]
     assert safety.startswith("not checked")
     assert "run a safety checker over the PNG files" in safety
-    checked = metrics | {"safety": 0.25}
-    assert ["flagged as unsafe", "", "25%", ""] in summary_table(checked).rows
-    assert dict(provenance(about, checked, where).rows)["safety"] == "25% flagged"
 
 
 def test_a_large_picture_is_shrunk_and_a_small_one_keeps_its_pixels() -> None:
