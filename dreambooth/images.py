@@ -150,12 +150,19 @@ def both_hashes(image: Image.Image) -> NDArray[np.bool_]:
     return np.stack([_hash_of(thumbnail), _hash_of(ImageOps.mirror(thumbnail))])
 
 
-def hash_distance(hashes: NDArray[np.bool_], other: NDArray[np.bool_]) -> int:
-    """Count the bits in which a picture or its mirror image (2, 63) differs from `other` (63,): the fewer of the two.
+def hash_distance(hashes: NDArray[np.bool_], others: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """Count the bits in which a picture or its mirror image differs from others: the fewer of the two.
 
     One function for photos that stand twice in a folder and for generated pictures that repeat a photo.
+
+    Args:
+        hashes: (2, 63), of `both_hashes`.
+        others: (..., 63), hashes of pictures as they are.
+
+    Returns:
+        (...), one number for each of the others.
     """
-    return int(np.count_nonzero(hashes != other, axis=-1).min())
+    return np.asarray(np.count_nonzero(hashes != others[..., None, :], axis=-1).min(axis=-1))
 
 
 def png_bytes(image: Image.Image, provenance: Mapping[str, Any] | None = None) -> bytes:
