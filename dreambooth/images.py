@@ -18,7 +18,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from scipy.fft import dctn
 
-from dreambooth.errors import PhotosError, shown
+from dreambooth.errors import shown
 from dreambooth.folders import TornFolderError, read_manifest
 from dreambooth.params import Photos
 
@@ -62,23 +62,11 @@ class UnusableError(Exception):
         self.code = code
 
 
-def open_image(path: Path, limits: Photos) -> Image.Image:
+def open_photo(path: Path, limits: Photos) -> Opened:
     """Read a photo: allowed format by content, within the limits, decoded to the last byte, upright, sRGB, on white.
 
     Returns:
-        An RGB picture made of pixels alone: no EXIF, no comment, no profile.
-
-    Raises:
-        PhotosError: what is wrong with this file.
-    """
-    try:
-        return open_photo(path, limits).image
-    except UnusableError as error:
-        raise PhotosError([f"{shown(path)}: {error} ({error.code})"]) from None
-
-
-def open_photo(path: Path, limits: Photos) -> Opened:
-    """Read a photo as `open_image` does, and what a person should know of its file.
+        An RGB picture made of pixels alone, no EXIF, no comment, no profile, and what a person should know of its file.
 
     Raises:
         UnusableError: what is wrong with this file, with its code.
