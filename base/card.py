@@ -89,12 +89,12 @@ BY_EYE = (
 """One paragraph on the contact sheet, by someone who looked at it: to be written anew for each published model."""
 
 
-def contact_sheet(values: Recipe, pipeline: StableDiffusionPipeline, seed: int = 0) -> Image.Image:
+def contact_sheet(values: Recipe, pipeline: StableDiffusionPipeline) -> Image.Image:
     """Draw a row for each noun and a column for each context."""
     nouns = [noun for noun in NOUNS if noun in values.nouns]
     contexts = [context for context in CONTEXTS if not context or context in {*values.colours, *values.scenes}]
     prompts = [f"a photo of {compose.article(n)} {compose.phrase(values, c)}".strip() for n in nouns for c in contexts]
-    images = quality.draw(pipeline, prompts, [seed + k for k in range(len(prompts))])
+    images = quality.draw(pipeline, prompts, list(range(len(prompts))))
     sheet = Image.new("RGB", (LABEL + TILE * len(contexts), 14 + TILE * len(nouns)), "white")
     pen = ImageDraw.Draw(sheet)
     for column, context in enumerate(contexts):

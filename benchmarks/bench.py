@@ -44,6 +44,7 @@ from benchmarks.usage import Usage
 from dreambooth.folders import code_hash, sha256_of, write_file
 from dreambooth.interruption import on_stop
 from dreambooth.models import default_device, device_name
+from dreambooth.photos import PHOTO_SUFFIXES
 
 VARIANTS: tuple[Variant, ...] = ("cold", "warm", "short", "checkpoint")
 MEASURES = {  # name in `derive`: (what it is called, unit, better is less)
@@ -218,7 +219,7 @@ the range was not seen.
 
 def _told(recipe: Recipe, repeats: int) -> str:
     """Say what both sides were told, and what each chose itself."""
-    photos = sum(path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") for path in recipe.photos.iterdir())
+    photos = sum(path.suffix.lower() in PHOTO_SUFFIXES for path in recipe.photos.iterdir())
     rows = f"{recipe.train_batch_size} + {recipe.train_batch_size} rows at {recipe.resolution} px"
     return f"""Base `{recipe.base.name}`, {photos} photos, {recipe.class_images} class images, {recipe.steps} steps of
 {rows}, UNet and text encoder, precision {recipe.mixed_precision}. Medians of {repeats} repeats in turns, [least, most].

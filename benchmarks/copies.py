@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from dreambooth.encoders import Lite0Encoder
 from dreambooth.evaluation import Encoders, as_photo, nearest_photos, reference
-from dreambooth.images import open_image
+from dreambooth.images import open_photo
 from dreambooth.params import Photos, load_params
 from stages.entry import say
 
@@ -50,7 +50,7 @@ ALTERED: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 def photos_of(folder: Path, limits: Photos) -> list[Image.Image]:
     """Open the photos of a folder as the evaluation sees them."""
-    return [as_photo(open_image(path, limits)) for path in sorted(folder.iterdir()) if path.is_file()]
+    return [as_photo(open_photo(path, limits).image) for path in sorted(folder.iterdir()) if path.is_file()]
 
 
 def flagged(pictures: list[Image.Image], photos: list[Image.Image], encoders: Encoders) -> list[bool]:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 from benchmarks import usage
 from benchmarks.usage import NOTHING, Usage
+from dreambooth.photos import PHOTO_SUFFIXES
 from dreambooth.prompts import class_prompt, instance_prompt
 from dreambooth.yaml12 import dump_yaml, load_yaml
 
@@ -218,7 +219,7 @@ def copy_photos(source: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     for path in source.iterdir():
-        if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"):
+        if path.suffix.lower() in PHOTO_SUFFIXES:
             shutil.copyfile(path, target / path.name)
 
 

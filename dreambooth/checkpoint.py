@@ -125,12 +125,6 @@ class Checkpoints:
             written, self._written = self._written, None
             written.result()
 
-    def save(self, state: State, score: float | None = None) -> Path:
-        """Write a checkpoint and wait for it; see `begin_save`."""
-        self.finish()
-        self._require_space(state)
-        return self._write(state, score)
-
     def newest(self) -> State | None:
         """Return the newest state whose files all verify; put torn ones aside, and name them.
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from scipy.fft import dctn
 
-from dreambooth.errors import PhotosError, shown
+from dreambooth.errors import shown
 from dreambooth.folders import TornFolderError, read_manifest
 from dreambooth.params import Photos
 
@@ -62,23 +62,11 @@ class UnusableError(Exception):
         self.code = code
 
 
-def open_image(path: Path, limits: Photos) -> Image.Image:
+def open_photo(path: Path, limits: Photos) -> Opened:
     """Read a photo: allowed format by content, within the limits, decoded to the last byte, upright, sRGB, on white.
 
     Returns:
-        An RGB picture made of pixels alone: no EXIF, no comment, no profile.
-
-    Raises:
-        PhotosError: what is wrong with this file.
-    """
-    try:
-        return open_photo(path, limits).image
-    except UnusableError as error:
-        raise PhotosError([f"{shown(path)}: {error} ({error.code})"]) from None
-
-
-def open_photo(path: Path, limits: Photos) -> Opened:
-    """Read a photo as `open_image` does, and what a person should know of its file.
+        An RGB picture made of pixels alone, no EXIF, no comment, no profile, and what a person should know of its file.
 
     Raises:
         UnusableError: what is wrong with this file, with its code.
@@ -150,12 +138,19 @@ def both_hashes(image: Image.Image) -> NDArray[np.bool_]:
     return np.stack([_hash_of(thumbnail), _hash_of(ImageOps.mirror(thumbnail))])
 
 
-def hash_distance(hashes: NDArray[np.bool_], other: NDArray[np.bool_]) -> int:
-    """Count the bits in which a picture or its mirror image (2, 63) differs from `other` (63,): the fewer of the two.
+def hash_distance(hashes: NDArray[np.bool_], others: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """Count the bits in which a picture or its mirror image differs from others: the fewer of the two.
 
     One function for photos that stand twice in a folder and for generated pictures that repeat a photo.
+
+    Args:
+        hashes: (2, 63), of `both_hashes`.
+        others: (..., 63), hashes of pictures as they are.
+
+    Returns:
+        (...), one number for each of the others.
     """
-    return int(np.count_nonzero(hashes != other, axis=-1).min())
+    return np.asarray(np.count_nonzero(hashes != others[..., None, :], axis=-1).min(axis=-1))
 
 
 def png_bytes(image: Image.Image, provenance: Mapping[str, Any] | None = None) -> bytes:

@@ -29,7 +29,7 @@ def encode_images(
 
     Args:
         model: its autoencoder encodes what the cache lacks.
-        images: N square RGB pictures at the resolution of the training.
+        images: N RGB pictures, each of the size that it is trained at: squares, but for `train.aspect_buckets`.
         vae_hash: sha256 of the autoencoder's files.
         cache: folder of the cache; photos of people leave traces here, so it belongs to the project.
 

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.ndimage import laplace
 
 from dreambooth.errors import PhotosError, SubjectError, shown
-from dreambooth.images import UnusableError, both_hashes, open_photo
+from dreambooth.images import UnusableError, both_hashes, hash_distance, open_photo
 from dreambooth.params import Photos, check_id
 
 SUBJECTS = "data/subjects"
@@ -269,7 +269,7 @@ class _Twins:
     def find_or_keep(self, name: str, hashes: NDArray[np.bool_]) -> str | None:
         """Return the name of the twin of a photo with its hash and that of its mirror image, or keep the photo."""
         if self._names:
-            differing = np.count_nonzero(hashes[:, None] != np.stack(self._hashes), axis=-1).min(axis=0)  # (N,)
+            differing = hash_distance(hashes, np.stack(self._hashes))
             nearest = int(differing.argmin())
             if differing[nearest] <= self._distance:
                 return self._names[nearest]

@@ -1,6 +1,5 @@
 """Turn what lies on disk about a subject into the rows, the markdown and the picture that people read."""
 
-import base64
 import csv
 import html
 import io
@@ -171,13 +170,15 @@ def png_uri(content: bytes, largest: int = LARGEST_PICTURE) -> str:
     """Return a PNG as a data URI, halved until it has at most `largest` bytes."""
     from PIL import Image
 
+    from dreambooth.pages import data_uri
+
     while len(content) > largest:
         with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
             half = image.convert("RGB").reduce(2)
         buffer = io.BytesIO()
         half.save(buffer, "PNG", optimize=True)
         content = buffer.getvalue()
-    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    return data_uri(content, "png")
 
 
 def _manifest_files(folder: Path) -> dict[str, Any]:

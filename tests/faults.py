@@ -65,16 +65,19 @@ FAULTS: Mapping[int, tuple[str, str]] = {
 }
 THREATS: Mapping[int, tuple[str, str]] = {
     1: ("decompression bombs", "caps on bytes, pixels, frames, count, total; Pillow's warning is an error"),
-    2: ("parser bugs of rare formats", "one open_image with an allow list; a test forbids a bare Image.open"),
+    2: ("parser bugs of rare formats", "one open_photo with an allow list; a test forbids a bare Image.open"),
     3: ("polyglot files", "always re-encoded from pixels; originals are never served"),
     4: ("EXIF GPS, XMP, comments", "prepared pictures carry no metadata; validate warns of GPS"),
     5: ("escape sequences and line breaks in names of files", "printed as one line of letters"),
     6: ("path traversal in ids, archives, manifests", "pattern of ids; resolved and inside"),
     7: ("links in a photo folder", "regular files only"),
-    8: ("shell and argument injection", "constant commands; lists, never shell=True; no leading -"),
+    8: ("shell and argument injection", "DVC's commands hold ids only; lists, never shell=True; no leading -"),
     9: ("pipes, devices, endless links for photos, captions, params.yaml", "passed over or refused"),
     10: ("YAML tags, alias bombs, duplicate keys", "safe loader, error on duplicates, strict model"),
-    11: ("pickle: .ckpt, .bin, .pt, results, pyfunc", "safetensors only; optimizer state after our hash, weights_only"),
+    11: (
+        "pickle: .ckpt, .bin, .pt, results, pyfunc",
+        "safetensors, JSON; checkpoints after a hash; else weights_only",
+    ),
     12: ("pointers and manifests of strangers: names that lead elsewhere", "names inside, hashes, or refused"),
     13: ("remote code: trust_remote_code, custom_pipeline, *.py", "never passed; refused"),
     14: ("hub ids: typosquat, moving revision", "pinned to a commit and recorded; local path"),

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from test_training import largest_difference, make_samples, settings, weights
+from toy_checkpoints import names, save, state
 
 from dreambooth import checkpoint, trainer, training
-from dreambooth.checkpoint import KEEP, Checkpoints, State
+from dreambooth.checkpoint import KEEP, Checkpoints
 from dreambooth.errors import TrainingError
 from dreambooth.folders import DiskFullError, TornFolderError
 from dreambooth.interruption import Interrupted
@@ -38,23 +39,9 @@ def straight(tiny_model_folder: Path) -> tuple[dict[str, torch.Tensor], History]
     return weights(model), history
 
 
-def state(step: int, **changes: Any) -> State:
-    values = {
-        "weights": {"unet.w": torch.full((3,), float(step))},
-        "moments": {"unet.w/exp_avg": torch.zeros(2)},
-        "plain": {"parts": 1},
-        "records": {"steps": [{"step": step}]},
-    }
-    return State(step, **values | changes)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
 def test_the_newest_ones_are_kept(tmp_path: Path) -> None:
     for step in range(1, 6):
-        Checkpoints(tmp_path).save(state(step))
+        save(Checkpoints(tmp_path), state(step))
     assert names(tmp_path) == ["step-0000004", "step-0000005"]
     assert KEEP == 2
 
@@ -62,13 +49,13 @@ def test_the_newest_ones_are_kept(tmp_path: Path) -> None:
 def test_the_best_one_is_kept_until_a_better_one_comes(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     for step, score in ((1, None), (2, 0.5), (3, None), (4, None), (5, None)):
-        checkpoints.save(state(step), score)
+        save(checkpoints, state(step), score)
     assert names(tmp_path) == ["best.json", "step-0000002", "step-0000004", "step-0000005"]
     assert json.loads((tmp_path / "best.json").read_text()) == {"checkpoint": "step-0000002", "score": 0.5, "step": 2}
     best = checkpoints.best()
     assert best is not None
     assert best.step == 2
-    checkpoints.save(state(6), 0.4)
+    save(checkpoints, state(6), 0.4)
     assert names(tmp_path) == ["best.json", "step-0000005", "step-0000006"]
 
 
@@ -76,7 +63,7 @@ def test_a_torn_best_checkpoint_is_put_aside_and_the_last_weights_stay(tmp_path:
     said: list[str] = []
     checkpoints = Checkpoints(tmp_path, say=said.append)
     for step, score in ((1, 0.5), (2, None), (3, None)):
-        checkpoints.save(state(step), score)
+        save(checkpoints, state(step), score)
     weights = tmp_path / "step-0000001/weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     assert checkpoints.best() is None
@@ -87,9 +74,9 @@ def test_a_torn_best_checkpoint_is_put_aside_and_the_last_weights_stay(tmp_path:
 
 def test_the_pointer_is_written_again_if_a_stop_came_before_it(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(state(1), 0.5)
+    save(checkpoints, state(1), 0.5)
     before = (tmp_path / "best.json").read_bytes()
-    checkpoints.save(state(2), 0.4)
+    save(checkpoints, state(2), 0.4)
     (tmp_path / "best.json").write_bytes(before)
     assert Checkpoints(tmp_path).newest() is not None
     assert json.loads((tmp_path / "best.json").read_text())["step"] == 2
@@ -101,8 +88,8 @@ def test_the_pointer_is_written_again_if_a_stop_came_before_it(tmp_path: Path) -
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path: Path, name: str, damage: str) -> None:
     said: list[str] = []
     checkpoints = Checkpoints(tmp_path, say=said.append)
-    checkpoints.save(state(1))
-    newest = checkpoints.save(state(2))
+    save(checkpoints, state(1))
+    newest = save(checkpoints, state(2))
     content = bytearray((newest / name).read_bytes())
     if damage == "remove":
         (newest / name).unlink()
@@ -121,13 +108,13 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path: Pat
 
 
 def test_every_file_of_a_checkpoint_is_tried_above(tmp_path: Path) -> None:
-    assert names(Checkpoints(tmp_path).save(state(1))) == sorted(FILES)
+    assert names(save(Checkpoints(tmp_path), state(1))) == sorted(FILES)
 
 
 def test_when_all_are_torn_there_is_none(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     for step in (1, 2):
-        (checkpoints.save(state(step)) / "manifest.json").unlink()
+        (save(checkpoints, state(step)) / "manifest.json").unlink()
     assert checkpoints.newest() is None
     assert names(tmp_path) == ["torn-step-0000001", "torn-step-0000002"]
 
@@ -136,7 +123,7 @@ INPUTS = {"train": {"learning_rate": 1e-4, "seed": 0}, "versions": {"torch": "2.
 
 
 def test_a_checkpoint_of_other_parameters_is_refused_with_the_difference(tmp_path: Path) -> None:
-    path = Checkpoints(tmp_path, INPUTS).save(state(1))
+    path = save(Checkpoints(tmp_path, INPUTS), state(1))
     other = Checkpoints(tmp_path / "other", INPUTS | {"train": {"learning_rate": 2e-4, "seed": 0}}, resume_from=path)
     with pytest.raises(TrainingError, match=r"another training: train.learning_rate was 0.0001, is 0.0002; take") as no:
         other.newest()
@@ -147,14 +134,14 @@ def test_a_checkpoint_of_other_parameters_is_refused_with_the_difference(tmp_pat
 
 @pytest.mark.fault(40)
 def test_another_library_or_device_is_a_warning_with_both_and_is_remembered(tmp_path: Path) -> None:
-    Checkpoints(tmp_path, INPUTS).save(state(1))
+    save(Checkpoints(tmp_path, INPUTS), state(1))
     said: list[str] = []
     changed = INPUTS | {"versions": {"torch": "2.14"}, "device": "cuda"}
     checkpoints = Checkpoints(tmp_path, changed, said.append)
     assert checkpoints.newest() is not None
     assert said[0].startswith("warning: device was 'cpu', is 'cuda': what follows may differ")
     assert said[1].startswith("warning: versions.torch was '2.13', is '2.14'")
-    checkpoints.save(state(2))
+    save(checkpoints, state(2))
     again = Checkpoints(tmp_path, changed)
     assert again.newest() is not None
     assert again.changes == ["device was 'cpu', is 'cuda'", "versions.torch was '2.13', is '2.14'"]
@@ -165,13 +152,12 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_both_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(state(1))
+    save(checkpoints, state(1))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3_000_000))
     big = state(2, weights={"unet.w": torch.zeros(1_000_000)})
-    for save in (checkpoints.save, checkpoints.begin_save):
-        with pytest.raises(DiskFullError, match=r"needs 4,\d+,\d+ bytes, 3,000,000 are free"):
-            save(big)
+    with pytest.raises(DiskFullError, match=r"needs 4,\d+,\d+ bytes, 3,000,000 are free"):
+        checkpoints.begin_save(big)
     assert names(tmp_path) == ["step-0000001"]
 
 
@@ -179,7 +165,7 @@ def test_what_goes_wrong_beside_the_training_is_raised_at_the_next_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(state(1))
+    save(checkpoints, state(1))
 
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -193,7 +179,7 @@ def test_what_goes_wrong_beside_the_training_is_raised_at_the_next_checkpoint(
 
 def test_a_checkpoint_of_other_weights_is_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
     records = {"steps": [], "evaluations": []}
-    Checkpoints(tmp_path).save(state(1, records=records))
+    save(Checkpoints(tmp_path), state(1, records=records))
     with pytest.raises(TrainingError, match="other weights"):
         run(load_model(tiny_model_folder, device="cpu"), Checkpoints(tmp_path))
 
@@ -234,7 +220,7 @@ def test_what_fills_several_files_is_read_as_one_and_each_is_verified(
 ) -> None:
     monkeypatch.setattr(checkpoint, "SHARD", 8)
     tensors = {name: torch.full((size,), float(size)) for name, size in {"a": 1, "b": 1, "c": 5, "d": 2}.items()}
-    path = Checkpoints(tmp_path).save(state(1, weights=tensors))
+    path = save(Checkpoints(tmp_path), state(1, weights=tensors))
     assert sorted(file.name for file in path.glob("weights*")) == [
         "weights-1.safetensors", "weights-2.safetensors", "weights.safetensors",
     ]  # fmt: skip

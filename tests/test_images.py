@@ -10,7 +10,7 @@ from PIL import Image, ImageCms, ImageOps
 from tiny_project import REPOSITORY, add_photos, make_photo
 
 from dreambooth.errors import PhotosError, SubjectError
-from dreambooth.images import open_image, perceptual_hash, png_bytes, to_square
+from dreambooth.images import open_photo, perceptual_hash, png_bytes, to_square
 from dreambooth.params import Photos, load_params
 from dreambooth.photos import check_photos, find_photos, require_usable
 
@@ -110,7 +110,7 @@ def test_the_orientation_tag_becomes_pixels(tmp_path: Path, limits: Photos, orie
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     photo.save(tmp_path / "turned.png", exif=exif)
-    upright = open_image(tmp_path / "turned.png", limits)
+    upright = open_photo(tmp_path / "turned.png", limits).image
     photo.getexif()[ORIENTATION] = orientation
     assert np.array_equal(np.asarray(upright), np.asarray(ImageOps.exif_transpose(photo)))
     assert not upright.getexif()
@@ -150,7 +150,7 @@ def saved(image: Image.Image, path: Path, **options: object) -> Path:
 def test_every_mode_becomes_rgb_by_a_stated_rule(
     tmp_path: Path, limits: Photos, make: Callable[[Path], Path], expected: tuple[int, ...]
 ) -> None:
-    image = open_image(make(tmp_path), limits)
+    image = open_photo(make(tmp_path), limits).image
     assert image.mode == "RGB"
     assert np.allclose(np.asarray(image)[40, 40], expected, atol=2)
 
@@ -161,13 +161,13 @@ def test_colours_are_converted_to_srgb(tmp_path: Path, limits: Photos, mode: str
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     swapped = srgb.replace(b"rXYZ", b"temp").replace(b"bXYZ", b"rXYZ").replace(b"temp", b"bXYZ")
     Image.new("RGB", (80, 80), (255, 0, 0)).convert(mode).save(tmp_path / "a.png", icc_profile=swapped)
-    assert np.allclose(np.asarray(open_image(tmp_path / "a.png", limits)), (0, 0, 255), atol=2)
+    assert np.allclose(np.asarray(open_photo(tmp_path / "a.png", limits).image), (0, 0, 255), atol=2)
 
 
 def test_a_profile_of_another_kind_of_colours_is_passed_over(tmp_path: Path, limits: Photos) -> None:
     photo = make_photo(3)
     photo.save(tmp_path / "a.png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes())
-    assert np.array_equal(np.asarray(open_image(tmp_path / "a.png", limits)), np.asarray(photo))
+    assert np.array_equal(np.asarray(open_photo(tmp_path / "a.png", limits).image), np.asarray(photo))
 
 
 def test_an_odd_exif_block_hides_neither_the_photo_nor_the_next_one(tmp_path: Path, limits: Photos) -> None:
@@ -187,7 +187,7 @@ def test_nothing_but_pixels_survives(tmp_path: Path, limits: Photos) -> None:
     exif[0x010E] = "CANARY description"
     exif.get_ifd(0x8825)[1] = "N"
     make_photo(2).save(tmp_path / "a.jpg", exif=exif, comment=b"CANARY comment")
-    image = open_image(tmp_path / "a.jpg", limits)
+    image = open_photo(tmp_path / "a.jpg", limits).image
     assert image.info == {}
     assert b"CANARY" not in png_bytes(image)
 

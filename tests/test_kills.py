@@ -19,10 +19,10 @@ import pytest
 import safetensors.torch
 import torch
 from processes import FORKED, kill_this_process_at_write, kill_this_process_in
-from test_checkpoint import names, state
 from test_training import settings
 from tiny_families import write_sdxl
 from tiny_project import REPOSITORY, make_project, tiny_values
+from toy_checkpoints import names, save, state
 
 from dreambooth import interruption, launcher, methods, rng, trainer, training
 from dreambooth.checkpoint import Checkpoints
@@ -152,7 +152,7 @@ def save_and_die(folder: Path, write: int, half: bool) -> None:
 
         safetensors.torch.save_file = torn
     kill_this_process_at_write(folder, write)
-    Checkpoints(folder).save(state(3), 0.5)
+    save(Checkpoints(folder), state(3), 0.5)
 
 
 @pytest.mark.fault(15)
@@ -163,7 +163,7 @@ def test_killed_at_any_write_of_a_checkpoint_the_one_before_it_or_the_whole_new_
     for write in range(100):
         folder = tmp_path / str(write)
         for step in (1, 2):
-            Checkpoints(folder).save(state(step), 0.6)
+            save(Checkpoints(folder), state(step), 0.6)
         process = FORKED.Process(target=save_and_die, args=(folder, write, write == 1))
         process.start()
         process.join()
@@ -195,7 +195,7 @@ def megabytes(step: int, size: int) -> Any:
 @pytest.mark.fault(20)
 def test_a_disk_without_room_is_named_with_both_numbers_and_the_last_checkpoint_is_whole(small_disk: Path) -> None:
     checkpoints = Checkpoints(small_disk / "checkpoints")
-    first = checkpoints.save(megabytes(1, 1))
+    first = save(checkpoints, megabytes(1, 1))
     with pytest.raises(DiskFullError, match=r"a checkpoint needs 3,\d+,\d+ bytes, [12],\d+,\d+ are free; make room"):
         checkpoints.begin_save(megabytes(2, 3))
     read_manifest(first)
@@ -206,7 +206,7 @@ def test_a_disk_that_fills_up_in_between_leaves_the_last_checkpoint_and_no_half_
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoints = Checkpoints(small_disk / "checkpoints")
-    checkpoints.save(megabytes(1, 1))
+    save(checkpoints, megabytes(1, 1))
     checkpoints.begin_save(megabytes(2, 1))
     checkpoints.finish()
     monkeypatch.setattr(Checkpoints, "_require_space", lambda self, state: None)  # another program is faster
@@ -406,15 +406,22 @@ with stop_request() as stop:
 
 def test_who_is_stopping_already_is_not_told_again_that_its_starter_is_gone() -> None:
     """DVC dies of a signal to the group, and its stage saves its state."""
-    gone = subprocess.Popen(["true"])
-    starter = psutil.Process(gone.pid)
-    gone.wait()
-    with interruption.stop_request() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        await_true(lambda: stop, "no signal came", seconds=60)
-        time.sleep(interruption._ONE + 0.5)
-        interruption._follow(starter)  # would end this process
-        time.sleep(0.2)
+    program = """
+import os, signal, subprocess, time
+import psutil
+from dreambooth import interruption
+gone = subprocess.Popen(["true"])
+starter = psutil.Process(gone.pid)
+gone.wait()
+with interruption.stop_request() as stop:
+    os.kill(os.getpid(), signal.SIGTERM)
+    while not stop:
+        time.sleep(0.05)
+    time.sleep(interruption._ONE + 0.5)  # later the same signal is a second request, which ends this process at once
+    interruption._follow(starter)
+    time.sleep(0.2)
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0
 
 
 def await_true(condition: Any, what: str, seconds: float = 300) -> None:

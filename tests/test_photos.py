@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter, ImageOps
 from tiny_project import REPOSITORY, add_photos, make_photo
 
 from dreambooth.errors import PhotosError, SubjectError, shown
-from dreambooth.images import open_image, png_bytes, shrunk
+from dreambooth.images import open_photo, png_bytes, shrunk
 from dreambooth.params import Photos, load_params
 from dreambooth.photos import (
     CODES,
@@ -90,7 +90,7 @@ def test_a_good_photo_has_no_remark(tmp_path: Path, limits: Photos) -> None:
 @pytest.mark.parametrize("subject", ["biscuit", "chime"])
 def test_the_demo_photos_are_sharp_and_the_same_ones_blurred_are_not(subject: str, limits: Photos) -> None:
     for path in find_photos(REPOSITORY / "data/subjects" / subject).photos:
-        photo = open_image(path, limits)
+        photo = open_photo(path, limits).image
         blurred = photo.filter(ImageFilter.GaussianBlur(min(photo.size) / 100))
         assert measure(photo).sharpness > 5 * limits.min_sharpness
         assert measure(blurred).sharpness < limits.min_sharpness
@@ -218,7 +218,7 @@ def test_what_hangs_on_a_picture_is_not_in_the_prepared_one(tmp_path: Path, limi
     photo.save(tmp_path / "b.webp", exif=exif, xmp=xmp, lossless=True)
     for name in ("a.jpg", "b.webp"):
         assert b"CANARY" in (tmp_path / name).read_bytes()
-        assert b"CANARY" not in png_bytes(open_image(tmp_path / name, limits))
+        assert b"CANARY" not in png_bytes(open_photo(tmp_path / name, limits).image)
     assert "W_IMG_GPS" in check_photos(tmp_path, limits)[0].codes
 
 

@@ -1,3 +1,4 @@
+import http.client
 import http.server
 import json
 import logging
@@ -265,21 +266,22 @@ def test_a_server_that_never_answers_stalls_nothing(
     assert "10000 metrics" in caplog.text
 
 
-def test_who_is_told_to_stop_does_not_wait_for_mlflow(
+def test_who_is_told_to_stop_does_not_wait_until_mlflow_gives_up(
     root: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "KILLED_SECONDS", 0.5)
     server.status = 0
+    runs: list[tracking.Run] = []
 
     def train() -> None:
         with open_run(root, key=KEY, name="train biscuit") as run:
+            runs.append(run)
             run.metrics({"loss": 1}, 1)
             raise SystemExit(75)
 
-    start = time.monotonic()
     with pytest.raises(SystemExit):
         train()
-    assert time.monotonic() - start < 3
+    assert runs[0]._thread.is_alive()  # it waits for its answer, for CONNECT_SECONDS: less than CLOSE_SECONDS
 
 
 def test_the_backlog_of_an_outage_is_bounded(
@@ -293,13 +295,29 @@ def test_the_backlog_of_an_outage_is_bounded(
     assert "50 metrics of 'train biscuit' were dropped" in caplog.text
 
 
-def test_a_metric_costs_microseconds(root: Path) -> None:
-    with open_run(root, key=KEY, name="biscuit") as run:
-        start = time.perf_counter()
+def test_whoever_trains_sends_no_request_itself(
+    root: Path, server: Server, monkeypatch: pytest.MonkeyPatch, grid: Path
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
+    monkeypatch.setattr(tracking, "FLUSH_SECONDS", 0.05)
+    senders: list[int] = []
+    begun, send = threading.Event(), http.client.HTTPConnection.send
+
+    def watch(connection: http.client.HTTPConnection, content: Any) -> None:
+        senders.append(threading.get_ident())
+        begun.set()
+        send(connection, content)
+
+    monkeypatch.setattr(http.client.HTTPConnection, "send", watch)
+    with open_run(root, key=KEY, name="biscuit", tags={"subject": "biscuit"}) as run:
+        run.params({"seed": 1})
+        run.file(grid, "pictures")
+        assert begun.wait(60)
         for step in range(2000):
             run.metrics({"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0}, step)
-        seconds = time.perf_counter() - start
-    assert seconds / 2000 < 1e-3  # measured: 5 us alone, up to 100 us while the thread sends
+    assert server.requests
+    assert threading.get_ident() not in senders
 
 
 def test_tracking_can_be_switched_off(root: Path, monkeypatch: pytest.MonkeyPatch, grid: Path) -> None:

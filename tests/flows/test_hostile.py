@@ -83,7 +83,7 @@ def test_a_folder_of_everything_strange_gives_its_photos_and_names_the_rest(proj
         (lambda root, _: None, ["check", "x" * 5000], 71, "E_FILE: x+: File name too long; give another path"),
         (lambda root, _: None, ["add", "../tom", "CAMERA", "--class-noun", "dog"], 3, r"E_SUBJECT: '\.\./tom' is not"),
         (lambda root, _: None, ["add", "tom", "/dev/zero", "--class-noun", "dog"], 3, "E_PHOTOS: /dev/zero"),
-        (lambda root, camera: os.mkfifo(camera / "p.jpg"), ["check", "CAMERA/p.jpg"], 3, "E_SUBJECT: .*p.jpg is no fol"),
+        (lambda root, camera: os.mkfifo(camera / "p.jpg"), ["check", "CAMERA/p.jpg"], 3, "E_SUBJECT: .*p.jpg is no "),
         (lambda root, _: (root / "build").touch(), ["check", "rex"], 71, "E_FILE: .*Not a directory; something else"),
         (
             lambda root, camera: (camera / "photo 0.txt").write_bytes(b"a photo of {} \xff"),

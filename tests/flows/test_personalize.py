@@ -4,7 +4,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -243,10 +242,8 @@ def test_cancelling_leaves_no_process_behind(project: Path, environment: dict[st
         await_true(lambda: (project / "started-prior-dog").exists())
         below = psutil.Process(flow.pid).children(recursive=True)
         assert {os.getpgid(process.pid) for process in below} == {os.getpgid(flow.pid)}
-        started = time.monotonic()
         flow.send_signal(signal.SIGTERM)
         flow.wait(30)
-    assert time.monotonic() - started < 20
     assert not [process for process in below if is_alive(process)]
 
 
