@@ -31,7 +31,7 @@ COST = ".cost.json"  # hidden: no part of the content, which is the same wheneve
 # What can change a score; their hash is the version of the evaluator (tests/test_pipeline.py compares with imports).
 MODULES = (
     "adapters", "comparison", "drawings", "encoders", "evaluation", "families", "fidelity", "hub_encoders", "images",
-    "lora", "models", "prompts", "rng", "sampling", "scorer",
+    "lora", "models", "prompts", "rng", "sampling", "scorer", "vocabulary",
 )  # fmt: skip
 
 

@@ -38,6 +38,7 @@ WITHOUT_EFFECT = {
 }
 # Nor can these change a score or a picture.
 WITHOUT_SCORE = WITHOUT_EFFECT | {
+    "dreambooth/bases.py",  # where the base lies; its weights are hashed
     "dreambooth/folders.py",  # hashes and manifests
     "dreambooth/grid.py",  # a sheet for people
     "dreambooth/intervals.py",  # a number in words
