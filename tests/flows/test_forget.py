@@ -331,11 +331,10 @@ def test_nothing_of_a_forgotten_subject_is_left_and_the_other_champion_still_loa
     project: Path, tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sys.path.insert(0, str(REPOSITORY / "tests"))
-    from registered import write_export
+    from registered import load, write_export
 
     from dreambooth import aliases, tracking
     from dreambooth.registry import register
-    from dreambooth.versions import load
 
     home, remote, caches = tmp_path / "prefect", tmp_path / "remote", tmp_path / "caches"
     remote.mkdir()
