@@ -19,6 +19,7 @@ from dreambooth import erasure
 from dreambooth.erasure import Holdings
 from dreambooth.errors import ParamsError, SubjectError
 from dreambooth.locks import AlreadyRunningError, only_one
+from dreambooth.params import names_id
 from flows import dvcstore, prefectstore
 from flows.check import check
 from flows.clones import OWNER, ROBOT, git
@@ -309,6 +310,12 @@ def test_a_copy_in_which_somebody_works_is_refused_and_stays(project: Path) -> N
         assert [copy.folder for copy in _left_copies(project)] == [clone]
         child.communicate(b"\n")
     assert [copy.folder for copy in _left_copies(project)] == [clone, sweep]
+
+
+@pytest.mark.parametrize("text", ["rex", "train@rex:", "data/subjects/rex/1.png", "rex, max", "{rex: 1}"])
+def test_an_id_is_named_alone(text: str) -> None:
+    assert names_id(text, "rex")
+    assert not any(names_id(text.replace("rex", other), "rex") for other in ("rex-2", "t-rex", "rexy", "rex_2"))
 
 
 def test_a_server_that_a_profile_of_prefect_names_is_asked(tmp_path: Path) -> None:
