@@ -468,6 +468,11 @@ def parse_params(values: Mapping[str, Any], source: str = "params.yaml") -> Para
     return params
 
 
+def names_id(text: str, value: str) -> bool:
+    """Tell whether an id stands in a text alone: rex in train@rex, not in rex-2, rex_2 or t-rex."""
+    return re.search(rf"(?<![\w-]){re.escape(value)}(?![\w-])", text) is not None
+
+
 def check_id(value: str) -> str:
     """Return a subject or class id, or raise SubjectError: only such an id may become a path or a command line."""
     if value in RESERVED_IDS:

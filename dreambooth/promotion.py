@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -221,7 +220,7 @@ def _candidate(root: Path, client: "MlflowClient", name: str, version: int | Non
     return found
 
 
-def _require_consent_of(params: Params, root: Path, version: "ModelVersion", today: date | None = None) -> None:
+def _require_consent_of(params: Params, root: Path, version: "ModelVersion") -> None:
     """Ask for the consent beside the photos, which is the newest word; where they are not, for that in the tags."""
     name = version.name
     subject, recorded = params.subjects.get(name), consent_of(version)
@@ -229,9 +228,9 @@ def _require_consent_of(params: Params, root: Path, version: "ModelVersion", tod
     if not is_person:
         return
     if recorded is None or (root / "data" / "subjects" / name).is_dir():
-        require_consent(params, name, root, today)
+        require_consent(params, name, root)
     else:
-        require_lasting(recorded, name, today)
+        require_lasting(recorded, name)
 
 
 def _require_files(root: Path, client: "MlflowClient", version: "ModelVersion") -> None:

@@ -126,17 +126,6 @@ def is_there(root: Path) -> bool:
     return file is None or file.exists()
 
 
-def load(root: Path, subject_id: str, version: int | None = None) -> "PyFuncModel":
-    """Load a version to draw with: this one, else the champion, else the challenger, else the newest.
-
-    The result's `predict({"prompt": "..."}, params={"seed": 1})` returns PNG bytes, see `dreambooth.serving`.
-
-    Raises:
-        RegistryError: there is none, or it cannot be loaded.
-    """
-    return load_found(root, choose(root, subject_id, version))
-
-
 def choose(root: Path, subject_id: str, version: int | None = None) -> RegisteredVersion:
     """Return this version, else the champion, else the challenger, else the newest.
 
@@ -154,7 +143,9 @@ def choose(root: Path, subject_id: str, version: int | None = None) -> Registere
 
 
 def load_found(root: Path, found: RegisteredVersion) -> "PyFuncModel":
-    """Load a version that was found.
+    """Load a version that was found, to draw with.
+
+    The result's `predict({"prompt": "..."}, params={"seed": 1})` returns PNG bytes, see `dreambooth.serving`.
 
     Raises:
         RegistryError: its files are not whole.

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from dreambooth.photos import (
 from dreambooth.prompts import read_caption
 from dreambooth.yaml12 import dump_yaml
 from flows.dvcrun import child_environment
+from flows.generate import slug
 from flows.preflight import unknown_noun
 from flows.project import PARAMS, means, read_params_text, write_params_text
 
@@ -146,12 +146,11 @@ def class_of_noun(params: Params, class_noun: str) -> str:
     known = {one.class_noun.casefold(): class_id for class_id, one in params.classes.items()}
     if class_noun.casefold() in known:
         return known[class_noun.casefold()]
-    plain = unicodedata.normalize("NFKD", class_noun).encode("ascii", "ignore").decode().lower()
-    slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:36].strip("-") or "class"
-    number, class_id = 1, slug
+    wanted = slug(class_noun, 36) or "class"
+    number, class_id = 1, wanted
     while class_id in params.classes:
         number += 1
-        class_id = f"{slug}-{number}"
+        class_id = f"{wanted}-{number}"
     return class_id
 
 

@@ -32,8 +32,8 @@ PAYLOAD = (
 )
 
 
-def zombies(silence: float = SILENCE) -> AutomationCore:
-    """End a run that has sent no heartbeat for `silence` seconds; the docs of Prefect call it a zombie."""
+def zombies() -> AutomationCore:
+    """End a run that has sent no heartbeat for SILENCE; the docs of Prefect call it a zombie."""
     return AutomationCore(
         name="dreambooth: end runs whose worker died",
         description="A run without a heartbeat is Crashed, so that its slot is free and it can be started again.",
@@ -45,11 +45,11 @@ def zombies(silence: float = SILENCE) -> AutomationCore:
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
-            within=timedelta(seconds=silence),
+            within=timedelta(seconds=SILENCE),
         ),
         actions=[
             ChangeFlowRunState(
-                state=StateType.CRASHED, message=f"no heartbeat for {silence:.0f} s", name=None, force=False
+                state=StateType.CRASHED, message=f"no heartbeat for {SILENCE:.0f} s", name=None, force=False
             )
         ],
     )

@@ -16,7 +16,7 @@ from dreambooth.errors import MACHINE_FAULT, DreamboothError, PipelineError, Reg
 from dreambooth.params import GUIDANCE, SAMPLER_STEPS, SIDE
 from dreambooth.redaction import redact
 from flows import commands
-from flows.console import err, out, say, shown
+from flows.console import err, from_here, out, say
 from flows.project import PARAMS, choose_subjects, find_root, read_params_text
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def check(
     from flows.tables import photos_table
 
     checked = checking.check(find_root(context.obj), what)
-    places = {name: shown(path) for name, path in checked.thumbnails.items()}
+    places = {name: from_here(path) for name, path in checked.thumbnails.items()}
     out.print(photos_table(checked.reports, checked.ignored, places))
     if checked.remark is not None:
         _warn(str(checked.remark))
@@ -177,7 +177,7 @@ def generate(
     }
     drawn = draw_registered(root, subject_id, wanted, count, options, _tell, _warn, version, folder)
     for path in [*drawn.pictures, drawn.sheet]:
-        say(shown(path))
+        say(from_here(path))
 
 
 @app.command()
@@ -233,13 +233,13 @@ def _way_back(root: Path, before: str) -> str:
     except PipelineError:  # no repository, or one that does not have it
         known = None
     if known == before.strip():
-        return f"to go back: git checkout {shown(root / PARAMS)}"
+        return f"to go back: git checkout {from_here(root / PARAMS)}"
     return "to go back: put in again what stands left of the arrows above"
 
 
 def _next_of(folder: Path, what: str) -> str:
     is_subject = folder.parent.name == "subjects" and folder.name == what
-    return f"dreambooth run {what}" if is_subject else f"dreambooth add ID {shown(folder)} --class-noun NOUN"
+    return f"dreambooth run {what}" if is_subject else f"dreambooth add ID {from_here(folder)} --class-noun NOUN"
 
 
 def _params(root: Path) -> "Params":
@@ -306,7 +306,7 @@ def _print_outcome(root: Path, params: "Params", subject_id: str, outcome: "Outc
         ("class images", prior or prior_line(root, one.class_id)),
         ("time", f"{sum(run.seconds for run in mine):.0f} s: {names}" if mine else "nothing had to run"),
         *([("stages", undone_in_words(undone))] if undone else []),
-        ("report", shown(one.report) if one.report else "none yet"),
+        ("report", from_here(one.report) if one.report else "none yet"),
         ("version", version),
     ]
     out.print(subject_table(one, more), "")

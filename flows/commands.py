@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dreambooth.errors import PipelineError
-from flows.console import out, print_whole, say, shown
+from flows.console import from_here, out, print_whole, say
 from flows.project import PARAMS, find_root
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def sweep(
     done = sweeping.sweep(root, params, list(dict.fromkeys(subject_ids)), settings or [], name, say)
     print_whole(sweep_table(done.results))
     for path in done.files:
-        say(shown(path))
+        say(from_here(path))
     for line in done.in_words(params.gate.first_prompt_drop):
         say(line)
     if done.failures:
@@ -192,7 +192,7 @@ def forget(
     receipt = erase(root, found)
     for line in found.out_of_reach:
         say(f"not reached: {line}")
-    say(f"Erased. Receipt, without personal data: {shown(receipt)}")
+    say(f"Erased. Receipt, without personal data: {from_here(receipt)}")
 
 
 def _say_promotion(done: "Promotion") -> None:

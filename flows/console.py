@@ -26,6 +26,6 @@ def print_whole(table: Table) -> None:
         out.print(line, soft_wrap=True)
 
 
-def shown(path: Path) -> str:
+def from_here(path: Path) -> str:
     """Shorten a path to what a person here would type."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

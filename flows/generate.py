@@ -128,11 +128,11 @@ def draw(
     written: list[Path] = []
     rows: list[list[Image.Image | None]] = []
     with progress_bar(len(prompts) * count, description, unit="picture") as bar:
-        for prompt, slug in zip(prompts, slugs(prompts), strict=True):
+        for prompt, name in zip(prompts, slugs(prompts), strict=True):
             row: list[Image.Image | None] = []
             for seed, picture in zip(seeds, _predict(model, prompt, count, options), strict=True):
                 image = Image.open(io.BytesIO(picture), formats=("PNG",))
-                written.append(out / f"{slug}{suffix}-{seed}.png")
+                written.append(out / f"{name}{suffix}-{seed}.png")
                 written[-1].write_bytes(png_bytes(image, read_provenance(picture) | dict(provenance or {})))
                 row.append(image)
                 bar.update()
@@ -154,10 +154,15 @@ def slugs(prompts: Sequence[str]) -> list[str]:
     """Return a file name for each prompt: its letters and digits, told apart by a number where they are the same."""
     names: list[str] = []
     for prompt in prompts:
-        plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
-        slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60].strip("-") or "picture"
-        names.append(slug if slug not in names else f"{slug}-no{len(names) + 1}")
+        name = slug(prompt, 60) or "picture"
+        names.append(name if name not in names else f"{name}-no{len(names) + 1}")
     return names
+
+
+def slug(text: str, longest: int) -> str:
+    """Return the Latin letters and digits of a text with - between its words; empty where it has none."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:longest].strip("-")
 
 
 def _predict(model: Any, prompt: str, count: int, options: dict[str, Any]) -> Iterator[bytes]:

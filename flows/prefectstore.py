@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from uuid import UUID
+
+from dreambooth.params import names_id
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -114,7 +115,7 @@ def _runs(connection: sqlite3.Connection, subject_id: str) -> list[str]:
         return []
     found = {row[0] for row in connection.execute("SELECT id, parameters FROM flow_run") if _says(row[1], subject_id)}
     failed = f"SELECT flow_run_id, message FROM flow_run_state WHERE type IN {FAILED}"
-    found |= {run for run, message in connection.execute(failed) if _is_in(message, subject_id)}
+    found |= {run for run, message in connection.execute(failed) if names_id(message or "", subject_id)}
     names = f"SELECT flow_run_id FROM task_run WHERE name LIKE '%@{subject_id}' OR name LIKE '% {subject_id}'"
     keys = f"SELECT flow_run_id FROM artifact WHERE key IN ({', '.join(map(repr, _keys(subject_id)))})"
     # A table of a retraining is JSON inside JSON, so its quotes have backslashes.
@@ -143,11 +144,6 @@ def _says(parameters: str, subject_id: str) -> bool:
     """Tell whether the parameters of a run name a subject; an id has no quotes."""
     told = json.dumps(json.loads(parameters or "{}"))
     return f'"{subject_id}"' in told or f'"subject.{subject_id}"' in told
-
-
-def _is_in(message: str | None, subject_id: str) -> bool:
-    """Tell whether an id stands in a text, alone and not as part of another."""
-    return re.search(rf"(?<![\w-]){re.escape(subject_id)}(?![\w-])", message or "") is not None
 
 
 def _task_runs(connection: sqlite3.Connection, runs: list[str]) -> list[str]:
@@ -206,7 +202,7 @@ def _pages(read: Callable[..., Sequence[Any]]) -> Iterator[Any]:
 def _names(run: "FlowRun", subject_id: str) -> bool:
     failed = run.state is not None and run.state.type.value in FAILED
     reason = run.state.message if run.state and failed else None
-    return _says(json.dumps(run.parameters, default=str), subject_id) or _is_in(reason, subject_id)
+    return _says(json.dumps(run.parameters, default=str), subject_id) or names_id(reason or "", subject_id)
 
 
 def _erase_on_server(subject_id: str) -> list[str]:

@@ -161,9 +161,9 @@ def markdown(summary: Summary, more: list[tuple[str, str]]) -> str:
     return "\n".join(["| | |", "|---|---|", *lines]) + "".join(shown)
 
 
-def picture_uri(path: Path, largest: int = LARGEST_PICTURE) -> str:
+def picture_uri(path: Path) -> str:
     """Return the PNG of a file as a data URI, halved until it is small enough."""
-    return png_uri(path.read_bytes(), largest)
+    return png_uri(path.read_bytes())
 
 
 def png_uri(content: bytes, largest: int = LARGEST_PICTURE) -> str:

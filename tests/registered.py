@@ -12,6 +12,7 @@ import pandas as pd
 from tiny_project import tiny_values, write_params
 
 from dreambooth.folders import new_folder
+from dreambooth.versions import choose, load_found
 
 BISCUIT = "biscuit"
 HOW = {"code": "1", "photos": "p"}
@@ -69,6 +70,11 @@ def write_project(root: Path, database: Path, **changes: Any) -> None:
     write_params(root, values)
     (root / "dvc.yaml").write_text("stages: {}\n")
     shutil.copyfile(database, root / "mlflow.db")
+
+
+def load(root: Path, subject_id: str, version: int | None = None) -> Any:
+    """Load a version to draw with: this one, else the champion, else the challenger, else the newest."""
+    return load_found(root, choose(root, subject_id, version))
 
 
 def command(root: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":

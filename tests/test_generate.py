@@ -4,12 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from registered import BISCUIT, command, write_export, write_project
+from registered import BISCUIT, command, load, write_export, write_project
 
 from dreambooth.errors import ParamsError
 from dreambooth.params import load_params
 from dreambooth.registry import register
-from dreambooth.versions import generation_of, load, predict
+from dreambooth.versions import generation_of, predict
 from flows.generate import draw_registered
 
 PROMPTS = ["a photo of {} in space", "a photo of sks, in space", "a photo of zwx"]

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from registered import load
 
 from dreambooth import tracking
 from dreambooth import versions as registered
@@ -26,7 +27,7 @@ from dreambooth.errors import RegistryError, SubjectError
 from dreambooth.folders import DiskFullError, TornFolderError, new_folder
 from dreambooth.images import read_provenance
 from dreambooth.registry import register
-from dreambooth.versions import RegisteredVersion, find, load
+from dreambooth.versions import RegisteredVersion, find
 from flows.generate import draw
 
 BISCUIT = "biscuit"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from registered import BISCUIT, write_evaluation, write_export, write_project
+from registered import BISCUIT, load, write_evaluation, write_export, write_project
 from test_registry import environment, free_port, mlflow
 
 from dreambooth import aliases, tracking
@@ -21,7 +21,7 @@ from dreambooth.errors import RegistryError
 from dreambooth.params import load_params
 from dreambooth.promotion import promote, rollback
 from dreambooth.registry import register
-from dreambooth.versions import find, load, rows
+from dreambooth.versions import find, rows
 
 pytestmark = pytest.mark.slow
 SMALL = 100_000  # bytes: more than any question to MLflow, less than the weights

@@ -19,6 +19,7 @@ from dreambooth import erasure
 from dreambooth.erasure import Holdings
 from dreambooth.errors import ParamsError, SubjectError
 from dreambooth.locks import AlreadyRunningError, only_one
+from dreambooth.params import names_id
 from flows import dvcstore, prefectstore
 from flows.check import check
 from flows.clones import OWNER, ROBOT, git
@@ -311,6 +312,12 @@ def test_a_copy_in_which_somebody_works_is_refused_and_stays(project: Path) -> N
     assert [copy.folder for copy in _left_copies(project)] == [clone, sweep]
 
 
+@pytest.mark.parametrize("text", ["rex", "train@rex:", "data/subjects/rex/1.png", "rex, max", "{rex: 1}"])
+def test_an_id_is_named_alone(text: str) -> None:
+    assert names_id(text, "rex")
+    assert not any(names_id(text.replace("rex", other), "rex") for other in ("rex-2", "t-rex", "rexy", "rex_2"))
+
+
 def test_a_server_that_a_profile_of_prefect_names_is_asked(tmp_path: Path) -> None:
     """Flows use it: a look into the local database alone would find nothing there."""
     environment = {name: value for name, value in quiet(tmp_path).items() if name != "PREFECT_API_URL"}
@@ -331,11 +338,10 @@ def test_nothing_of_a_forgotten_subject_is_left_and_the_other_champion_still_loa
     project: Path, tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sys.path.insert(0, str(REPOSITORY / "tests"))
-    from registered import write_export
+    from registered import load, write_export
 
     from dreambooth import aliases, tracking
     from dreambooth.registry import register
-    from dreambooth.versions import load
 
     home, remote, caches = tmp_path / "prefect", tmp_path / "remote", tmp_path / "caches"
     remote.mkdir()
