@@ -4,20 +4,19 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from waiting import await_server, free_port
 
 from dreambooth import tracking
 from dreambooth import versions as registered
@@ -405,12 +404,6 @@ def test_a_server_takes_an_export_and_gives_it_back(root: Path, monkeypatch: pyt
     assert {path.name for path in (root / ".scratch").iterdir()} <= {"mlflow.lock", f"register-{BISCUIT}.lock"}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def environment(root: Path) -> dict[str, str]:
     return os.environ | {
         "MLFLOW_TRACKING_URI": tracking.tracking_uri(root),
@@ -439,25 +432,9 @@ def mlflow(command: list[str], port: int, path: str, env: dict[str, str], cwd: P
             start_new_session=True,
         )  # fmt: skip
     try:
-        wait_until(lambda: answers(f"http://127.0.0.1:{port}{path}"), process, folder / "log")
+        await_server(f"http://127.0.0.1:{port}{path}", process, folder / "log")
         yield
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
             process.wait(30)
-
-
-def wait_until(ready: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + 600
-    while not ready():
-        assert time.monotonic() < deadline, log.read_text()
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.2)
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2) as reply:
-            return bool(reply.status == 200)
-    except OSError:
-        return False
