@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from test_training import settings
 from tiny_families import write_sdxl
 from tiny_project import REPOSITORY, make_project, tiny_values
 from toy_checkpoints import names, save, state
+from waiting import await_true, free_port
 
 from dreambooth import interruption, launcher, methods, rng, trainer, training
 from dreambooth.checkpoint import Checkpoints
@@ -242,9 +242,7 @@ def rank_in_process(number: int, port: int, seen: Path, *arguments: Any) -> None
 
 def finish_two(folder: Path, *arguments: Any) -> list[int]:
     """Run two ranks; once one has died the other is ended, as a launcher would."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ranks = [
         FORKED.Process(target=rank_in_process, args=(number, port, folder / "noise", *arguments)) for number in (0, 1)
     ]
@@ -360,7 +358,7 @@ def test_the_stage_under_accelerate_launch_is_killed_and_ends_with_the_same_byte
     assert process.returncode == 0
 
     with launched(tmp_path / "killed") as process:
-        await_true(lambda: list((tmp_path / "killed").glob(".scratch/checkpoints/*/step-*")), "no checkpoint")
+        await_checkpoint(tmp_path / "killed")
         for rank in psutil.Process(process.pid).children(recursive=True):
             rank.kill()
     assert process.returncode != 0
@@ -371,6 +369,12 @@ def test_the_stage_under_accelerate_launch_is_killed_and_ends_with_the_same_byte
     for name in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "loss.csv"):
         ends = [(tmp_path / which / "models/biscuit" / name).read_bytes() for which in ("straight", "killed")]
         assert ends[0] == ends[1], name
+
+
+def await_checkpoint(root: Path) -> None:
+    await_true(
+        lambda: list(root.glob(".scratch/checkpoints/*/step-*")), 300, 0.05, otherwise="no checkpoint was written"
+    )
 
 
 def alive(pid: int) -> bool:
@@ -424,13 +428,6 @@ with interruption.stop_request() as stop:
     assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0
 
 
-def await_true(condition: Any, what: str, seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize(
     "shell", ["bash", pytest.param("sh", marks=pytest.mark.nightly)]
 )  # bash makes way for the stage, the dash of Debian stays above it
@@ -454,11 +451,11 @@ def test_a_killed_dvc_repro_leaves_no_process_and_the_next_one_continues(
     subprocess.run([*dvc, "init", "--no-scm", "--quiet"], cwd=root, check=True)
     repro = [*dvc, "repro", "train@biscuit"]
     with subprocess.Popen(repro, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        await_true(lambda: list(root.glob(".scratch/checkpoints/*/step-*")), "no checkpoint was written")
+        await_checkpoint(root)
         owner = json.loads((root / ".scratch/locks/train-biscuit.json").read_text())
         assert alive(owner["pid"])
         process.kill()  # and nobody buries it yet
-        await_true(lambda: not alive(owner["pid"]), "the training outlived dvc repro", seconds=30)
+        await_true(lambda: not alive(owner["pid"]), 30, otherwise="the training did not end after dvc repro")
     (saved,) = root.glob(".scratch/checkpoints/*")
     steps = int(max(names(saved)).removeprefix("step-"))
     with subprocess.Popen(repro, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
@@ -478,7 +475,7 @@ def test_a_stage_that_is_told_to_stop_exits_with_75_and_one_that_resumes_elsewhe
     command = [sys.executable, "-m", "stages.train", "biscuit"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        await_true(lambda: list(root.glob(".scratch/checkpoints/*/step-*")), "no checkpoint was written")
+        await_checkpoint(root)
         process.terminate()
         assert process.stderr is not None
         said = process.stderr.read()
@@ -502,7 +499,7 @@ def test_the_stage_starts_the_processes_itself_and_is_stopped_and_resumed_as_one
     values["train"] |= {"method": "lora", "rank": 2}
     root = prepared_project(tmp_path / "project", tiny_model_folder, values)
     with trained_in(root) as process:
-        await_true(lambda: list(root.glob(".scratch/checkpoints/*/step-*")), "no checkpoint was written")
+        await_checkpoint(root)
         process.terminate()
         assert process.stdout is not None
         said = process.stdout.read()
@@ -548,7 +545,7 @@ def test_the_other_processes_wait_for_the_one_that_saves(tmp_path: Path, tiny_mo
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, str(root / "slowly.py")]
     with subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        await_true(lambda: list(root.glob(".scratch/checkpoints/*/step-*")), "no checkpoint was written")
+        await_checkpoint(root)
         (root / "slow").touch()
         process.terminate()
         assert process.stderr is not None

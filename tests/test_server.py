@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from registered import BISCUIT, load, write_evaluation, write_export, write_project
-from test_registry import environment, free_port, mlflow
+from test_registry import environment, mlflow
+from waiting import free_port
 
 from dreambooth import aliases, tracking
 from dreambooth.errors import RegistryError

@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +14,8 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from test_registry import environment, mlflow
+from waiting import await_true, free_port
 
 from dreambooth import tracking
 from dreambooth.tracking import open_run, resend
@@ -45,9 +46,7 @@ def grid(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def dead_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()
 
 
 @pytest.fixture
@@ -390,11 +389,13 @@ def test_metrics_arrive_when_the_server_comes_back(
     monkeypatch.setattr(tracking, "FLUSH_SECONDS", 0.5)
     monkeypatch.setattr(tracking, "MAX_PAUSE_SECONDS", 1.0)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{dead_port}")
+    store = tmp_path / "server"
+    store.mkdir()
+    command = ["server", "--port", str(dead_port), "--workers", "1", "--backend-store-uri", "sqlite:///mlflow.db"]
     with open_run(root, key=KEY, name="train biscuit") as run:
         run.metrics({"loss": 1.0, "nan": math.nan}, 1)
-        time.sleep(2)
-        assert run._error is not None
-        with mlflow_server(dead_port, tmp_path / "server"):
+        await_true(lambda: run._error)
+        with mlflow(command, dead_port, "/health", environment(store) | {"MLFLOW_TRACKING_URI": ""}, store):
             run.metrics({"loss": 2.0}, 2)
             run.file(grid, "pictures")
             run.close()
@@ -404,45 +405,3 @@ def test_metrics_arrive_when_the_server_comes_back(
             files = tracking.connect(root)[0].list_artifacts(stored.info.run_id, "pictures")
             assert [entry.path for entry in files] == ["pictures/grid.png"]
     assert "did not take" not in caplog.text
-
-
-class mlflow_server:  # noqa: N801 - a context manager
-    """A real MLflow server with a database and artifacts of its own."""
-
-    def __init__(self, port: int, folder: Path) -> None:
-        folder.mkdir()
-        options = f"--host 127.0.0.1 --port {port} --workers 1 --backend-store-uri sqlite:///{folder}/mlflow.db"
-        self._command = [sys.executable, "-m", "mlflow", "server", *options.split()]
-        self._folder, self._port = folder, port
-
-    def __enter__(self) -> None:
-        import os
-
-        environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
-        environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "HOME": str(self._folder)}
-        with (self._folder / "log").open("w") as log:
-            self._process = subprocess.Popen(
-                self._command, cwd=self._folder, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
-        deadline = time.monotonic() + 600
-        while not answers(self._port):
-            assert time.monotonic() < deadline, (self._folder / "log").read_text()
-            assert self._process.poll() is None, (self._folder / "log").read_text()
-            time.sleep(0.2)
-
-    def __exit__(self, *error: object) -> None:
-        import os
-        import signal
-
-        os.killpg(self._process.pid, signal.SIGTERM)
-        self._process.wait(30)
-
-
-def answers(port: int) -> bool:
-    import urllib.request
-
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as reply:
-            return bool(reply.status == 200)
-    except OSError:
-        return False

@@ -1,13 +1,13 @@
 """A toy project that DVC and Prefect run for real, in a temporary folder."""
 
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from toy_project import await_health, make_toy_project, quiet
+from toy_project import make_toy_project, quiet
+from waiting import await_server, free_port
 
 
 @pytest.fixture(autouse=True)
@@ -35,14 +35,12 @@ def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prefect_server(prefect_home: Path) -> Iterator[str]:
     """Start a server on a free port; yield its API's address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     log = (prefect_home / "server.log").open("w")
     with log, subprocess.Popen(command, env=quiet(prefect_home), stdout=log, stderr=log) as server:
         try:
-            await_health(f"http://127.0.0.1:{port}/api/health", prefect_home / "server.log")
+            await_server(f"http://127.0.0.1:{port}/api/health", server, prefect_home / "server.log")
             yield f"http://127.0.0.1:{port}/api"
         finally:
             server.terminate()

@@ -1,14 +1,14 @@
 """Servers of MLflow and Prefect that can be killed and started again on the same port and database."""
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from toy_project import await_health, kill_tree, quiet
+from toy_project import kill_tree, quiet
+from waiting import await_server, free_port
 
 LEASES = "prefect.server.concurrency.lease_storage.filesystem"
 
@@ -17,9 +17,7 @@ class Server:
     """A program that serves on a port of its own."""
 
     def __init__(self, command: list[str], health: str, environment: dict[str, str], folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self._command = [sys.executable, "-m", *command, "--host", "127.0.0.1", "--port", str(self.port)]
         self._health, self._environment, self._folder = health, environment, folder
@@ -33,7 +31,7 @@ class Server:
             )
 
     def await_it(self) -> None:
-        await_health(self.address + self._health, self._folder / "log")
+        await_server(self.address + self._health, self._process, self._folder / "log")
 
     def kill(self) -> None:
         """End it at once, as a power failure would."""

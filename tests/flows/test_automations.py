@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from toy_project import REPOSITORY, SHIPPED, await_true, post, quiet
+from toy_project import REPOSITORY, SHIPPED, post, quiet
+from waiting import await_true
 
 from flows.automations import SILENCE
 

@@ -12,19 +12,8 @@ from typing import Any
 
 import pytest
 from prefect.states import Failed
-from toy_project import (
-    REPOSITORY,
-    await_true,
-    dvc,
-    git,
-    kill_tree,
-    make_origin,
-    make_toy_project,
-    post,
-    prefect,
-    quiet,
-    worker,
-)
+from toy_project import REPOSITORY, dvc, git, kill_tree, make_origin, make_toy_project, post, prefect, quiet, worker
+from waiting import await_true
 
 from dreambooth import versions
 from dreambooth.errors import ParamsError, PipelineError

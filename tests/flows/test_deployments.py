@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from toy_project import REPOSITORY, await_true, make_toy_project, post, prefect, quiet, worker
+from toy_project import REPOSITORY, make_toy_project, post, prefect, quiet, worker
+from waiting import await_true
 
 from dreambooth import versions
 from flows import prefectstore

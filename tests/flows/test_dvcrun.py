@@ -8,7 +8,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from toy_project import await_true, dvc, ran
+from toy_project import dvc, ran
+from waiting import await_true
 
 from dreambooth.errors import PipelineError
 from dreambooth.interruption import is_alive, tell

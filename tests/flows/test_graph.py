@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from toy_project import await_true, dvc, kill_tree, make_photos
+from toy_project import dvc, kill_tree, make_photos
+from waiting import await_true
 
 from dreambooth.errors import ParamsError, PipelineError, SubjectError
 from flows.dvcrun import child_environment

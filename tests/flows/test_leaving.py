@@ -12,7 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from toy_project import REPOSITORY, await_true, kill_tree, post, quiet
+from toy_project import REPOSITORY, kill_tree, post, quiet
+from waiting import await_true
 
 from dreambooth.interruption import ONE_REQUEST, is_alive
 from flows.leaving import in_words

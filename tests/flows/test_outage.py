@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from servers import mlflow_with_database, prefect_with_leases, running
 from tiny_project import make_project, tiny_values
-from toy_project import REPOSITORY, await_true, post, prefect, quiet, worker
+from toy_project import REPOSITORY, post, prefect, quiet, worker
+from waiting import await_true
 
 from dreambooth import tracking, versions
 

@@ -10,7 +10,8 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from toy_project import await_true, dvc, make_toy_project, post, prefect, quiet, ran
+from toy_project import dvc, make_toy_project, post, prefect, quiet, ran
+from waiting import await_true
 
 from dreambooth.interruption import is_alive
 from flows import lanes

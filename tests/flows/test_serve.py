@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from toy_project import REPOSITORY, await_true, post, prefect, quiet, ran
+from toy_project import REPOSITORY, post, prefect, quiet, ran
+from waiting import await_true
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

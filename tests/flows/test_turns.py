@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from toy_project import REPOSITORY, await_true, prefect, quiet
+from toy_project import REPOSITORY, prefect, quiet
+from waiting import await_true
 
 from dreambooth.errors import PipelineError
 from flows import turns

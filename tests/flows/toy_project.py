@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -118,13 +118,6 @@ def quiet(prefect_home: Path) -> dict[str, str]:
     }
 
 
-def await_true(condition: Callable[[], Any], patience: float = 60, pause: float = 0.1) -> None:
-    deadline = time.monotonic() + patience
-    while not condition():
-        assert time.monotonic() < deadline, f"it did not happen within {patience} s"
-        time.sleep(pause)
-
-
 def post(api: str, path: str, body: dict[str, Any]) -> Any:
     """Ask the server of Prefect."""
     request = urllib.request.Request(
@@ -179,14 +172,3 @@ def kill_tree(pid: int) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(below, 30)
-
-
-def await_health(address: str, log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(address, timeout=2):
-                return
-        except OSError:
-            time.sleep(0.3)
-    pytest.fail(f"the server did not start: {log.read_text()[-2000:]}")
