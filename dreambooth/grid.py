@@ -90,19 +90,28 @@ def comparison_grid(
         scores: by model, P x S.
     """
     columns = [f"{name}, {{}}: {called[name]}, seed {seed}" for seed in seeds for name in pictures]
-    blank = Image.new("RGB", (STRIP_TILE, STRIP_TILE), PAPER)
-    rows: list[list[Image.Image | None]] = []
-    for start in range(0, len(photos), len(columns)):
-        strip = photos[start : start + len(columns)]
-        rows.append([*strip, *[blank] * (len(columns) - len(strip))])
-    labels = ["photos of the subject", *[""] * (len(rows) - 1)]
-    captions = [[""] * len(columns) for _ in rows]
-    for number, template in enumerate(templates):
+    rows, captions = [], []
+    for number in range(len(templates)):
         numbers = range(number * len(seeds), (number + 1) * len(seeds))
         rows.append([images[i] for i in numbers for images in pictures.values()])
         captions.append([f"{values[i]:.3f}" for i in numbers for values in scores.values()])
-        labels.append(template)
-    return grid(rows, labels, columns, captions, tile=STRIP_TILE)
+    table = grid(rows, templates, columns, captions, tile=STRIP_TILE)
+    return _stacked(_strip(photos, len(columns)), table) if photos else table
+
+
+def _strip(photos: Sequence[Image.Image], width: int) -> Image.Image:
+    """Lay out photos in rows of `width`, without the names of the columns below: no model drew them."""
+    blank = Image.new("RGB", (STRIP_TILE, STRIP_TILE), PAPER)
+    rows = [[*photos[start : start + width]] for start in range(0, len(photos), width)]
+    rows[-1] += [blank] * (width - len(rows[-1]))
+    return grid(rows, ["photos of the subject", *[""] * (len(rows) - 1)], [""] * width, tile=STRIP_TILE)
+
+
+def _stacked(above: Image.Image, below: Image.Image) -> Image.Image:
+    sheet = Image.new("RGB", (max(above.width, below.width), above.height + below.height), PAPER)
+    sheet.paste(above, (sheet.width - above.width, 0))  # tiles over tiles: names of rows may be of two widths
+    sheet.paste(below, (0, above.height))
+    return sheet
 
 
 def fit(image: Image.Image, tile: int) -> Image.Image:

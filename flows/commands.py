@@ -192,6 +192,8 @@ def forget(
     receipt = erase(root, found)
     for line in found.out_of_reach:
         say(f"not reached: {line}")
+    if found.idle_class is not None:
+        say(f"the class {found.idle_class} stays in {PARAMS} without a subject; take its lines out if none will come")
     say(f"Erased. Receipt, without personal data: {from_here(receipt)}")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from dreambooth import erasure, sweeps, versions
-from dreambooth.errors import ParamsError, SubjectError
+from dreambooth.errors import DreamboothError, ParamsError, SubjectError
 from dreambooth.folders import GENERATION, scratch_folder, sha256_of_file, write_file
 from dreambooth.locks import AlreadyRunningError, only_one
 from dreambooth.params import check_id, load_params, names_id
@@ -59,6 +59,8 @@ class Inventory:
     """What is the subject's in folders of the scratch folder that all subjects share."""
     experiments: dict[str, str] = field(default_factory=dict)
     """Commits of sweeps, by their refs."""
+    idle_class: str | None = None
+    """The class of the subject, if nobody else is of it."""
     out_of_reach: list[str] = field(default_factory=lambda: list(OUT_OF_REACH))
 
 
@@ -93,7 +95,7 @@ def inventory(root: Path, subject_id: str) -> Inventory:
     places = {place: max(count, before.get(place, 0)) for place, count in places.items()}  # the receipt tells both
     if not any(places.values()) and not _journal(root, subject_id).exists():
         raise SubjectError(f"nothing is known of {subject_id!r} here; see {PARAMS} for the subjects there are")
-    return Inventory(subject_id, paths, kept, places, shared, experiments)
+    return Inventory(subject_id, paths, kept, places, shared, experiments, _idle_class(root, subject_id))
 
 
 def erase(root: Path, found: Inventory) -> Path:
@@ -131,6 +133,17 @@ def erase(root: Path, found: Inventory) -> Path:
     return receipt
 
 
+def _idle_class(root: Path, subject_id: str) -> str | None:
+    """Return the class that nobody will be of without a subject: `dvc repro` would go on drawing images of it."""
+    try:
+        subjects = load_params(root / PARAMS).subjects
+    except DreamboothError:  # whoever forgets a subject need not mend the file before
+        return None
+    classes = {name: subject.class_id for name, subject in subjects.items()}
+    own = classes.pop(subject_id, None)
+    return own if own not in classes.values() else None
+
+
 def without_subject(text: str, subject_id: str) -> str:
     """Return params.yaml without the lines of a subject, every other byte as it was.
 
@@ -141,7 +154,8 @@ def without_subject(text: str, subject_id: str) -> str:
     if start is None:
         return text
     end = next((number for number in range(start + 1, len(lines)) if _begins_section(lines[number])), len(lines))
-    section = lines[start + 1 : end]
+    said = max((number for number in range(start, end) if lines[number].strip()), default=start)
+    section, blank = lines[start + 1 : said + 1], lines[said + 1 : end]
     depth = next((_width(line) for line in section if _says(line)), 0)  # of the entries, which YAML wants all alike
     kept, inside = [lines[start]], False
     for line in section:
@@ -149,7 +163,9 @@ def without_subject(text: str, subject_id: str) -> str:
             inside = re.match(rf"""(["']?){re.escape(subject_id)}\1\s*:""", line.lstrip()) is not None
         if not inside or (line.lstrip().startswith("#") and _width(line) <= depth):
             kept.append(line)
-    return "".join([*lines[:start], *_with_value(kept), *lines[end:]])
+    if not kept[-1].strip():  # what stood before the entry parts the sections now
+        blank = []
+    return "".join([*lines[:start], *_with_value(kept), *blank, *lines[end:]])
 
 
 def _begins_section(line: str) -> bool:

@@ -46,7 +46,8 @@ MARKS = (SUBJECT.encode(), IN_NAME.encode(), IN_BYTES)
             "subjects:\n  b: {kind: live}\nphotos: 1\n",
         ),
         ("subjects:\n  b: 1\n\n  'a':\n    kind: live\n    # of a\n", "subjects:\n  b: 1\n\n"),
-        ("subjects:\n  a:\n    kind: live\n\nphotos: 1\n", "subjects: {}\nphotos: 1\n"),
+        ("subjects:\n  a:\n    kind: live\n\nphotos: 1\n", "subjects: {}\n\nphotos: 1\n"),
+        ("subjects:\n  b: 1\n  a: 2\n\nphotos: 1\n", "subjects:\n  b: 1\n\nphotos: 1\n"),
         ("subjects:   # all of them\n  a: {kind: live}\n", "subjects: {}\n"),
         ("subjects:\n  ab: 1\n", "subjects:\n  ab: 1\n"),
         ("classes:\n  a: 1\nsubjects:\n  b: 1\n", "classes:\n  a: 1\nsubjects:\n  b: 1\n"),
@@ -73,7 +74,7 @@ def test_a_comment_at_the_margin_ends_no_entry() -> None:
 
 @pytest.fixture
 def no_prefect(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefectstore, "_server", lambda: None)
+    monkeypatch.setattr(prefectstore, "server", lambda: None)
     monkeypatch.setattr(prefectstore, "_database_file", lambda: None)
 
 
@@ -287,7 +288,7 @@ def left_copies(root: Path) -> list[Path]:
 def test_copies_that_killed_runs_and_sweeps_left_are_listed_and_erased(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefectstore, "_server", lambda: None)
+    monkeypatch.setattr(prefectstore, "server", lambda: None)
     monkeypatch.setattr(prefectstore, "_database_file", lambda: None)
     folders = left_copies(project)
     with pytest.raises(SubjectError):  # a typing error is told, whatever was left
