@@ -37,6 +37,7 @@ _ADVICE = (
     "git add",
     "dvc config core.autostage",
 )
+_TOLD_ANYWAY = ("ERROR: failed to reproduce", "If there are no processes with such PIDs")  # by the error, or waited for
 _CHATTER = ("> ", "ERROR: failed to ", "Running stage ", "Updating lock file", "Generating lock file")
 
 _runners: "weakref.WeakSet[DvcRunner]" = weakref.WeakSet()  # a signal handler has no other way to them
@@ -166,7 +167,8 @@ class DvcRunner:
                     lines.append(line)
                     if line.startswith(_INTERRUPTED):
                         self._saved[what] = line.removeprefix(_INTERRUPTED)
-                    say(line)
+                    if not line.startswith(_TOLD_ANYWAY):
+                        say(line)
                 child.wait()
             except BaseException:
                 _stop_trees([child.pid])

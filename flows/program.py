@@ -1,5 +1,6 @@
 """Flows as programs: a fault as the state of a run, the states of a run in this process, lines and an exit code."""
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,7 +51,11 @@ def states_of(run: "Callable[[], State[Any]]") -> "list[State[Any]]":
     if isinstance(result, BaseException):
         raise result
     if not isinstance(result, list):
-        raise PipelineError(state.message or f"the flow ended as {state.name}")
+        told = state.message or f"the flow ended as {state.name}"
+        error = PipelineError(re.sub(r"^E_[A-Z_]+: ", "", told))
+        if code := re.match(r"E_[A-Z_]+", told):  # of what `failed` was told
+            error.code = code[0]
+        raise error
     return result
 
 
