@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import platformdirs
 
@@ -20,6 +20,9 @@ MANIFEST = "manifest.json"
 GENERATION = "generation.json"  # of an export: whose it is, in which words, how it is drawn
 MANIFEST_VERSION = 1
 MAX_TEXT = 1 << 20
+Work = Literal["upload", "download", "scores"]
+WORKS: tuple[Work, ...] = get_args(Work)
+"""What is done in folders that go away; what killed processes left of them `dreambooth forget` and `doctor` find."""
 
 
 class TornFolderError(DreamboothError):
@@ -103,12 +106,12 @@ def new_folder(path: Path, about: Mapping[str, Any] | None = None) -> Iterator[P
         raise
 
 
-def work_folder(root: Path, work: str, subject_id: str) -> "tempfile.TemporaryDirectory[str]":
+def work_folder(root: Path, work: Work, subject_id: str) -> "tempfile.TemporaryDirectory[str]":
     """Return a folder in the scratch folder that goes away; its name tells whose it is, should the process be killed.
 
     Args:
         root: of the project.
-        work: one word for what is done in it.
+        work: what is done in it.
         subject_id: whose files lie there; `dreambooth forget` finds them by it.
     """
     return tempfile.TemporaryDirectory(prefix=f"{work}-{subject_id}-", dir=scratch_folder(root))

@@ -18,6 +18,7 @@ from dreambooth.errors import ModelError
 from dreambooth.folders import TornFolderError, content_hash, scratch_folder, write_file
 
 POINTER = "pointer.json"
+LAID_OUT = "pipelines"  # in the scratch folder: exports as links to the files in DVC's cache
 _HASH, _MD5 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{32}(\.dir)?")
 
 
@@ -89,7 +90,7 @@ def _is_whole(folder: Path, export_hash: str) -> bool:
 
 def _from_cache(root: Path, about: dict[str, Any]) -> Path | None:
     """Lay links to the files in DVC's cache out as the folder was; None if one is missing or damaged."""
-    place: Path = scratch_folder(root) / "pipelines" / str(about["hash"])
+    place: Path = scratch_folder(root) / LAID_OUT / str(about["hash"])
     place.parent.mkdir(mode=0o700, exist_ok=True)
     with FileLock(place.with_suffix(".lock")):  # several processes of one server may ask at once
         return place if _is_whole(place, about["hash"]) else _laid_out(root, about, place)

@@ -286,9 +286,9 @@ class Run:
 
     def _own_folder(self) -> Path:
         if self._folder is None:
-            unsent = _unsent(self._root)
-            unsent.mkdir(mode=0o700, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(prefix=f"{self._parcel.key[:16]}-", dir=unsent))
+            waiting = unsent(self._root)
+            waiting.mkdir(mode=0o700, exist_ok=True)
+            self._folder = Path(tempfile.mkdtemp(prefix=f"{self._parcel.key[:16]}-", dir=waiting))
         return self._folder
 
     def _work(self) -> None:
@@ -372,7 +372,7 @@ class _Target:
 def resend(root: Path) -> list[str]:
     """Send what earlier runs could not; return a line for each that still waits, with the reason."""
     failed = []
-    for pending in sorted(_unsent(root).glob(f"*/{PENDING}")):
+    for pending in sorted(unsent(root).glob(f"*/{PENDING}")):
         try:
             with FileLock(pending.with_name(".lock"), timeout=0):
                 parcel = _read_parcel(pending)
@@ -390,7 +390,8 @@ def _read_parcel(path: Path) -> _Parcel:
     return _Parcel(**values | {"files": [entry for entry in values["files"] if Path(entry[0]).exists()]})
 
 
-def _unsent(root: Path) -> Path:
+def unsent(root: Path) -> Path:
+    """Return the folder of what waits for MLflow, a folder with PENDING for each parcel."""
     return scratch_folder(root) / "unsent"
 
 

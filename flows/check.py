@@ -14,6 +14,7 @@ from dreambooth.photos import PhotoReport, Remark, alike, check_photos, find_pho
 from flows.project import PARAMS
 
 THUMBNAIL_SIDE = 128  # pixels
+CHECKED = "check"  # in the scratch folder: thumbnails of folders that are no subject
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,13 @@ def _folder_and_place(root: Path, what: str) -> tuple[Path, Path]:
         folder = subject_folder(root, check_id(what))
     except SubjectError as error:
         if given.is_dir():
-            return given, scratch_folder(root) / "check"
+            return given, scratch_folder(root) / CHECKED
         if given.exists() or len(given.parts) > 1:  # meant as a path
             fault = "is no folder" if given.exists() else "does not exist"
             raise SubjectError(f"{shown(given.absolute())} {fault}; name a folder of photos, or a subject") from None
         raise SubjectError(f"{error}; or name a folder of photos") from None
     if not folder.is_dir() and given.is_dir():
-        return given, scratch_folder(root) / "check"
+        return given, scratch_folder(root) / CHECKED
     if not folder.is_dir():
         raise SubjectError(f"neither {shown(folder)} nor the folder {shown(given.absolute())} exists; name one of them")
     return folder, root / "build" / what / "check"

@@ -17,8 +17,9 @@ from packaging.requirements import Requirement
 
 from dreambooth.consent import PERSON, require_consent
 from dreambooth.errors import DreamboothError
-from dreambooth.folders import is_private, scratch_folder
+from dreambooth.folders import WORKS, is_private, scratch_folder
 from dreambooth.params import Params, load_params
+from dreambooth.tracking import PENDING, unsent
 from flows.clones import copies
 from flows.project import PARAMS
 
@@ -158,12 +159,12 @@ def _scratch(root: Path, params: Params | None) -> Iterator[Finding]:
     )
     if not is_private(folder):
         yield Finding("warning", "scratch", f"others may look into {folder}: latents of photos", f"chmod 700 {folder}")
-    left = [path.name for pattern in ("upload-*", "download-*", "scores-*") for path in folder.glob(pattern)]
+    left = [path.name for work in WORKS for path in folder.glob(f"{work}-*")]
     if left:
-        remedy = f"when nothing runs: rm -r {folder}/{{upload,download,scores}}-*"
+        remedy = f"when nothing runs: rm -r {folder}/{{{','.join(WORKS)}}}-*"
         yield Finding("warning", "scratch", f"left behind by a process that was killed: {', '.join(left)}", remedy)
     yield from _copies(root)
-    if waiting := len(list(folder.glob("unsent/*/pending.json"))):
+    if waiting := len(list(unsent(root).glob(f"*/{PENDING}"))):
         yield Finding("warning", "metrics", f"{waiting} parcels wait for MLflow", "python -m dreambooth.tracking")
     known = set(params.subjects) if params else set()
     for path in sorted(folder.glob("forget-*.json")):

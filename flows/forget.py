@@ -13,12 +13,15 @@ import psutil
 
 from dreambooth import erasure, sweeps, versions
 from dreambooth.errors import DreamboothError, ParamsError, SubjectError
-from dreambooth.folders import GENERATION, scratch_folder, sha256_of_file, write_file
+from dreambooth.folders import GENERATION, WORKS, scratch_folder, sha256_of_file, write_file
 from dreambooth.locks import AlreadyRunningError, only_one
 from dreambooth.params import check_id, load_params, names_id
+from dreambooth.pointer import LAID_OUT
 from dreambooth.registry import alone
+from dreambooth.tracking import PENDING, unsent
 from dreambooth.yaml12 import dump_yaml, load_yaml
 from flows import dvcstore, prefectstore, summary
+from flows.check import CHECKED
 from flows.clones import Copy, copies
 from flows.dvcstore import Kept, being_written
 from flows.experiments import experiments_of
@@ -31,9 +34,8 @@ LEFTOVERS = ("data/subjects", "models", "export", "reports")  # of killed writer
 HEX = "[0-9a-f]"  # exactly as many as a name has: rex must not take what is of rex-2
 SCRATCH = (
     f"checkpoints/{{id}}-{16 * HEX}", "evaluation/{id}", "latents/{id}", "trackers/{id}",
-    *(f"{work}-{{id}}-{8 * '[a-z0-9_]'}" for work in ("upload", "download", "scores")),
+    *(f"{work}-{{id}}-{8 * '[a-z0-9_]'}" for work in WORKS),
 )  # fmt: skip
-CHECKED, LAID_OUT = "check", "pipelines"  # of all subjects: `flows.check`, `dreambooth.pointer`
 LOCKS = ("locks/train-{id}.*", "locks/evaluate-{id}.*", "register-{id}.lock")
 TEXTS = (PARAMS, "dvc.lock")  # which name subjects
 OUT_OF_REACH = (
@@ -200,7 +202,7 @@ def _paths(root: Path, subject_id: str) -> Iterator[Path]:
         if sweeps.is_about(table, subject_id):
             beside = (table, table.with_suffix(".png"), scratch_folder(root) / f"{table.stem}.log")
             yield from (path for path in beside if path.exists())
-    for parcel in scratch_folder(root).glob("unsent/*/pending.json"):
+    for parcel in unsent(root).glob(f"*/{PENDING}"):
         content = json.loads(parcel.read_text(encoding="utf-8"))
         if subject_id in (content.get("name"), content.get("tags", {}).get("subject")):
             yield parcel.parent
