@@ -301,5 +301,6 @@ def _one_line_errors(root: Path) -> Iterator[None]:
         with explained(root, f"mend it in {root}"):
             yield
     except PipelineError:
-        load_params(root / PARAMS)
+        if (root / PARAMS).exists():
+            load_params(root / PARAMS)
         raise

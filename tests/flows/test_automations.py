@@ -1,6 +1,7 @@
 """The automations on a real server, and a real webhook that they call."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -86,11 +87,19 @@ def test_one_command_applies_them_twice_the_same_and_a_failed_run_is_told(
 
 
 @pytest.mark.slow
-def test_without_a_server_the_command_says_how_to_name_one(project: Path, prefect_home: Path) -> None:
-    environment = {**quiet(prefect_home), "PREFECT_API_URL": "http://127.0.0.1:9/api", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "flows.cli", "automations"]
+@pytest.mark.parametrize(
+    ("url", "arguments", "said"),
+    [
+        ("http://127.0.0.1:9/api", [], "start that server: prefect server start"),
+        ("", [], "name it: PREFECT_API_URL=http://HOST:4200/api"),
+        ("http://127.0.0.1:9/api", ["--webhook", "example.org"], r"should be an address .* \(got 'example.org'\)"),
+    ],
+)
+def test_without_a_server_that_stays_or_an_address_the_command_says_so(
+    project: Path, prefect_home: Path, url: str, arguments: list[str], said: str
+) -> None:
+    environment = {**quiet(prefect_home), "PREFECT_API_URL": url, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "flows.cli", "automations", *arguments]
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "E_PIPELINE" in done.stderr
-    assert "PREFECT_API_URL=http://HOST:4200/api" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 9
+    assert re.fullmatch(rf"E_PIPELINE: .*{said}.*\n", done.stderr)

@@ -324,7 +324,7 @@ def test_a_server_that_a_profile_of_prefect_names_is_asked(tmp_path: Path) -> No
     environment = {name: value for name, value in quiet(tmp_path).items() if name != "PREFECT_API_URL"}
     url = "http://prefect.example:4200/api"
     (tmp_path / "profiles.toml").write_text(f'active = "box"\n[profiles.box]\nPREFECT_API_URL = "{url}"\n')
-    command = [sys.executable, "-c", "from flows.prefectstore import _server; print(_server())"]
+    command = [sys.executable, "-c", "from flows.prefectstore import server; print(server())"]
     for more, said in (({}, url), ({"PREFECT_API_URL": ""}, "")):
         done = subprocess.run(
             command, cwd=REPOSITORY, env={**environment, **more}, capture_output=True, text=True, check=True
