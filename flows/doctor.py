@@ -265,8 +265,13 @@ def _servers(found: list[tuple[str, int, tuple[str, ...]]], environment: dict[st
 
 def _libraries(installed_version: Callable[[str], str | None]) -> Iterator[Finding]:
     """Compare what is installed with what pyproject.toml asks for; an extra is nobody's duty."""
-    faults = []
-    for needed in map(Requirement, requires("dreambooth") or ()):
+    install, faults = "python -m pip install --constraint constraints.txt --editable .", []
+    try:
+        wanted = requires("dreambooth") or []
+    except PackageNotFoundError:  # called from its folder alone
+        yield Finding("warning", "libraries", "their bounds are not known: dreambooth is not installed", install)
+        return
+    for needed in map(Requirement, wanted):
         if needed.marker and not needed.marker.evaluate({"extra": ""}):
             continue
         have = installed_version(needed.name)
@@ -274,5 +279,5 @@ def _libraries(installed_version: Callable[[str], str | None]) -> Iterator[Findi
             faults.append(f"{needed.name} is missing")
         elif not needed.specifier.contains(have, prereleases=True):
             faults.append(f"{needed.name} {have}, wanted {needed.specifier}")
-    remedy = "python -m pip install --constraint constraints.txt --editable ." if faults else ""
-    yield Finding("broken" if faults else "good", "libraries", "; ".join(faults) or "within their bounds", remedy)
+    found = "; ".join(faults) or "within their bounds"
+    yield Finding("broken" if faults else "good", "libraries", found, install if faults else "")
