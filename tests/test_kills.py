@@ -496,7 +496,7 @@ def test_the_stage_starts_the_processes_itself_and_is_stopped_and_resumed_as_one
 ) -> None:
     values = tiny_values()
     values["train"] |= {"max_train_steps": 150, "checkpointing_steps": 5, "train_batch_size": 1, "num_processes": 2}
-    values["train"] |= {"method": "lora", "rank": 2}
+    values["train"] |= {"method": "lora", "rank": 2, "evaluation_steps": 50, "load_best_model_at_end": True}
     root = prepared_project(tmp_path / "project", tiny_model_folder, values)
     with trained_in(root) as process:
         await_checkpoint(root)
@@ -513,6 +513,7 @@ def test_the_stage_starts_the_processes_itself_and_is_stopped_and_resumed_as_one
     assert said.count("150 steps on cpu") == 1  # one of them writes and tells
     assert read_manifest(root / "models/biscuit")["inputs"]["processes"] == 2
     assert (root / "models/biscuit/loss.csv").read_text().count("\n") == 151
+    assert (root / "models/biscuit/evaluation_loss.csv").read_text().count("\n") == 4  # of the first one, for both
 
 
 SLOW_DISK = """
