@@ -402,7 +402,7 @@ with stop_request() as stop:
         process.terminate()
         process.terminate()
         assert process.stdout.readline() == "saving\n"
-        time.sleep(interruption._ONE + 0.5)
+        time.sleep(interruption.ONE_REQUEST + 0.5)
         assert process.poll() is None
         process.terminate()
         assert process.wait(60) == 128 + signal.SIGTERM
@@ -421,7 +421,7 @@ with interruption.stop_request() as stop:
     os.kill(os.getpid(), signal.SIGTERM)
     while not stop:
         time.sleep(0.05)
-    time.sleep(interruption._ONE + 0.5)  # later the same signal is a second request, which ends this process at once
+    time.sleep(interruption.ONE_REQUEST + 0.5)  # later the same signal is a second request, which ends this process at once
     interruption._follow(starter)
     time.sleep(0.2)
 """
