@@ -134,7 +134,7 @@ class DvcRunner:
 
     def _patiently(self, what: str, arguments: Sequence[str], say: Callable[[str], object]) -> list[str]:
         """Run DVC and return what it said, again and again while others work on the same files."""
-        for pause in _pauses(self.patience):
+        for pause in pauses(self.patience):
             code, lines = self._once(what, arguments, say)
             if code == 0:
                 return lines
@@ -213,7 +213,7 @@ def _lines(child: "subprocess.Popen[str]") -> Iterator[str]:
             yield redact(line.rstrip())
 
 
-def _pauses(patience: float) -> Iterator[float]:
+def pauses(patience: float) -> Iterator[float]:
     """Yield 1, 2, 4, ... seconds, at most 30 each, until their sum reaches the patience."""
     pause, waited = 1.0, 0.0
     while waited < patience or not waited:

@@ -2,17 +2,22 @@
 
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from httpx import HTTPError, HTTPStatusError, TransportError
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Failed
 
 from dreambooth.errors import DreamboothError, PipelineError
+from flows.dvcrun import pauses
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
+
+T = TypeVar("T")
 
 
 def failed(error: DreamboothError, what: str = "") -> "State[Any]":
@@ -20,20 +25,40 @@ def failed(error: DreamboothError, what: str = "") -> "State[Any]":
     return Failed(message=f"{what and f'{what}: '}{error.code}: {error}")
 
 
-def is_away(error: RuntimeError) -> bool:
-    """Tell whether Prefect says by an error that its server does not answer."""
-    return "Failed to reach API" in str(error)
+def is_away(error: BaseException) -> bool:
+    """Tell whether an error says that the server of Prefect does not answer, or has no time: what may pass."""
+    if isinstance(error, HTTPStatusError):
+        return error.response.status_code >= 500
+    return isinstance(error, TransportError) or (
+        isinstance(error, RuntimeError) and "Failed to reach API" in str(error)
+    )
+
+
+def patiently(ask: Callable[[], T], patience: float = 600.0, sleep: Callable[[float], object] = time.sleep) -> T:
+    """Ask a server of Prefect, again and again while it is away: who waits for the runs of others outlives its pauses.
+
+    Args:
+        ask: what may be asked twice.
+        patience: seconds.
+        sleep: how to wait; a test passes its own.
+    """
+    for pause in pauses(patience):
+        try:
+            return ask()
+        except (HTTPError, RuntimeError) as error:
+            if not is_away(error):
+                raise
+        sleep(pause)
+    return ask()
 
 
 @contextmanager
 def reached(remedy: str = "; or work without one: prefect config unset PREFECT_API_URL") -> Iterator[None]:
     """Turn a server of Prefect that does not answer into one line with the next step."""
-    from httpx import HTTPError
-
     try:
         yield
     except (HTTPError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not is_away(error):
+        if not is_away(error):
             raise
         told = "; start that server: prefect server start"
         raise PipelineError(f"{error} ({PREFECT_API_URL.value()}, PREFECT_API_URL){told}{remedy}") from None

@@ -6,9 +6,11 @@ Where nothing changed it ends in seconds, without torch. Without a schedule: pre
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
@@ -35,7 +37,7 @@ from dreambooth.folders import code_hash, sha256_of, sha256_of_file
 from dreambooth.params import Params, load_params
 from flows import clones
 from flows.graph import Graph, Stage
-from flows.program import failed
+from flows.program import failed, patiently
 from flows.project import PARAMS, choose_subjects, find_root, ids_of
 from flows.promote import promote_one
 from flows.summary import export_hash
@@ -255,8 +257,9 @@ def _start(
 
 
 def _ask(deployment: str, **named: Any) -> FlowRun:
-    """Create a flow run of a deployment and do not wait for it."""
-    run = run_deployment(deployment, timeout=0, as_subflow=False, **named)
+    """Create a flow run of a deployment and do not wait for it; asked twice with one key it is one run."""
+    named.setdefault("idempotency_key", str(uuid4()))
+    run = patiently(lambda: run_deployment(deployment, timeout=0, as_subflow=False, **named))
     assert isinstance(run, FlowRun)
     return run
 
@@ -268,12 +271,13 @@ def _await(works: Sequence[Work]) -> None:
             time.sleep(POLL)
             ids = [work.run.id for work in waiting]
             for part in (ids[at : at + 200] for at in range(0, len(ids), 200)):
-                found = client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=part)), limit=200)
+                these = FlowRunFilter(id=FlowRunFilterId(any_=part))
+                found = patiently(partial(client.read_flow_runs, flow_run_filter=these, limit=200))
                 fresh = {run.id: run for run in found}
                 for work in waiting:
                     work.run = fresh.get(work.run.id, work.run)
         for work in works:
-            work.faults = [] if work.is_done else _faults(client, work.run)
+            work.faults = [] if work.is_done else patiently(partial(_faults, client, work.run))
 
 
 def _has_ended(run: FlowRun) -> bool:

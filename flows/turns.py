@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from typing import Any, Literal
 from uuid import UUID
 
-from httpx import HTTPStatusError, Response, TransportError
+from httpx import HTTPError, HTTPStatusError, Response
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import ObjectNotFound
 
@@ -138,15 +138,9 @@ def _call(ask: Callable[[SyncPrefectClient], Response], no: int = 0) -> Response
     try:
         with get_client(sync_client=True) as client:
             return ask(client)
-    except HTTPStatusError as error:
-        if error.response.status_code == no:
+    except (HTTPError, RuntimeError) as error:
+        if isinstance(error, HTTPStatusError) and error.response.status_code == no:
             return None
-        if error.response.status_code < 500:
-            raise
-        raise _AwayError(str(error)) from None
-    except TransportError as error:
-        raise _AwayError(str(error)) from None
-    except RuntimeError as error:
         if not is_away(error):
             raise
         raise _AwayError(str(error)) from None

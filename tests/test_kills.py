@@ -421,7 +421,7 @@ with interruption.stop_request() as stop:
     os.kill(os.getpid(), signal.SIGTERM)
     while not stop:
         time.sleep(0.05)
-    time.sleep(interruption.ONE_REQUEST + 0.5)  # later the same signal is a second request, which ends this process at once
+    time.sleep(interruption.ONE_REQUEST + 0.5)  # the same signal would be a second request
     interruption._follow(starter)
     time.sleep(0.2)
 """
