@@ -10,7 +10,7 @@ from prefect.states import Completed
 from dreambooth.errors import DreamboothError
 from dreambooth.params import load_params
 from flows.generate import draw_registered
-from flows.program import failed
+from flows.program import failed, left
 from flows.project import PARAMS, find_root
 from flows.summary import picture_uri
 from flows.turns import gpu, has_limit
@@ -48,5 +48,5 @@ def generate(
     except DreamboothError as error:
         return failed(error)
     sheet = f"{drawn.sheet.parent}\n\n![sheet]({picture_uri(drawn.sheet)})"
-    create_markdown_artifact(sheet, key=f"pictures-{subject}", description=f"{len(drawn.pictures)} pictures")
+    left(create_markdown_artifact, sheet, f"pictures-{subject}", f"{len(drawn.pictures)} pictures")
     return Completed(message=f"{len(drawn.pictures)} pictures in {drawn.sheet.parent}")

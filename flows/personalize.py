@@ -29,7 +29,7 @@ from flows.graph import GPU_ENTRIES, Graph
 from flows.lanes import MOST, Lanes, lanes_of
 from flows.leaving import heard_in_a_flow, leaving_when_told
 from flows.preflight import require_inputs
-from flows.program import exit_code, failed, states_of
+from flows.program import exit_code, failed, left, states_of
 from flows.project import PARAMS, choose_subjects, find_root
 from flows.turns import VARIABLE, Turn, gpu, has_limit, without_limit
 
@@ -188,11 +188,11 @@ def publish(root: Path, params: Params, stages: Futures, versions: Futures) -> N
             ("registered", _registered(version)),
             ("failed", ", ".join(name for name, future in stages.items() if _failed(name, subject_id, future))),
         ]
-        create_markdown_artifact(summary.markdown(one, more), key=f"subject-{subject_id}")
+        left(create_markdown_artifact, summary.markdown(one, more), f"subject-{subject_id}")
         if prompts := summary.read_prompts(root, subject_id):
-            create_table_artifact(prompts, key=f"prompts-{subject_id}", description=f"Scores of {subject_id} by prompt")
+            left(create_table_artifact, prompts, f"prompts-{subject_id}", f"Scores of {subject_id} by prompt")
         table.append(dict(summary.rows(one) + more))
-    create_table_artifact(table, key="personalize", description="Subjects of this run")
+    left(create_table_artifact, table, "personalize", "Subjects of this run")
 
 
 def _failed(name: str, subject_id: str, future: PrefectFuture[Any]) -> bool:

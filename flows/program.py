@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from httpx import HTTPError, HTTPStatusError, TransportError
+from prefect import get_run_logger
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Failed
 
@@ -50,6 +51,16 @@ def patiently(ask: Callable[[], T], patience: float = 600.0, sleep: Callable[[fl
                 raise
         sleep(pause)
     return ask()
+
+
+def left(create: Callable[..., object], content: object, key: str, description: str | None = None) -> None:
+    """Leave an artifact in the run; a server that does not take it for a minute costs the artifact, not the run."""
+    try:
+        patiently(lambda: create(content, key=key, description=description), patience=60)
+    except (HTTPError, RuntimeError) as error:
+        if not is_away(error):
+            raise
+        get_run_logger().warning("the artifact %s was not kept: %s", key, error)
 
 
 @contextmanager

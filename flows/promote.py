@@ -21,7 +21,7 @@ from pydantic import Field
 from dreambooth.errors import ConsentError, DreamboothError, GateError, PipelineError
 from dreambooth.params import Params, load_params
 from flows import clones, summary
-from flows.program import exit_code, failed, states_of
+from flows.program import exit_code, failed, left, states_of
 from flows.project import PARAMS, choose_subjects, find_root
 from flows.turns import gpu, has_limit
 
@@ -110,7 +110,7 @@ def promote(subject: str | list[str] | None = None, root: str | None = None, for
         return failed(error)
     states = {one: promote_one(one, project, params, force, return_state=True) for one in subjects}
     table = [{"subject": one, "verdict": _verdict(state)} for one, state in states.items()]
-    create_table_artifact(table, key="promote", description="Verdicts of this run")
+    left(create_table_artifact, table, "promote", "Verdicts of this run")
     return list(states.values())
 
 
@@ -163,7 +163,7 @@ def _show(root: Path, params: Params, subject_id: str, version: int, champion: i
     page = summary.markdown(summary.read_summary(root, params, subject_id), more)
     if champion is not None:
         page = f"{_beside_champion(root, params, subject_id, version, champion)}\n\n## Beside the base\n\n{page}"
-    create_markdown_artifact(page, key=f"approve-{subject_id}", description=f"Version {version} of {subject_id}")
+    left(create_markdown_artifact, page, f"approve-{subject_id}", f"Version {version} of {subject_id}")
 
 
 def _beside_champion(root: Path, params: Params, subject_id: str, version: int, champion: int) -> str:

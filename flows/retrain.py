@@ -37,7 +37,7 @@ from dreambooth.folders import code_hash, sha256_of, sha256_of_file
 from dreambooth.params import Params, load_params
 from flows import clones
 from flows.graph import Graph, Stage
-from flows.program import failed, patiently
+from flows.program import failed, left, patiently
 from flows.project import PARAMS, choose_subjects, find_root, ids_of
 from flows.promote import promote_one
 from flows.summary import export_hash
@@ -330,7 +330,7 @@ def _report(works: Sequence[Work]) -> Any:
         }
         for work in sorted(works, key=lambda work: work.is_done)
     ]
-    create_table_artifact(rows, key="retrain", description=f"{len(bad)} of {len(works)} subjects failed")
+    left(create_table_artifact, rows, "retrain", f"{len(bad)} of {len(works)} subjects failed")
     for work in bad:
         get_run_logger().error("%s: %s", work.keys[0], "; ".join(work.faults))
     if bad:

@@ -3,7 +3,8 @@
 import pytest
 from httpx import ConnectError, HTTPStatusError, ReadTimeout, Request, Response
 
-from flows.program import is_away, patiently
+from flows import program
+from flows.program import is_away, left, patiently
 
 REQUEST = Request("GET", "http://server/api")
 
@@ -49,3 +50,26 @@ def test_patience_with_a_server_ends() -> None:
         patiently(ask, patience=60, sleep=waited.append)
     assert sum(waited) >= 60
     assert max(waited) == 30
+
+
+def test_an_artifact_that_the_server_does_not_take_costs_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, log = [], list[tuple[object, ...]]()
+
+    class Log:
+        def warning(self, *words: object) -> None:
+            log.append(words)
+
+    def refuse(content: object, key: str, description: str | None) -> None:
+        raise refusal(500)
+
+    def take(content: object, key: str, description: str | None) -> None:
+        taken.append((content, key, description))
+
+    monkeypatch.setattr(program, "get_run_logger", Log)
+    monkeypatch.setattr(program, "pauses", lambda seconds: [0.0])
+    left(refuse, "table", "key")
+    assert log[0][1] == "key"
+    left(take, "table", "key", "words")
+    assert taken == [("table", "key", "words")]
+    with pytest.raises(HTTPStatusError):
+        left(lambda *_, **__: (_ for _ in ()).throw(refusal(422)), "table", "key")  # our own mistake is told
