@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from toy_project import make_toy_project, quiet
+from toy_project import make_toy_project, post, quiet
 from waiting import await_server, free_port
 
 
@@ -44,3 +45,15 @@ def prefect_server(prefect_home: Path) -> Iterator[str]:
             yield f"http://127.0.0.1:{port}/api"
         finally:
             server.terminate()
+
+
+@pytest.fixture
+def automations_for_now(prefect_server: str) -> Iterator[None]:
+    """Take the automations of a test off the shared server again: they would look at every run of the tests after it.
+
+    Its SQLite is locked for minutes when they do so beside two workers with three runs each.
+    """
+    yield
+    for one in post(prefect_server, "automations/filter", {}):
+        request = urllib.request.Request(f"{prefect_server}/automations/{one['id']}", method="DELETE")
+        urllib.request.urlopen(request, timeout=150).close()

@@ -62,6 +62,7 @@ def test_the_page_for_operators_sets_what_these_tests_run_with() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("automations_for_now")
 def test_one_command_applies_them_twice_the_same_and_a_failed_run_is_told(
     project: Path, prefect_home: Path, prefect_server: str, webhook: tuple[str, list[dict[str, str]]]
 ) -> None:

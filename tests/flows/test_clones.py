@@ -115,6 +115,7 @@ def test_two_workers_share_six_subjects_and_no_stage_runs_twice(
         assert set(log.read_text().splitlines()) == {f"train@{BROKEN}"}
 
 
+@pytest.mark.usefixtures("automations_for_now")
 def test_a_killed_worker_s_subject_continues_from_its_checkpoint_elsewhere(
     machines: dict[str, dict[str, str]], tmp_path: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
