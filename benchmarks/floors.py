@@ -20,9 +20,9 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.recipe import Recipe
-from dreambooth.models import DTYPES, Model, default_device, load_model
+from dreambooth.methods import HALF
+from dreambooth.models import Model, default_device, load_model
 
-_DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 BYTES_OF_MOMENTS_AND_WEIGHT = 12  # a float32 weight and its two moments of Adam: what a checkpoint holds
 BYTES_OF_TRAINING = 16  # the same, and the gradient
 TRIES = 5
@@ -107,7 +107,7 @@ def peak_flops(mixed_precision: str, size: int | None = None) -> float:
     """
     device = default_device()
     side = size or (8192 if device.type == "cuda" else 2048)
-    one = torch.randn(side, side, device=device).to(DTYPES[_DTYPES[mixed_precision]])
+    one = torch.randn(side, side, device=device).to(HALF[mixed_precision] or torch.float32)
     return 2 * side**3 / _least_seconds(lambda: (one @ one)[0, 0].item())  # .item() waits for the device
 
 

@@ -1,6 +1,6 @@
 """Say whether a word is fit to mean a subject: rare, and few tokens (Ruiz et al. 2022, section 3.2)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 MAX_PIECES = 3  # the paper's identifiers have 1 to 3 tokens
@@ -48,7 +48,7 @@ def identifier_remarks(identifier: str, ids: Sequence[int], pieces: Sequence[str
         )
 
 
-def remarks_by_tokenizer(identifier: str, tokenizer: Path) -> list[str]:
+def remarks_by_tokenizer(identifiers: Iterable[str], tokenizer: Path) -> list[str]:
     """Return the remarks of a tokenizer.json; none without such a file (the training asks its own tokenizer)."""
     if not tokenizer.is_file():
         return []
@@ -56,5 +56,8 @@ def remarks_by_tokenizer(identifier: str, tokenizer: Path) -> list[str]:
 
     words = Tokenizer.from_file(str(tokenizer))
     words.no_padding()
-    found = words.encode(identifier, add_special_tokens=False)
-    return list(identifier_remarks(identifier, found.ids, found.tokens, words.get_vocab_size()))
+    remarks: list[str] = []
+    for identifier in identifiers:
+        found = words.encode(identifier, add_special_tokens=False)
+        remarks += identifier_remarks(identifier, found.ids, found.tokens, words.get_vocab_size())
+    return remarks

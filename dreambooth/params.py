@@ -429,6 +429,10 @@ class Params(Section):
             raise SubjectError(_unknown("subject", subject_id, self.subjects, "dreambooth add ID PHOTOS --class-noun"))
         return self.subjects[subject_id]
 
+    def prompts_file(self, subject_id: str) -> str:
+        """Return the file, relative to the project, whose prompts the evaluation of a subject chooses from."""
+        return f"{self.evaluate.prompts}/{self.subject(subject_id).prompt_kind}.csv"
+
     def class_of(self, subject_id: str) -> ClassParams:
         """Return the class of one subject."""
         return self.classes[self.subject(subject_id).class_id]

@@ -29,7 +29,7 @@ from dreambooth.prompts import read_caption
 from dreambooth.yaml12 import dump_yaml
 from flows.dvcrun import child_environment
 from flows.generate import slug
-from flows.preflight import unknown_noun
+from flows.preflight import unknown_nouns
 from flows.project import PARAMS, means, read_params_text, write_params_text
 
 IDENTIFIER, KIND = "sks", "object"  # of a new subject of which nothing else is said
@@ -98,8 +98,8 @@ def add_subject(root: Path, wish: Wish, sources: Sequence[Path], force: bool = F
             write_params_text(root, text)
     tokenizer = root / params.base.pretrained_model_name_or_path / "tokenizer/tokenizer.json"
     remarks = [str(remark)] if (remark := alike(reports, params.photos)) else []
-    remarks += remarks_by_tokenizer(entry["identifier"], tokenizer)
-    remarks += unknown_noun(root, params, wish.class_noun)
+    remarks += remarks_by_tokenizer([entry["identifier"]], tokenizer)
+    remarks += unknown_nouns(root, params, [wish.class_noun])
     return Added(folder, class_id, reports, ignored, remarks, assumed_kind)
 
 

@@ -127,8 +127,9 @@ def draw(
     suffix = ("" if version is None else f"-v{version}") + _changes(options)
     written: list[Path] = []
     rows: list[list[Image.Image | None]] = []
+    names = slugs(prompts)
     with progress_bar(len(prompts) * count, description, unit="picture") as bar:
-        for prompt, name in zip(prompts, slugs(prompts), strict=True):
+        for prompt, name in zip(prompts, names, strict=True):
             row: list[Image.Image | None] = []
             for seed, picture in zip(seeds, _predict(model, prompt, count, options), strict=True):
                 image = Image.open(io.BytesIO(picture), formats=("PNG",))
@@ -138,7 +139,7 @@ def draw(
                 bar.update()
             rows.append(row)
     more = f"-and-{len(prompts) - 1}-more" if len(prompts) > 1 else ""
-    sheet = out / f"sheet-{slugs(prompts)[0]}{more}{suffix}-{seeds.start}.png"
+    sheet = out / f"sheet-{names[0]}{more}{suffix}-{seeds.start}.png"
     grid(rows, list(prompts), [f"seed {seed}" for seed in seeds]).save(sheet)
     return Drawn(written, sheet)
 
@@ -147,7 +148,7 @@ def _changes(options: Mapping[str, Any]) -> str:
     """Name the options that are not the model's own: pictures of other options lie beside one another."""
     told = [f"-{word}{options[name]:g}" for name, word in _CHANGES.items() if name in options]
     without = options.get("negative_prompt")
-    return "".join(told) + (f"-without-{slugs([without])[0][:30]}" if without else "")
+    return "".join(told) + (f"-without-{slug(without, 30) or 'picture'}" if without else "")
 
 
 def slugs(prompts: Sequence[str]) -> list[str]:

@@ -18,11 +18,11 @@ from rich.table import Table
 from dreambooth.errors import EvaluationError
 from dreambooth.folders import scratch_folder
 from dreambooth.params import Evaluate, Params, Prior
-from dreambooth.prompts import choose
+from dreambooth.prompts import choose, load_templates
 from dreambooth.schedule import max_train_steps
 from flows.graph import GPU_ENTRIES, Graph, Stage
 from flows.lanes import Lanes
-from flows.preflight import remarks, templates_of
+from flows.preflight import remarks
 from flows.summary import count_photos
 
 RATES = "rates.jsonl"
@@ -220,7 +220,7 @@ def units_of(entry: str, key: str, params: Params, root: Path) -> int:
         return max_train_steps(train, count_photos(root, key)) * rows
     if entry == "evaluate":
         try:
-            count = len(choose(templates_of(root, params, key), params.evaluate.max_prompts))
+            count = len(choose(load_templates(root / params.prompts_file(key)), params.evaluate.max_prompts))
         except EvaluationError:  # which the plan says, and the stage will
             count = params.evaluate.max_prompts or PROMPTS
         return 2 * (count * len(params.evaluate.seeds) + params.evaluate.num_class_images)

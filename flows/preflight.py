@@ -1,22 +1,17 @@
 """What params.yaml asks for in vain, told before the first stage: the one that refuses it comes after the training."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dreambooth.bases import locate
 from dreambooth.errors import DreamboothError
 from dreambooth.identifiers import remarks_by_tokenizer
 from dreambooth.params import Params
-from dreambooth.prompts import Template, load_templates
+from dreambooth.prompts import load_templates
 from dreambooth.vocabulary import SCORER, VOCABULARY, read_file, read_vocabulary
 from flows.graph import GPU_ENTRIES, Graph
 
 EVALUATE = "evaluate"
-
-
-def templates_of(root: Path, params: Params, subject_id: str) -> list[Template]:
-    """Read the prompts that the evaluation of a subject chooses from."""
-    return load_templates(root / params.evaluate.prompts / f"{params.subject(subject_id).prompt_kind}.csv")
 
 
 def require_inputs(root: Path, params: Params, graph: Graph) -> None:
@@ -27,34 +22,34 @@ def require_inputs(root: Path, params: Params, graph: Graph) -> None:
     """
     if any(stage.entry in GPU_ENTRIES for stage in graph.stale):
         locate(params.base.pretrained_model_name_or_path, params.base.revision, root)
-    for subject_id in _evaluated(graph):
-        templates_of(root, params, subject_id)
+    for file in dict.fromkeys(map(params.prompts_file, _evaluated(graph))):
+        load_templates(root / file)
 
 
 def remarks(root: Path, params: Params, graph: Graph) -> list[str]:
     """Say what will be worse than its user may think, of the subjects whose evaluation is stale."""
-    found: dict[str, None] = {}  # each once, in their order
+    subjects = _evaluated(graph)
     tokenizer = root / params.base.pretrained_model_name_or_path / "tokenizer/tokenizer.json"
-    for subject_id in _evaluated(graph):
-        found |= dict.fromkeys(remarks_by_tokenizer(params.subject(subject_id).identifier, tokenizer))
-        found |= dict.fromkeys(unknown_noun(root, params, params.class_of(subject_id).class_noun))
-    return list(found)
+    identifiers = dict.fromkeys(params.subject(one).identifier for one in subjects)
+    nouns = dict.fromkeys(params.class_of(one).class_noun for one in subjects)
+    return [*remarks_by_tokenizer(identifiers, tokenizer), *unknown_nouns(root, params, nouns)]
 
 
-def unknown_noun(root: Path, params: Params, class_noun: str) -> Iterator[str]:
-    """Say which words of a class the bundled scorer never saw: nothing of that class can be promoted by it."""
+def unknown_nouns(root: Path, params: Params, class_nouns: Iterable[str]) -> Iterator[str]:
+    """Say which words of classes the bundled scorer never saw: nothing of such a class can be promoted by it."""
     path = root / SCORER / VOCABULARY
     if params.evaluate.encoders != "bundled" or not path.is_file():
         return
     try:
-        _, unknown = read_vocabulary(read_file(path), path).parse(class_noun)
+        vocabulary = read_vocabulary(read_file(path), path)
     except DreamboothError:  # the evaluation says what is wrong with the file
         return
-    if unknown:
-        yield (
-            f"the bundled model does not know {', '.join(map(repr, unknown))} of the class {class_noun!r}: prompt "
-            f"fidelity cannot be measured, and nothing is promoted; its words stand in {SCORER}/{VOCABULARY}"
-        )
+    for class_noun in class_nouns:
+        if unknown := vocabulary.parse(class_noun)[1]:
+            yield (
+                f"the bundled model does not know {', '.join(map(repr, unknown))} of the class {class_noun!r}: prompt "
+                f"fidelity cannot be measured, and nothing is promoted; its words stand in {SCORER}/{VOCABULARY}"
+            )
 
 
 def _evaluated(graph: Graph) -> list[str]:

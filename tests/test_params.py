@@ -271,12 +271,12 @@ def test_an_identifier_that_prompts_are_made_of_is_refused(values: dict[str, Any
     ],
 )
 def test_the_tokenizer_of_the_base_says_whether_a_word_is_rare_and_short(word: str, said: str | None) -> None:
-    remarks = remarks_by_tokenizer(word, REPOSITORY / "data/base/emoji64/tokenizer/tokenizer.json")
+    remarks = remarks_by_tokenizer([word], REPOSITORY / "data/base/emoji64/tokenizer/tokenizer.json")
     assert (remarks == []) if said is None else re.search(said, remarks[0])
 
 
 def test_without_a_tokenizer_at_hand_nothing_is_said(tmp_path: Path) -> None:
-    assert remarks_by_tokenizer("biscuit", tmp_path / "tokenizer.json") == []
+    assert remarks_by_tokenizer(["biscuit"], tmp_path / "tokenizer.json") == []
 
 
 @pytest.mark.parametrize(
