@@ -37,6 +37,14 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    def note(self, number: int) -> None:
+        """Be asked by a signal."""
+        self.signal, self.since = signal.Signals(number), time.monotonic()
+
+    def is_repeated_by(self, number: int) -> bool:
+        """Tell whether a signal asks again: the same one, and not at nearly the same time."""
+        return self.signal == number and time.monotonic() - self.since > ONE_REQUEST
+
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
@@ -49,8 +57,8 @@ def stop_request() -> Iterator[StopRequest]:
 
     def note(number: int, frame: FrameType | None) -> None:
         if request.signal is None:
-            request.signal, request.since = signal.Signals(number), time.monotonic()
-        elif request.signal == number and time.monotonic() - request.since > ONE_REQUEST:
+            request.note(number)
+        elif request.is_repeated_by(number):
             os._exit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():  # signals arrive elsewhere

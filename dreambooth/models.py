@@ -123,10 +123,7 @@ def library_versions() -> dict[str, str]:
 def resolve_model(name_or_path: str, revision: str | None, root: Path) -> Path:
     """Return the folder of a model: one of the project, or the local copy of a hub model, fetched when it is missing.
 
-    Args:
-        name_or_path: a folder, absolute or in the project, or a hub id.
-        revision: commit of a hub model; required for one, because a branch moves.
-        root: the project's folder.
+    Arguments as of `bases.locate`.
 
     Raises:
         ModelError: neither a folder nor to be had from the hub.

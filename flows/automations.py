@@ -12,10 +12,9 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import StateType
 from prefect.events.actions import CallWebhook, ChangeFlowRunState
 from prefect.events.schemas.events import ResourceSpecification
-from prefect.settings import PREFECT_API_URL
 
 from dreambooth.errors import PipelineError
-from flows.program import reached
+from flows.program import has_server, reached
 
 FLOWS = ["personalize", "retrain", "promote", "generate"]
 Labels = dict[str, str | list[str]]
@@ -103,7 +102,7 @@ def apply(webhook: str | None = None) -> list[str]:
     Raises:
         PipelineError: no server is named, or it does not answer.
     """
-    if not PREFECT_API_URL.value():  # they would lie in the database of a server that ends with this process
+    if not has_server():  # they would lie in the database of a server that ends with this process
         raise PipelineError("automations live on a server that stays; name it: PREFECT_API_URL=http://HOST:4200/api")
     if webhook is not None and not webhook.startswith(("http://", "https://")):
         raise PipelineError(f"--webhook: should be an address that begins with http:// or https:// (got {webhook!r})")

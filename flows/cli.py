@@ -123,6 +123,7 @@ def run(
 
     with ending_at_once():
         from flows import personalize, plan
+    from flows.program import has_server
 
     outcome = personalize.run(subjects, root)
     logging.getLogger("prefect").setLevel(logging.WARNING)  # that its server stops is no news below our tables
@@ -132,7 +133,7 @@ def run(
         if before != read_params_text(root):
             _tell(f"{PARAMS} keeps the values of {', '.join(preset or [])}; {_way_back(root, before)}")
         raise PipelineError("\n".join(outcome.failures))
-    if len(subjects) == 1 and not personalize.has_server():  # whose limits a stage may wait for
+    if len(subjects) == 1 and not has_server():  # whose limits a stage may wait for
         plan.note_around(root, graph, [(one.stage, one.seconds) for one in outcome.runs], time.monotonic() - began)
     say(f'Next: dreambooth generate {subjects[0]} "a photo of {{}} in space"')
 

@@ -9,14 +9,13 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
 import psutil
 
-from dreambooth.interruption import ONE_REQUEST, Interrupted, on_stop, tell
+from dreambooth.interruption import Interrupted, StopRequest, on_stop, tell
 from flows.console import err
 from flows.dvcrun import stop_all
 from flows.tables import print_problems
@@ -34,8 +33,7 @@ class _Leaving:
         self.words = ""
         """What became of the stages; empty until they have ended."""
         self.thread: threading.Thread | None = None
-        self._signal: int | None = None
-        self._since = 0.0
+        self._request = StopRequest()
         self._is_ending = False
         self._is_released = False
 
@@ -48,11 +46,11 @@ class _Leaving:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        if self._signal == number and time.monotonic() - self._since > ONE_REQUEST:
+        if self._request.is_repeated_by(number):
             grace, self._is_ending = 0.0 if self._is_ending else _GRACE, True
             _end(128 + number, grace)
-        if self._signal is None:
-            self._signal, self._since = number, time.monotonic()
+        if not self._request:
+            self._request.note(number)
             self.thread = threading.Thread(target=self._leave, name="leave", daemon=True)
             self.thread.start()
 

@@ -17,7 +17,6 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, wait
-from prefect.settings import PREFECT_API_URL
 from prefect.states import Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -29,7 +28,7 @@ from flows.graph import GPU_ENTRIES, Graph
 from flows.lanes import MOST, Lanes, lanes_of
 from flows.leaving import heard_in_a_flow, leaving_when_told
 from flows.preflight import require_inputs
-from flows.program import exit_code, failed, left, states_of
+from flows.program import exit_code, failed, has_server, left, states_of
 from flows.project import PARAMS, choose_subjects, find_root
 from flows.turns import VARIABLE, Turn, gpu, has_limit, without_limit
 
@@ -121,11 +120,6 @@ def carry_out(params: Params, subjects: Sequence[str], graph: Graph, runner: Dvc
     ran = [future.result() for future in stages.values() if future.state.is_completed()]
     plan.note(runner.root, params, [(one.stage, one.seconds) for one in ran if one.outcome == "ran"], lanes)
     return stages, versions
-
-
-def has_server() -> bool:
-    """Whether a server of Prefect is there that stays when this process ends."""
-    return bool(PREFECT_API_URL.value())
 
 
 def run(subjects: Sequence[str], root: Path) -> Outcome:

@@ -26,6 +26,11 @@ def failed(error: DreamboothError, what: str = "") -> "State[Any]":
     return Failed(message=f"{what and f'{what}: '}{error.code}: {error}")
 
 
+def has_server() -> bool:
+    """Whether a server of Prefect is there that stays when this process ends."""
+    return bool(PREFECT_API_URL.value())
+
+
 def is_away(error: BaseException) -> bool:
     """Tell whether an error says that the server of Prefect does not answer, or has no time: what may pass."""
     if isinstance(error, HTTPStatusError):
