@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,6 @@ from dreambooth.memory import free_memory
 WEIGHTS, MOMENTS, PLAIN, RECORDS = "weights.safetensors", "moments.safetensors", "plain.json", "records.json"
 BEST = "best.json"
 SHARD = 1 << 28  # bytes of a file at most, unless one tensor is larger: what is written without a copy of all
-BYTES_PER_WEIGHT = 12  # the weight and both moments of Adam in float32
 KEEP = 2  # the newest may be found torn by a dying disk; the one before it is the way back
 MAY_CHANGE = ("device", "threads", "versions")  # between a stop and a resume: a warning, for the bits may differ then
 _TORN = "torn-"
@@ -96,6 +96,11 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(1, "checkpoints", initializer=_step_back)
         self._written: Future[Path] | None = None
 
+    @property
+    def size(self) -> int:
+        """Bytes that they take on the disk."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
     def begin_save(self, state: State, score: float | None = None) -> None:
         """Write a checkpoint beside the training, from a copy; `finish`, and the next call, raise what went wrong.
 
@@ -143,6 +148,7 @@ class Checkpoints:
                 return state
             except TornFolderError as error:
                 self._put_aside(path, error)
+        self._name_others()
         return None
 
     def load(self, path: Path) -> State:
@@ -193,6 +199,19 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
         self._say(f"warning: a torn checkpoint was put aside: {error}")
+
+    def _name_others(self) -> None:
+        """Name the states of other trainings of the subject: a value that was changed by mistake costs all of them."""
+        stem, _, key = self.folder.name.rpartition("-")
+        for folder in sorted(self.folder.parent.glob(f"{stem}-{'?' * len(key)}")) if stem else ():
+            with suppress(TornFolderError, ValueError):  # ValueError: it holds none
+                newest = max(folder.glob("step-*"))
+                saved = read_manifest(newest, verify=False)["inputs"]
+                differing = ", ".join(name for name, _, _ in _differences(saved, self._inputs))
+                self._say(
+                    f"warning: begins anew: {newest} is of another training, which differs in {differing}; take these "
+                    "values back to go on with that one"
+                )
 
     def _continue_with(self, state: State) -> State:
         self._say(f"continues after step {state.step}")
@@ -251,8 +270,8 @@ class Checkpoints:
         kept = f"{whole.name} is whole" if whole else "there is none before it"
         return DiskFullError(
             f"{self.folder}: no space left while a checkpoint was written: it needs {state.size + _MARGIN:,} bytes, "
-            f"{free_bytes(self.folder):,} are free; {kept}; make room, or set DREAMBOOTH_SCRATCH to another disk, then "
-            "run it again"
+            f"{free_bytes(self.folder):,} are free; {kept}; make room, or move .scratch to another disk and "
+            "set DREAMBOOTH_SCRATCH to it, then run it again"
         )
 
     def _pointer(self) -> dict[str, Any] | None:

@@ -48,9 +48,10 @@ class DrawingReport:
     reused: int
     generated: int
     rejected: int = 0
+    """Flat ones that came before those that are there, whenever they were drawn."""
 
     def __str__(self) -> str:
-        rejected = f", {self.rejected} rejected and drawn again" if self.rejected else ""
+        rejected = f", {self.rejected} rejected on the way" if self.rejected else ""
         return f"{self.reused} reused, {self.generated} generated{rejected}"
 
 
@@ -94,16 +95,16 @@ def ensure_drawings(
     say = lambda line: tqdm.write(f"{description}: {line}")  # noqa: E731
     with only_one(folder, ".drawing", f"the drawing of {folder}", wait=say):
         store = _Store(folder, pictures)
-        missing = [i for i in range(len(pictures) if count is None else count) if not store.holds(i)]
-        rejected = 0
+        wanted = range(len(pictures) if count is None else count)
+        missing = [i for i in wanted if not store.holds(i)]
         if missing:
             model = load()
             with progress_bar(len(missing), description, unit="image") as bar:
                 for start in range(0, len(pictures), settings.batch_size):
                     batch = range(start, min(start + settings.batch_size, len(pictures)))
                     if todo := [i for i in missing if i in batch]:
-                        rejected += _draw_missing(store, batch, todo, model, settings, reject_flat, bar)
-    return DrawingReport(store.found, len(missing), rejected)
+                        _draw_missing(store, batch, todo, model, settings, reject_flat, bar)
+    return DrawingReport(store.found, len(missing), sum(map(store.rejected, wanted)))
 
 
 def read_pngs(folder: Path, count: int) -> list[bytes]:
@@ -148,6 +149,10 @@ class _Store:
         self.found += whole
         return whole
 
+    def rejected(self, i: int) -> int:
+        """Return how many pictures were rejected before picture i, which is there."""
+        return int(self._entries[i]["attempt"])
+
     def keep(self, i: int, drawing: Drawing, attempt: int) -> None:
         """Write a picture, then its line."""
         png, latents = png_bytes(drawing.image), safetensors.torch.save({"latents": drawing.latents.contiguous()})
@@ -158,6 +163,7 @@ class _Store:
             file.write(f"\n{json.dumps(entry)}\n".encode())
             file.flush()
             os.fsync(file.fileno())
+        self._entries[i] = entry
 
     def _of(self, i: int) -> str:
         return sha256_of([self.pictures[i].prompt, *self.pictures[i].seeds])
@@ -171,10 +177,14 @@ def _draw_missing(
     settings: SamplerSettings,
     reject_flat: bool,
     bar: "tqdm[Any]",
-) -> int:
-    """Draw a whole batch, decode and keep the pictures in `todo`; return how many were rejected on the way."""
+) -> None:
+    """Draw a whole batch, decode and keep the pictures in `todo`.
+
+    Raises:
+        PriorError: one stays flat with all of its seeds.
+    """
     wanted = [store.pictures[i] for i in batch]
-    attempts, rejected = min(len(picture.seeds) for picture in wanted), 0
+    attempts = min(len(picture.seeds) for picture in wanted)
     for attempt in range(attempts):
         prompts, seeds = [one.prompt for one in wanted], [one.seeds[attempt] for one in wanted]
         flat = []
@@ -186,9 +196,8 @@ def _draw_missing(
                 store.keep(i, drawing, attempt)
                 bar.update()
         todo = flat
-        rejected += len(todo)
         if not todo:
-            return rejected
+            return
     raise PriorError(
         f"{bar.desc.removesuffix(': ')} {', '.join(map(str, todo))} of {store.pictures[todo[0]].prompt!r} stay black "
         f"or flat after {attempts} seeds each; set base.inference_dtype to float32, or look whether the base model "

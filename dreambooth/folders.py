@@ -43,8 +43,8 @@ def require_space(folder: Path, needed: int, what: str) -> None:
     free = free_bytes(folder)
     if free < needed:
         raise DiskFullError(
-            f"{folder}: {what} needs {needed:,} bytes, {free:,} are free; make room, or set DREAMBOOTH_SCRATCH to "
-            "another disk"
+            f"{folder}: {what} needs {needed:,} bytes, {free:,} are free; make room, or move .scratch to another disk "
+            "and set DREAMBOOTH_SCRATCH to it"
         )
 
 

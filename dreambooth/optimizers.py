@@ -8,6 +8,8 @@ import torch
 from dreambooth.errors import TrainingError
 from dreambooth.params import Train
 
+FLOAT32 = 4  # bytes
+MOMENTS = {"adamw": 2 * FLOAT32, "adamw_8bit": 2, "prodigy": 4 * FLOAT32}  # bytes that each keeps of a weight
 EXTRAS = {"adamw_8bit": ("bitsandbytes", "adam8bit"), "prodigy": ("prodigyopt", "prodigy")}
 
 
@@ -35,6 +37,12 @@ def make_optimizer(groups: list[dict[str, Any]], settings: Train) -> torch.optim
     else:  # Mishchenko & Defazio 2024, with the two options that diffusers' train_dreambooth_lora_sdxl.py has on
         made = package.Prodigy(groups, **common, use_bias_correction=True, safeguard_warmup=True)
     return made
+
+
+def state_bytes(settings: Train) -> int:
+    """Return the bytes of a training's state for each trained weight: itself, its moments, its average."""
+    average = FLOAT32 if settings.ema_decay is not None else 0
+    return FLOAT32 + MOMENTS[settings.optimizer] + average
 
 
 def _extra(name: str) -> Any:

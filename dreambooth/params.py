@@ -231,8 +231,8 @@ class Train(Section):
     """Once, when the memory runs out: half the rows in a forward pass, twice as many passes; the same step within
     rounding."""
     evaluation_steps: Annotated[int, Field(ge=1)] | None
-    """Optimizer steps between two measurements of the loss at fixed noise and timesteps; null measures none. The best
-    so far is kept as a checkpoint of its own."""
+    """Optimizer steps between two measurements of the loss at fixed noise and timesteps; null measures none. With
+    load_best_model_at_end the best so far is kept as a checkpoint of its own."""
     early_stopping_patience: Annotated[int, Field(ge=1)] | None
     """Measurements without a better one after which the training ends; null never ends it early."""
     load_best_model_at_end: bool

@@ -57,7 +57,7 @@ def _drawn(params: Params, class_id: str, root: Path, about: dict[str, Any]) -> 
     )
     images, posteriors = read_class_images(store, params.prior.num_class_images)
     settings = params.prior.model_dump(exclude={"kind", "folder", "prompts"})
-    about.update({"key": key, "base": base_hash, "prompts": texts, "settings": settings})
+    about.update({"key": key, "base": base_hash, "prompts": texts, "settings": settings, "rejected": report.rejected})
     say(f"prior {class_id}: {report}")
     return images, posteriors, [drawn_sizes(resolution)] * len(images)
 

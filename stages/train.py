@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from dreambooth import launcher, methods, processes, prompts
-from dreambooth.checkpoint import BYTES_PER_WEIGHT, KEEP, MAY_CHANGE, Checkpoints
+from dreambooth.checkpoint import KEEP, MAY_CHANGE, Checkpoints
 from dreambooth.dataset import Sample
 from dreambooth.errors import DivergedError, TrainingError
 from dreambooth.evaluation_loss import EvaluationRecord
@@ -41,7 +41,8 @@ from dreambooth.models import (
     model_hash,
     resolve_model,
 )
-from dreambooth.params import Params
+from dreambooth.optimizers import state_bytes
+from dreambooth.params import Params, Train
 from dreambooth.previews import Previews
 from dreambooth.priors import read_class_latents
 from dreambooth.schedule import max_train_steps
@@ -54,6 +55,12 @@ from stages.entry import main, say
 INPUTS = ("build/{id}/instance", "build/classes/{class_id}", "data/base")
 OUTPUTS = ("models/{id}",)
 PREVIEWS = "previews"
+# What can change the weights besides this file (tests/test_pipeline.py compares with imports).
+MODULES = (
+    "adapters", "averaging", "bases", "checkpoint", "dataset", "drawings", "evaluation_loss", "families", "folders",
+    "images", "latents", "lora", "loss", "memory", "methods", "models", "optimizers", "previews", "priors", "prompts",
+    "rng", "sampling", "schedule", "teacher", "texts", "trainer", "training", "views",
+)  # fmt: skip
 WITHOUT_EFFECT = {  # on the weights: they say how often something is looked at or kept
     "checkpointing_steps",
     "halve_batch_on_out_of_memory",
@@ -91,12 +98,9 @@ def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = 
     if processes.rank() > 0:  # its share of the rows of each step, and no file
         train(model, instance, prior, params.train, None, checkpoints)
         return
-    _require_room(params, model, root)
+    _require_room(params, model, checkpoints)
     _say_remarks(params, subject_id, model)
-    say(
-        f"train {subject_id}: {len(instance)} photos, {len(prior)} class images, "
-        f"{max_train_steps(params.train, len(instance))} steps on {model.device}"
-    )
+    _say_rows(params.train, subject_id, len(instance), about["class_images"], model.device)
     target = root / OUTPUTS[0].format(id=subject_id)
     with only_one(scratch_folder(root) / "locks", f"train-{subject_id}", f"the training of {subject_id}"):
         remove_leftovers(target)
@@ -138,6 +142,18 @@ def _start_processes(number: int, subject_id: str, root: Path, resume_from: Path
         raise SystemExit(code)
 
 
+def _say_rows(settings: Train, subject_id: str, photos: int, class_images: int, device: torch.device) -> None:
+    """Say what is trained on, how long, and how often each picture is seen."""
+    steps = max_train_steps(settings, photos)
+    rows = steps * settings.train_batch_size * settings.gradient_accumulation_steps * processes.count()
+    seen = f"each photo is seen {rows / photos:.3g} times"
+    if class_images:
+        seen += f", each class image {rows / class_images:.3g}"
+    say(f"train {subject_id}: {photos} photos, {class_images} class images, {steps} steps on {device}; {seen}")
+    if class_images > rows:
+        say(f"train {subject_id}: warning: {class_images - rows} class images are never seen; fewer are enough")
+
+
 def _say_remarks(params: Params, subject_id: str, model: Model) -> None:
     word, tokenizer = params.subject(subject_id).identifier, model.tokenizer
     ids = tokenizer(word, add_special_tokens=False)["input_ids"]
@@ -165,11 +181,16 @@ def _checkpoints(subject_id: str, root: Path, inputs: dict[str, Any], resume_fro
     return Checkpoints(folder, inputs, lambda line: say(f"train {subject_id}: {line}"), resume_from)
 
 
-def _require_room(params: Params, model: Model, root: Path) -> None:
-    """Refuse to begin without room for the checkpoints: those that are kept, and the one that is being written."""
-    weights = methods.count_weights(model, params.train)
-    kept = KEEP + 1 + (params.train.evaluation_steps is not None)
-    require_space(scratch_folder(root), weights * BYTES_PER_WEIGHT * kept, "training with checkpoints")
+def _require_room(params: Params, model: Model, checkpoints: Checkpoints) -> None:
+    """Refuse to begin without room for the checkpoints: those that are kept, and the one that is being written.
+
+    Those of a training that goes on are there already. Without any in between, a stop still writes one.
+    """
+    settings = params.train
+    kept = KEEP + settings.load_best_model_at_end if settings.checkpointing_steps is not None else 0
+    needed = (kept + 1) * state_bytes(settings) * methods.count_weights(model, settings)
+    checkpoints.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    require_space(checkpoints.folder, needed - checkpoints.size, "training with checkpoints")
 
 
 def _open_trackers(params: Params, subject_id: str, root: Path, fingerprint: str) -> AbstractContextManager[Trackers]:
@@ -218,7 +239,7 @@ def _inputs(params: Params, subject_id: str, root: Path, base_hash: str, device:
         "train": params.train.model_dump(exclude=WITHOUT_EFFECT),
         "prior_kind": params.prior.kind if params.has_prior else "none",
         "processes": processes.count(),
-        "code": code_hash(),
+        "code": code_hash(MODULES),
         "device": device,
         "threads": torch.get_num_threads(),
         "versions": library_versions(),

@@ -132,6 +132,18 @@ def test_a_checkpoint_of_other_parameters_is_refused_with_the_difference(tmp_pat
         Checkpoints(tmp_path, INPUTS | {"processes": 2}).newest()
 
 
+def test_a_training_that_begins_anew_beside_a_state_of_other_values_says_which_differ(tmp_path: Path) -> None:
+    other = save(Checkpoints(tmp_path / "rex-0123abcd", INPUTS), state(1))
+    save(Checkpoints(tmp_path / "rex-2-0123abcd", INPUTS), state(1))  # of another subject
+    said: list[str] = []
+    changed = INPUTS | {"train": {"learning_rate": 2e-4, "seed": 0}}
+    assert Checkpoints(tmp_path / "rex-4567cdef", changed, said.append).newest() is None
+    assert said == [
+        f"warning: begins anew: {other} is of another training, which differs in train.learning_rate; take these "
+        "values back to go on with that one"
+    ]
+
+
 @pytest.mark.fault(40)
 def test_another_library_or_device_is_a_warning_with_both_and_is_remembered(tmp_path: Path) -> None:
     save(Checkpoints(tmp_path, INPUTS), state(1))

@@ -11,14 +11,16 @@ import yaml
 from registered import write_export
 from tiny_project import REPOSITORY, add_photos, make_photo
 
-from dreambooth import tracking
+from dreambooth import folders, methods, tracking
+from dreambooth.checkpoint import Checkpoints
 from dreambooth.errors import RegistryError
-from dreambooth.folders import content_hash, new_folder, read_manifest, write_file
+from dreambooth.folders import DiskFullError, content_hash, new_folder, read_manifest, write_file
 from dreambooth.models import Model, load_model
-from dreambooth.params import Prior
+from dreambooth.params import Prior, load_params
 from dreambooth.priors import ensure_class_images
 from dreambooth.registry import register
 from dreambooth.versions import find
+from stages import train
 
 
 def fill(disk: Path, free: int) -> Path:
@@ -46,6 +48,35 @@ def test_a_folder_and_a_file_that_find_no_room_leave_the_old_ones(small_disk: Pa
     assert sorted(path.name for path in small_disk.iterdir()) == ["index.html", "report"]
     assert (small_disk / "index.html").read_bytes() == b"old"
     assert read_manifest(small_disk / "report")["files"]["index.html"]["size"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "copies", "bytes_per_weight"),
+    [
+        ({"checkpointing_steps": 5}, 3, 12),
+        ({"checkpointing_steps": 5, "evaluation_steps": 5}, 3, 12),
+        ({"checkpointing_steps": 5, "evaluation_steps": 5, "load_best_model_at_end": True}, 4, 12),
+        ({"checkpointing_steps": 5, "ema_decay": 0.9}, 3, 16),
+        ({"checkpointing_steps": 5, "optimizer": "prodigy"}, 3, 20),
+        ({"checkpointing_steps": None}, 1, 12),  # the one of a stop
+    ],
+    ids=["two and the next", "measured alone", "and the best", "averages", "four moments", "none between"],
+)
+@pytest.mark.fault(20)
+def test_a_training_asks_for_room_for_the_checkpoints_it_will_write_less_those_that_are_there(
+    tmp_path: Path, project: Path, monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any], copies: int, bytes_per_weight: int,
+) -> None:  # fmt: skip
+    params = load_params(project / "params.yaml")
+    params = params.model_copy(update={"train": params.train.model_copy(update={"evaluation_steps": None} | changes)})
+    model = load_model(project / params.base.pretrained_model_name_or_path, device="cpu")
+    needed = copies * bytes_per_weight * methods.count_weights(model, params.train)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    monkeypatch.setattr(folders, "free_bytes", lambda folder: needed - 1000)
+    with pytest.raises(DiskFullError, match=f"training with checkpoints needs {needed:,} bytes"):
+        train._require_room(params, model, checkpoints)
+    write_file(checkpoints.folder / "step-0000001", bytes(1000))
+    train._require_room(params, model, checkpoints)
 
 
 @pytest.mark.fault(19)

@@ -17,6 +17,7 @@ from tiny_project import REPOSITORY, make_project, tiny_values
 
 from dreambooth import drawings, evaluation
 from dreambooth.params import ID_PATTERN, Section, load_params, parse_params
+from stages import train
 
 STAGES = ("prior", "validate", "train", "evaluate", "report", "export")
 # They cannot change what a stage writes: how a run is called, told and checked.
@@ -87,16 +88,21 @@ def test_every_module_that_can_change_the_output_is_a_dependency_and_no_other(st
 @pytest.mark.parametrize(
     ("listed", "files", "without"),
     [
-        (evaluation.MODULES, ("comparison", "scorer", "hub_encoders"), WITHOUT_SCORE),
-        (drawings._CODE, ("drawings",), WITHOUT_PICTURE),
+        (
+            evaluation.MODULES,
+            ("dreambooth/comparison.py", "dreambooth/scorer.py", "dreambooth/hub_encoders.py"),
+            WITHOUT_SCORE,
+        ),
+        (drawings._CODE, ("dreambooth/drawings.py",), WITHOUT_PICTURE),
+        (train.MODULES, ("stages/train.py",), WITHOUT_EFFECT),
     ],
-    ids=["scores", "pictures"],
+    ids=["scores", "pictures", "weights"],
 )
-def test_the_version_of_code_covers_all_that_draws_or_scores(
+def test_the_version_of_code_covers_all_that_draws_scores_or_trains_and_no_more(
     listed: tuple[str, ...], files: tuple[str, ...], without: set[str]
 ) -> None:
-    closures = [import_closure(f"dreambooth/{file}.py", ("dreambooth",), without) for file in files]
-    assert {f"dreambooth/{name}.py" for name in listed} == set().union(*closures)
+    closures = [import_closure(file, ("dreambooth",), without) for file in files]
+    assert {f"dreambooth/{name}.py" for name in listed} == set().union(*closures) - {"stages/train.py"}
 
 
 def read_keys(stage: str, root: Path, subject: str) -> set[str]:

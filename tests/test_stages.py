@@ -210,6 +210,10 @@ def test_two_evaluations_of_a_subject_at_one_moment_leave_each_other_their_drawi
     assert not (scratch_folder(root) / "evaluation/biscuit").exists()
 
 
+def test_the_manifest_of_class_images_says_how_many_were_rejected(done: Path) -> None:
+    assert read_manifest(done / "build/classes/dog")["rejected"] == 0
+
+
 def test_class_images_that_were_drawn_before_come_from_the_store(
     project: Path, params_values: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
