@@ -270,7 +270,7 @@ def test_a_folder_is_fetched_by_its_hash_and_one_that_the_remote_lacks_is_named(
         ("E_PIPELINE: git push: fatal: Authentication failed, access denied", False),
     ],
 )
-def test_a_remote_that_is_down_is_asked_a_few_times_and_one_that_refuses_once(said: str, again: bool) -> None:
+def test_what_a_remote_says_decides_whether_a_hand_back_is_tried_again(said: str, again: bool) -> None:
     assert _may_pass(None, None, Failed(message=said)) == again
     assert (hand_back.retries, len(PAUSES)) == (RETRIES, RETRIES)
     assert hand_back.retry_condition_fn is _may_pass

@@ -182,6 +182,12 @@ def test_a_registration_that_fails_can_be_repeated_alone(project: Path, environm
     outcome, _ = personalize(project, environment)
     assert outcome["failures"] == ["register biscuit: E_REGISTRY: the store is down; dreambooth register later"]
     assert [version["name"] for version in outcome["versions"]] == ["rex"]
+    assert ran(project)
+    (project / "fail-register-biscuit").unlink()
+    outcome, _ = personalize(project, environment)
+    assert outcome["failures"] == []
+    assert "biscuit" in [version["name"] for version in outcome["versions"] if version["created"]]
+    assert ran(project) == []
 
 
 def test_gpu_stages_take_turns_without_a_limit_on_the_server(project: Path, environment: dict[str, str]) -> None:
