@@ -48,14 +48,14 @@ def identifier_remarks(
     if len(ids) > MAX_PIECES:
         yield (
             f"identifier {identifier!r} is {len(ids)} pieces to the tokenizer ({' '.join(letters)}), more than "
-            f"{MAX_PIECES}: it is harder to learn; a rare word of one piece is sks"
+            f"{MAX_PIECES}: it is harder to learn; rare words are zwx and ohwx"
         )
     frequent = [_is_frequent(one, vocabulary) for one in ids]
     if len(ids) == 1:
         if frequent[0]:
             yield (
                 f"identifier {identifier!r} is a frequent word to the base model (token {ids[0]} of {vocabulary}): "
-                "what it means already will be in the pictures; a rare word is sks"
+                "what it means already will be in the pictures; rare words are zwx and ohwx"
             )
         return
     ends = [piece.removesuffix(END_OF_WORD) for piece in pieces if piece.endswith(END_OF_WORD)]
@@ -65,7 +65,7 @@ def identifier_remarks(
     if told:
         yield (
             f"identifier {identifier!r} holds what the base model knows as {', '.join(map(repr, told))}: what that "
-            "means will be in the pictures; a rare word is sks"
+            "means will be in the pictures; rare words are zwx and ohwx"
         )
 
 

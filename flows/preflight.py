@@ -46,6 +46,8 @@ def poor_identifiers(
     root: Path, params: Params, identifiers: Iterable[str], class_nouns: Iterable[str]
 ) -> Iterator[str]:
     """Say which identifiers mean something already, as far as the tokenizer of the base is at hand."""
+    if params.train.learns_token:  # the identifier becomes a token of its own
+        return
     identifiers, vocabulary = list(identifiers), _vocabulary(root)
     words = COMMON.union(*map(split, class_nouns), *(vocabulary.phrases if vocabulary else ()))
     yield from remarks_by_tokenizer(identifiers, tokenizer_folder(root, params.base), words)

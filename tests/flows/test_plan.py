@@ -189,6 +189,8 @@ def test_an_identifier_is_looked_up_in_the_tokenizer_of_the_base_and_in_the_cach
     assert "'mydog' holds" in told(params.base, "mydog")[0]
     assert told(params.base, "sks") == []
     assert "'sks' is a rifle to Stable Diffusion" in told(hub, "sks")[0]
+    word = params.model_copy(update={"train": params.train.model_copy(update={"method": "textual_inversion"})})
+    assert list(poor_identifiers(project, word, ["<dog>"], ["dog"])) == []  # it becomes a token of its own
 
 
 @pytest.mark.parametrize(
