@@ -130,7 +130,7 @@ class Phase(Strict):
 
 
 class Denoiser(Strict):
-    """Training of the text encoder and the UNet."""
+    """Training of the UNet; the text encoder was taught before, and is frozen."""
 
     block_out_channels: list[Positive]
     attention_head_dim: Positive

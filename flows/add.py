@@ -13,7 +13,6 @@ from pathlib import Path
 from dreambooth.consent import PERSON, RECORD, read_consent, require_lasting
 from dreambooth.errors import ConsentError, ParamsError, PhotosError, PipelineError, SubjectError, shown
 from dreambooth.folders import read_text
-from dreambooth.identifiers import remarks_by_tokenizer
 from dreambooth.params import Params, Photos, check_id, load_params, parse_params
 from dreambooth.photos import (
     CAPTION_SUFFIX,
@@ -29,7 +28,7 @@ from dreambooth.prompts import read_caption
 from dreambooth.yaml12 import dump_yaml
 from flows.dvcrun import child_environment
 from flows.generate import slug
-from flows.preflight import unknown_nouns
+from flows.preflight import poor_identifiers, unknown_nouns
 from flows.project import PARAMS, means, read_params_text, write_params_text
 
 IDENTIFIER, KIND = "sks", "object"  # of a new subject of which nothing else is said
@@ -96,9 +95,8 @@ def add_subject(root: Path, wish: Wish, sources: Sequence[Path], force: bool = F
         with _replaced(folder, Path(temporary) / "old"):
             place.rename(folder)
             write_params_text(root, text)
-    tokenizer = root / params.base.pretrained_model_name_or_path / "tokenizer/tokenizer.json"
     remarks = [str(remark)] if (remark := alike(reports, params.photos)) else []
-    remarks += remarks_by_tokenizer([entry["identifier"]], tokenizer)
+    remarks += poor_identifiers(root, params, [entry["identifier"]], [wish.class_noun])
     remarks += unknown_nouns(root, params, [wish.class_noun])
     return Added(folder, class_id, reports, ignored, remarks, assumed_kind)
 

@@ -216,13 +216,15 @@ def _warn(text: str) -> None:
 
 
 def _apply_presets(root: Path, presets: list[str]) -> None:
-    from flows.presets import apply
+    from flows.presets import apply, remarks
 
     changes = apply(root, presets)
     for change in changes:
         say(f"{PARAMS}: {change}")
     if not changes:
         say(f"{PARAMS} says what {', '.join(presets)} says already")
+    for remark in remarks(root, presets):
+        _warn(remark)
 
 
 def _way_back(root: Path, before: str) -> str:

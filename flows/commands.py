@@ -90,12 +90,14 @@ def plan(
     context: typer.Context,
     subject_ids: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Subjects; all if none.")] = None,
     price: Annotated[float | None, typer.Option(min=0, help="Of an hour of this machine, in your currency.")] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="Stages that compute at a time; else as here.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="As with so many workers, one a GPU; else as run does it here.")
+    ] = None,
 ) -> None:
     """Say what a run would do before it starts: stages, time, space and cost, by what earlier runs took here."""
     from dreambooth.params import load_params
     from flows.graph import Graph
-    from flows.lanes import Lanes, lanes_of
+    from flows.lanes import Lanes, has_gpu, lanes_of, one_gpu
     from flows.plan import make_plan, plan_table
     from flows.preflight import require_inputs
     from flows.project import choose_subjects
@@ -107,6 +109,8 @@ def plan(
     out.print(plan_table(made))
     for line in made.in_words(price):
         say(line)
+    if made.lines and made.at_once > 1 and (gpus or has_gpu()):
+        say(one_gpu(made.at_once))
     require_inputs(root, params, graph)
 
 

@@ -55,6 +55,14 @@ def _shares(graph: Graph, cores: int, lanes: int) -> Iterator[tuple[str, int]]:
             yield entry, max(1, cores // beside)
 
 
+def one_gpu(count: int) -> str:
+    """Say what so many stages at a time take, where there are GPUs: a process gives none of them its own."""
+    return (
+        f"{count} stages at a time on {count} GPUs are {count} workers, each with a CUDA_VISIBLE_DEVICES of its own "
+        '(docs/operations.md, "One slot a GPU"); the stages of one process all compute on its first GPU'
+    )
+
+
 def has_gpu() -> bool:
     """Say whether a stage may find a GPU; to ask torch would take seconds."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")

@@ -25,7 +25,7 @@ from dreambooth.params import Params, load_params
 from flows import plan, summary
 from flows.dvcrun import DvcRunner, StageRun
 from flows.graph import GPU_ENTRIES, Graph
-from flows.lanes import MOST, Lanes, lanes_of
+from flows.lanes import MOST, Lanes, has_gpu, lanes_of, one_gpu
 from flows.leaving import heard_in_a_flow, leaving_when_told
 from flows.preflight import require_inputs
 from flows.program import exit_code, failed, has_server, left, states_of
@@ -156,6 +156,8 @@ def _announce(root: Path, params: Params, graph: Graph, lanes: Lanes) -> None:
         logger.info("all %d stages are up to date", len(graph.stages))
     for line in plan.make_plan(root, params, graph, lanes).in_words(None) if graph.stale else ():
         logger.info("plan: %s", line)
+    if lanes.count > 1 and has_gpu():
+        logger.warning("%s", one_gpu(lanes.count))
 
 
 def _submit_stages(graph: Graph, runner: DvcRunner, gpu_turn: Turn, other_turn: Turn) -> Futures:

@@ -17,6 +17,8 @@ from dreambooth.yaml12 import YamlError, load_yaml
 from flows.project import PARAMS, read_params_text, write_params_text
 
 FOLDER = "params"
+ON_TOP_OF = "on_top_of"  # in a preset: another one, whose model its values were chosen for
+OF_A_MODEL = ("base.pretrained_model_name_or_path", "train.method")  # what rates and memory were chosen for
 MAY_SAY = ("base", "evaluate", "export", "photos", "prior", "tracking", "train")  # not who is trained, nor who may pass
 
 
@@ -66,8 +68,36 @@ def apply(root: Path, presets: Sequence[str]) -> list[Change]:
     return real
 
 
+def remarks(root: Path, presets: Sequence[str]) -> list[str]:
+    """Say which presets were chosen for another model than the one that params.yaml has by now."""
+    values = _by_path(_plain_values(read_params_text(root)))
+    said = []
+    for preset in presets:
+        below = _load(root, preset).get(ON_TOP_OF)
+        made_for = _by_path(read(root, below)) if below else {}
+        other = [name for name in OF_A_MODEL if name in made_for and values.get(name) != made_for[name]]
+        if other:
+            told = ", ".join(f"{name} is {values.get(name)}, there {made_for[name]}" for name in other)
+            said.append(
+                f"{FOLDER}/{preset}.yaml stands on top of {below}, and {PARAMS} says another model ({told}): "
+                f"its values may not fit; --preset {below} --preset {preset}"
+            )
+    return said
+
+
 def read(root: Path, preset: str) -> dict[str, Any]:
     """Read one preset: sections of params.yaml with some of their keys."""
+    sections, where = _load(root, preset), f"{FOLDER}/{preset}.yaml"
+    if (below := sections.pop(ON_TOP_OF, None)) is not None and below not in names(root):
+        raise ParamsError([f"{where}: {ON_TOP_OF}: should be one of {', '.join(names(root))} (got {below!r})"])
+    wrong = [name for name, part in sections.items() if name not in MAY_SAY or not isinstance(part, dict)]
+    if wrong:
+        raise ParamsError([f"{where}: {name}: should be a map in one of {', '.join(MAY_SAY)}" for name in wrong])
+    return sections
+
+
+def _load(root: Path, preset: str) -> dict[str, Any]:
+    """Read all that the file of a preset says."""
     path = root / FOLDER / f"{preset}.yaml"
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", preset) or not path.is_file():
         known = ", ".join(names(root)) or f"none; {FOLDER}/ has no .yaml"
@@ -76,11 +106,6 @@ def read(root: Path, preset: str) -> dict[str, Any]:
         values = load_yaml(path.read_text(encoding="utf-8"))
     except YamlError as error:
         raise ParamsError([f"{FOLDER}/{path.name}: cannot be read: {error}"]) from None
-    wrong = [name for name, part in dict(values or {}).items() if name not in MAY_SAY or not isinstance(part, dict)]
-    if wrong:
-        raise ParamsError(
-            [f"{FOLDER}/{path.name}: {name}: should be a map in one of {', '.join(MAY_SAY)}" for name in wrong]
-        )
     return dict(values or {})
 
 
@@ -104,8 +129,7 @@ def write_values(root: Path, values: Mapping[str, Any], source: str) -> list[Cha
 
 def merge(text: str, preset: Mapping[str, Mapping[str, Any]]) -> tuple[str, list[Change]]:
     """Put the values of a preset, by section and key, into the text of params.yaml: see `put`."""
-    values = {f"{section}.{key}": value for section, part in preset.items() for key, value in part.items()}
-    return put(text, values, "a preset")
+    return put(text, _by_path(preset), "a preset")
 
 
 def put(text: str, values: Mapping[str, Any], source: str) -> tuple[str, list[Change]]:
@@ -133,6 +157,10 @@ def put(text: str, values: Mapping[str, Any], source: str) -> tuple[str, list[Ch
     out = io.StringIO()
     yaml.dump(whole, out)
     return out.getvalue().replace("\n", "\r\n" if "\r\n" in text else "\n"), changes
+
+
+def _by_path(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, part in sections.items() for key, value in part.items()}
 
 
 def _section(whole: CommentedMap, path: str) -> CommentedMap:

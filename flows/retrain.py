@@ -86,7 +86,8 @@ def retrain(
         subject: an id, several, or subject.<id> as in an event; None for all in params.yaml.
         deployment: what runs a subject: personalize/local, or personalize/clone for workers that share no disk.
         promotion: gate: what is better becomes the champion; approval: a person is asked; none.
-        oldest_days: a champion that is older is checked and judged again, even if nothing changed.
+        oldest_days: the subject of a champion that is older runs each time, even if nothing changed: the files of its
+            version are checked, lost ones come back, and a challenger is judged again; nothing is trained.
         root: folder of the project; None looks in DREAMBOOTH_HOME, here, and above.
     """
     if earlier := began_since_due():

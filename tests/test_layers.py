@@ -1,4 +1,6 @@
 import ast
+import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,3 +57,13 @@ def test_every_module_opens_with_one_sentence() -> None:
         text = ast.get_docstring(ast.parse((ROOT / module).read_text(encoding="utf-8")))
         assert text, module
         assert text.splitlines()[0].endswith((".", ":")), f"{module}: the first line should be a sentence"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_tree_of_the_readme_names_every_module(layer: str) -> None:
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## Where things are")[1].split("```")[1]
+    lines = tree[tree.index(f"\n{layer}/") + 1 :].splitlines()
+    block = lines[:1] + list(itertools.takewhile(lambda line: line.startswith("  "), lines[1:]))
+    words = {word.removesuffix(".py") for word in re.findall(r"[\w.]*\w", "\n".join(block))}
+    modules = {path.stem for path in (ROOT / layer).glob("*.py")} - {"__init__"}
+    assert modules <= words

@@ -1,8 +1,10 @@
 """params.yaml: read once, strictly, and refused with every fault at once."""
 
+import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import yaml
 from tiny_project import REPOSITORY
 
 from dreambooth.errors import ParamsError, SubjectError
-from dreambooth.identifiers import remarks_by_tokenizer
+from dreambooth.identifiers import COMMON, identifier_remarks, remarks_by_tokenizer
 from dreambooth.params import MAX_BYTES, Params, check_id, describe, load_params, parse_params
+
+TOKENIZER = REPOSITORY / "data/base/emoji64/tokenizer"
 
 
 @pytest.fixture
@@ -271,12 +275,55 @@ def test_an_identifier_that_prompts_are_made_of_is_refused(values: dict[str, Any
     ],
 )
 def test_the_tokenizer_of_the_base_says_whether_a_word_is_rare_and_short(word: str, said: str | None) -> None:
-    remarks = remarks_by_tokenizer([word], REPOSITORY / "data/base/emoji64/tokenizer/tokenizer.json")
+    remarks = remarks_by_tokenizer([word], TOKENIZER)
     assert (remarks == []) if said is None else re.search(said, remarks[0])
 
 
+@pytest.mark.fault(12)
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("mydog", "'dog'"),
+        ("catclock", "'clock'"),
+        ("redbeach", "'beach'"),
+        ("v1-dog", "'dog'"),
+        ("xyphoto", "'photo'"),
+        ("xqz", None),
+        ("ohwx", None),
+        ("bnha", None),
+        ("rex", None),
+        ("luker", None),  # ends in "ker", a frequent piece of words and no word
+    ],
+)
+def test_an_identifier_that_holds_a_known_word_is_told_and_random_letters_are_not(word: str, said: str | None) -> None:
+    told = remarks_by_tokenizer([word], TOKENIZER, COMMON | {"dog", "clock", "beach"})
+    held = [remark for remark in told if "holds what the base model knows as" in remark]
+    assert len(held) == (said is not None)
+    assert said is None or f"knows as {said}: " in held[0]
+
+
+@pytest.mark.fault(12)
+def test_an_identifier_of_frequent_pieces_alone_is_told() -> None:
+    def told(*pieces: str, ids: Sequence[int] = (600, 700)) -> list[str]:
+        return list(identifier_remarks("redsofa", ids, pieces, 49408))
+
+    assert "knows as 'red', 'sofa': " in told("red", "sofa</w>")[0]
+    assert told("red", "sofa</w>", ids=(600, 40000)) == []
+    assert told("re", "sofa</w>") == []
+
+
+def test_the_two_files_of_a_tokenizer_say_the_same_as_the_one(tmp_path: Path) -> None:
+    """SD1.5 and SDXL have vocab.json and merges.txt on the hub."""
+    model = json.loads((TOKENIZER / "tokenizer.json").read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, model["merges"])]))
+    words = ["sks", "Red", "v1-dog", "biscuit", "<biscuit>", "café", "it's2"]
+    assert remarks_by_tokenizer(words, tmp_path, {"dog"}) == remarks_by_tokenizer(words, TOKENIZER, {"dog"})
+    assert len(remarks_by_tokenizer(words, tmp_path, {"dog"})) >= 3
+
+
 def test_without_a_tokenizer_at_hand_nothing_is_said(tmp_path: Path) -> None:
-    assert remarks_by_tokenizer(["biscuit"], tmp_path / "tokenizer.json") == []
+    assert remarks_by_tokenizer(["biscuit"], tmp_path) == remarks_by_tokenizer(["biscuit"], None) == []
 
 
 @pytest.mark.parametrize(

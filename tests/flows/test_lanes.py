@@ -1,16 +1,18 @@
 """How many stages compute at a time: by subjects, cores and memory."""
 
+import logging
 import shutil
 from pathlib import Path
 
 import psutil
 import pytest
+from test_cli import dreambooth
 
 from dreambooth.errors import PipelineError
 from dreambooth.params import Params, load_params
-from flows import lanes
+from flows import lanes, personalize
 from flows.graph import Graph
-from flows.lanes import Lanes, lanes_of
+from flows.lanes import Lanes, lanes_of, one_gpu
 
 CHAIN = {"prior@dog": [], "train@biscuit": ["prior@dog"], "train@rex": ["prior@dog"], "export@rex": ["train@rex"]}
 
@@ -82,3 +84,22 @@ def test_the_user_has_the_last_word(project: Path, params: Params, monkeypatch: 
     monkeypatch.setenv(lanes.VARIABLE, "all")
     with pytest.raises(PipelineError, match=r"^DREAMBOOTH_AT_ONCE: is 'all', should be a number from 1"):
         lanes_of(project, params, graph("prior@dog"))
+
+
+def test_a_run_of_several_stages_on_one_gpu_says_what_gives_each_its_own(
+    project: Path, params: Params, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(personalize, "get_run_logger", lambda: logging.getLogger("run"))
+    stale = Graph.load(project)
+    for has_gpu, count, said in ((True, 1, False), (False, 2, False), (True, 2, True)):
+        monkeypatch.setattr(personalize, "has_gpu", lambda has_gpu=has_gpu: has_gpu)
+        personalize._announce(project, params, stale, Lanes(count))
+        assert (one_gpu(count) in caplog.text) is said
+
+
+def test_a_plan_for_several_gpus_says_that_they_are_as_many_workers(project: Path) -> None:
+    done = dreambooth(project, "plan", "--gpus", "2")
+    assert " with 2 at a time, " in done.stdout
+    assert one_gpu(2) in done.stdout
+    assert "each with a CUDA_VISIBLE_DEVICES of its own" in one_gpu(2)
+    assert "CUDA_VISIBLE_DEVICES" not in dreambooth(project, "plan").stdout

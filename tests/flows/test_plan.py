@@ -4,11 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from toy_project import REPOSITORY, dvc
 
 from dreambooth.errors import EvaluationError, ModelError
 from dreambooth.folders import scratch_folder
-from dreambooth.params import Params, load_params
+from dreambooth.params import Base, Params, load_params
 from dreambooth.vocabulary import SCORER
 from flows.graph import Graph, Stage
 from flows.lanes import Lanes
@@ -28,7 +29,7 @@ from flows.plan import (
     units_of,
     work_of,
 )
-from flows.preflight import require_inputs
+from flows.preflight import BUNDLED, poor_identifiers, remarks, require_inputs
 
 
 @pytest.fixture
@@ -137,7 +138,7 @@ def test_what_a_late_stage_would_refuse_is_refused_before_the_first(project: Pat
     require_inputs(project, params.model_copy(update={"base": base}), done)  # nothing would ask for it
 
 
-def test_a_class_that_the_bundled_model_does_not_know_is_told_before_the_training(
+def test_a_class_that_the_bundled_scorer_does_not_know_is_told_before_the_training(
     project: Path, params: Params
 ) -> None:
     shutil.copytree(REPOSITORY / SCORER, project / SCORER)
@@ -145,7 +146,51 @@ def test_a_class_that_the_bundled_model_does_not_know_is_told_before_the_trainin
     assert make_plan(project, params, graph, Lanes()).remarks == []
     classes = {name: one.model_copy(update={"class_noun": "golden retreiver"}) for name, one in params.classes.items()}
     (remark,) = make_plan(project, params.model_copy(update={"classes": classes}), graph, Lanes()).remarks
-    assert "does not know 'golden', 'retreiver' of the class 'golden retreiver'" in remark
+    assert "the bundled scorer does not know 'golden', 'retreiver' of the class 'golden retreiver'" in remark
+
+
+def test_a_base_whose_pictures_the_bundled_scorer_never_saw_is_told_before_the_training(
+    project: Path, params: Params
+) -> None:
+    graph = Graph.load(project)
+
+    def told(encoders: str, **base: object) -> list[str]:
+        changed = {
+            "base": params.base.model_copy(update=base),
+            "evaluate": params.evaluate.model_copy(update={"encoders": encoders}),
+        }
+        made = make_plan(project, params.model_copy(update=changed), graph, Lanes())
+        return [line for line in made.in_words(None) if "evaluate.encoders" in line]
+
+    hub = {"pretrained_model_name_or_path": "owner/name", "revision": "0" * 40}
+    (remark,) = told("bundled", **hub)
+    assert "knows drawings of 64 pixels, and the base is owner/name; for photos: evaluate.encoders: hub" in remark
+    assert told("hub", **hub) == told("bundled") == []
+    assert told("bundled", pretrained_model_name_or_path="./data/base/emoji64/") == []
+    done = Graph(tuple(dataclasses.replace(stage, stale=False) for stage in graph.stages))
+    assert remarks(project, params.model_copy(update={"base": params.base.model_copy(update=hub)}), done) == []
+
+
+def test_an_identifier_is_looked_up_in_the_tokenizer_of_the_base_and_in_the_cache_of_the_hub(
+    project: Path, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = REPOSITORY / "data/base/emoji64/tokenizer"
+    hub = Base(pretrained_model_name_or_path="owner/name", revision="0" * 40, resolution=512, inference_dtype="float16")
+
+    def told(base: Base, identifier: str) -> list[str]:
+        return list(poor_identifiers(project, params.model_copy(update={"base": base}), [identifier], ["dog"]))
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert told(hub, "mydog") == []
+    place = tmp_path / "models--owner--name/snapshots" / str(hub.revision) / "tokenizer"
+    shutil.copytree(tokenizer, place)
+    assert "'mydog' holds what the base model knows as 'dog'" in told(hub, "mydog")[0]
+    shutil.copytree(tokenizer, project / BUNDLED / "tokenizer")
+    assert "'mydog' holds" in told(params.base, "mydog")[0]
+    assert told(params.base, "sks") == []
+    assert "'sks' is a rifle to Stable Diffusion" in told(hub, "sks")[0]
+    word = params.model_copy(update={"train": params.train.model_copy(update={"method": "textual_inversion"})})
+    assert list(poor_identifiers(project, word, ["<dog>"], ["dog"])) == []  # it becomes a token of its own
 
 
 @pytest.mark.parametrize(

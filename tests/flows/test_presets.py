@@ -14,7 +14,7 @@ from toy_project import REPOSITORY
 from dreambooth.errors import ParamsError
 from dreambooth.params import load_params
 from dreambooth.yaml12 import load_yaml
-from flows.presets import Change, apply, merge, names, read
+from flows.presets import Change, apply, merge, names, read, remarks
 
 WHOLE = ("sd15-full", "sd15-lora", "sdxl-lora")
 SHIPPED = ("faces", "low-memory", "objects", "sd15-full", "sd15-lora", "sdxl-lora")
@@ -74,6 +74,30 @@ def test_a_later_preset_stands_on_top_of_an_earlier_one(root: Path) -> None:
     assert changes["train.max_train_steps"].after == 400
     assert changes["train.max_train_steps"].before == 450  # what the file said before both
     assert load_params(root / "params.yaml").base.resolution == 512
+
+
+@pytest.mark.parametrize("preset", WHOLE)
+def test_a_photo_scale_preset_has_encoders_prompts_and_class_images_for_photos(root: Path, preset: str) -> None:
+    apply(root, [preset])
+    evaluate = load_params(root / "params.yaml").evaluate
+    assert (evaluate.encoders, evaluate.prompts, evaluate.num_class_images) == ("hub", "data/prompts/photo", 50)
+
+
+@pytest.mark.parametrize(("preset", "below"), [(preset, below) for preset, (below,) in ALONE.items()])
+def test_a_preset_without_the_one_that_it_stands_on_says_so(root: Path, preset: str, below: str) -> None:
+    apply(root, [preset])
+    (remark,) = remarks(root, [preset])
+    assert f"params/{preset}.yaml stands on top of {below}" in remark
+    assert "base.pretrained_model_name_or_path is data/base/emoji64, there stable-diffusion-v1-5/" in remark
+    assert remark.endswith(f"--preset {below} --preset {preset}")
+    apply(root, [below, preset])
+    assert remarks(root, [below, preset]) == remarks(root, [preset]) == remarks(root, [below]) == []
+
+
+def test_rates_of_another_method_than_the_one_in_use_are_told(root: Path) -> None:
+    apply(root, ["sd15-lora", "faces"])
+    (remark,) = remarks(root, ["sd15-lora", "faces"])
+    assert "(train.method is lora, there full)" in remark
 
 
 def _values(root: Path) -> dict[str, Any]:
@@ -144,6 +168,8 @@ def test_what_does_not_fit_leaves_the_file_as_it_was(root: Path) -> None:
         ("subjects: {rex: {}}", "should be a map in one of"),
         ("export: {formats: [diffusers, kohya]}", "kohya holds what train.method lora or pivotal makes"),
         ("a: b: c", "cannot be read"),
+        ("on_top_of: nothing", r"params/odd.yaml: on_top_of: should be one of faces, .* \(got 'nothing'\)"),
+        ("on_top_of: [faces]", "on_top_of: should be one of"),
     ):
         (root / "params/odd.yaml").write_text(text)
         with pytest.raises(ParamsError, match=complaint):
@@ -163,8 +189,11 @@ def test_the_command_says_each_change_and_checks_the_ids_before_it_writes(projec
     assert "there is no subject 'nobody'" in done.stderr
     assert (project / "params.yaml").read_bytes() == before
     assert "no 'slow'" in dreambooth(project, "run", "--preset", "slow").stderr
+    (project / "params/slow.yaml").write_text("base: {pretrained_model_name_or_path: data/base/other}\n")
+    (project / "params/quick.yaml").write_text("on_top_of: slow\ntrain: {max_train_steps: 7}\n")
     (project / "dvc.yaml").write_text("stages: [")  # so that the run ends after the preset
     done = dreambooth(project, "run", "--preset", "quick")
     assert done.stdout.splitlines()[0] == "params.yaml: train.max_train_steps: 450 -> 7"
+    assert "warning: params/quick.yaml stands on top of slow" in done.stderr
     assert done.returncode != 0
     assert load_params(project / "params.yaml").train.max_train_steps == 7
