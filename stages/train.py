@@ -28,7 +28,7 @@ from dreambooth.folders import (
     sha256_of,
     write_file,
 )
-from dreambooth.identifiers import identifier_remarks
+from dreambooth.identifiers import COMMON, identifier_remarks
 from dreambooth.images import png_bytes, read_captions, read_prepared
 from dreambooth.latents import encode_images
 from dreambooth.locks import only_one
@@ -157,7 +157,9 @@ def _say_rows(settings: Train, subject_id: str, photos: int, class_images: int, 
 def _say_remarks(params: Params, subject_id: str, model: Model) -> None:
     word, tokenizer = params.subject(subject_id).identifier, model.tokenizer
     ids = tokenizer(word, add_special_tokens=False)["input_ids"]
-    remarks = [*identifier_remarks(word, ids, tokenizer.convert_ids_to_tokens(ids), len(tokenizer)), *params.idle]
+    known = COMMON | set(params.class_of(subject_id).class_noun.casefold().split())
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    remarks = [*identifier_remarks(word, ids, pieces, len(tokenizer), known), *params.idle]
     if params.train.mixed_precision == "bf16" and gpu_lacks_bfloat16():
         remarks.append("this GPU only emulates bfloat16; train.mixed_precision: fp16 is many times faster here")
     for remark in remarks:
