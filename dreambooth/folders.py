@@ -23,6 +23,8 @@ MAX_TEXT = 1 << 20
 Work = Literal["upload", "download", "scores"]
 WORKS: tuple[Work, ...] = get_args(Work)
 """What is done in folders that go away; what killed processes left of them `dreambooth forget` and `doctor` find."""
+PLACES = ("data/subjects", "models", "export", "reports", "metrics")
+"""Where a folder or file of a subject's name is written beside its place; see `leftovers`."""
 
 
 class TornFolderError(DreamboothError):
@@ -117,9 +119,17 @@ def work_folder(root: Path, work: Work, subject_id: str) -> "tempfile.TemporaryD
     return tempfile.TemporaryDirectory(prefix=f"{work}-{subject_id}-", dir=scratch_folder(root))
 
 
+def leftovers(place: Path, name: str = "*") -> list[Path]:
+    """Return what killed writers left beside a folder or file, of whatever maker: .NAME.suffix.
+
+    An id has no dot, so that nobody's name begins with another one's and a dot.
+    """
+    return sorted(place.glob(f".{name}.*"))
+
+
 def remove_leftovers(path: Path) -> None:
     """Remove what killed writers of a folder left beside it; only for the one process that may write it."""
-    for leftover in path.parent.glob(f".{path.name}.*"):
+    for leftover in leftovers(path.parent, path.name):
         shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -13,7 +13,7 @@ import psutil
 
 from dreambooth import erasure, sweeps, versions
 from dreambooth.errors import DreamboothError, ParamsError, SubjectError
-from dreambooth.folders import GENERATION, WORKS, scratch_folder, sha256_of_file, write_file
+from dreambooth.folders import GENERATION, PLACES, WORKS, leftovers, scratch_folder, sha256_of_file, write_file
 from dreambooth.locks import AlreadyRunningError, only_one
 from dreambooth.params import check_id, load_params, names_id
 from dreambooth.pointer import LAID_OUT
@@ -30,10 +30,9 @@ from flows.project import PARAMS, means, read_params_text, write_params_text
 
 FOLDERS = ("data/subjects/{id}", "build/{id}", "models/{id}", "export/{id}", "reports/{id}")
 FILES = ("data/subjects/{id}.dvc", "metrics/{id}.json")
-LEFTOVERS = ("data/subjects", "models", "export", "reports")  # of killed writers beside their folder: `new_folder`
-HEX = "[0-9a-f]"  # exactly as many as a name has: rex must not take what is of rex-2
+# In the scratch folder exactly as many letters as a name has: rex must not take what is of rex-2.
 SCRATCH = (
-    f"checkpoints/{{id}}-{16 * HEX}", "evaluation/{id}", "latents/{id}", "trackers/{id}",
+    f"checkpoints/{{id}}-{16 * '[0-9a-f]'}", "evaluation/{id}", "latents/{id}", "trackers/{id}",
     *(f"{work}-{{id}}-{8 * '[a-z0-9_]'}" for work in WORKS),
 )  # fmt: skip
 LOCKS = ("locks/train-{id}.*", "locks/evaluate-{id}.*", "register-{id}.lock")
@@ -195,8 +194,8 @@ def _paths(root: Path, subject_id: str) -> Iterator[Path]:
         path = root / pattern.format(id=subject_id)
         if path.exists() or path.is_symlink():
             yield path
-    for place in LEFTOVERS:
-        yield from (root / place).glob(f".{subject_id}.{8 * HEX}")
+    for place in PLACES:
+        yield from leftovers(root / place, subject_id)
     yield from _in_scratch(root, subject_id, SCRATCH)
     for table in (root / "reports").glob("sweep-*.csv"):
         if sweeps.is_about(table, subject_id):
