@@ -27,6 +27,7 @@ Each message says what is wrong, the value, where it is, and what to do next. `c
 """
 
 import errno
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -179,6 +180,11 @@ class PipelineError(DreamboothError):
 
     code = "E_PIPELINE"
     exit_code = 9
+
+
+def wants_traceback() -> bool:
+    """Whether the user asks for the traceback of an error as well: `dreambooth --debug`, DREAMBOOTH_DEBUG=1."""
+    return bool(os.environ.get("DREAMBOOTH_DEBUG"))
 
 
 def shown(text: object) -> str:
