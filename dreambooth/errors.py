@@ -8,6 +8,7 @@ DreamboothError                 every error below; printed as one line, never as
 ├── ModelError                  a base or trained model that is missing, torn, or of the wrong kind
 ├── TornFolderError             a folder whose files are not what its manifest says (folders.py)
 ├── DiskFullError               not enough space for what is about to begin (folders.py)
+├── HomelessError               a user without a home, and no folder named for what lies there (folders.py)
 ├── AlreadyRunningError         another process does this work (locks.py)
 ├── Interrupted                 told to stop, state saved (interruption.py)
 ├── PriorError                  class images that cannot be drawn
