@@ -25,13 +25,13 @@ from flows.check import check
 from flows.clones import OWNER, ROBOT, git
 from flows.doctor import _left_beside
 from flows.dvcstore import _names
+from flows.entries import without_subject
 from flows.forget import (
     _left_copies,
     _refuse_beside_copies,
     _refuse_beside_stages,
     erase,
     inventory,
-    without_subject,
 )
 
 SUBJECT, IN_NAME, IN_BYTES = "zq7canary", "kanarienvogel", b"CANARY-5d1f0e"
@@ -104,6 +104,28 @@ def test_an_entry_that_no_lines_can_be_taken_from_is_said_and_not_passed_over(pr
     with pytest.raises(ParamsError, match=r"subjects\.rex cannot be taken out; delete it by hand, then go on"):
         erase(project, inventory(project, "rex"))
     assert (project / "params.yaml").read_text() == text
+
+
+@pytest.mark.usefixtures("no_prefect")
+@pytest.mark.threat(23)
+@pytest.mark.parametrize("broken", ["unknown: 1\n", "photos: 1\nsubjects: [\n"])
+def test_a_subject_is_forgotten_though_params_are_not_valid_and_what_cannot_be_read_is_said(
+    project: Path, broken: str
+) -> None:
+    before = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(before + broken)
+    readable = broken.startswith("unknown")
+    found = inventory(project, "rex")
+    assert found.places["entries of params.yaml, dvc.lock"] == 1
+    receipt = erase(project, found)
+    assert not (project / "data/subjects/rex").exists()
+    assert (project / "params.yaml").read_text() == (
+        without_subject(before + broken, "rex") if readable else before + broken
+    )
+    unread = [line for line in json.loads(receipt.read_text())["out_of_reach"] if "params.yaml" in line]
+    assert len(unread) == (0 if readable else 1)
+    assert all(line.startswith("params.yaml, which cannot be read (line ") for line in unread)
+    assert all(line.endswith("take out by hand what it says of ID") for line in unread)
 
 
 def lay_out(root: Path, subject_id: str, export_hash: str) -> Path:
