@@ -47,8 +47,14 @@ def log_name(name: str) -> str:
 
 
 def read_log(client: "MlflowClient", name: str) -> list[Entry]:
-    """Return the log of a subject, the oldest entry first."""
-    return [_entry(version) for version in reversed(all_versions(client, log_name(name)))]
+    """Return the log of a subject, the oldest entry first; what is no entry counts for nothing, see `foreign`."""
+    found = [_entry(version) for version in reversed(all_versions(client, log_name(name)))]
+    return [entry for entry in found if entry is not None]
+
+
+def foreign(client: "MlflowClient", name: str) -> list[int]:
+    """Return the versions in the log of a subject that are no entries: somebody made them, or changed their tags."""
+    return sorted(int(version.version) for version in all_versions(client, log_name(name)) if _entry(version) is None)
 
 
 def counted(entries: Sequence[Entry], alias: str) -> list[Entry]:
@@ -155,17 +161,22 @@ def _follow_log(client: "MlflowClient", name: str, alias: str) -> int | None:
     raise RegistryError(f"{alias} of {name} is moved all the time; try again when others are done")
 
 
-def _entry(version: Any) -> Entry:
+def _entry(version: Any) -> Entry | None:
+    """Read an entry; None where a version is none, for anybody may make one in the registry."""
     tags = {key.removeprefix(PREFIX): value for key, value in version.tags.items()}
     action = tags.get("action", "")
-    assert action in get_args(Action), f"{version.name} version {version.version} is no entry of the log"
-    return Entry(
-        number=int(version.version),
-        action=action,
-        alias=tags["alias"],
-        before=int(tags["from"]) if tags.get("from") else None,
-        after=int(tags["to"]),
-        verdict=tags.get("verdict", ""),
-        reason=tags.get("reason", ""),
-        time=version.creation_timestamp / 1000,
-    )
+    if action not in get_args(Action):
+        return None
+    try:
+        return Entry(
+            number=int(version.version),
+            action=action,
+            alias=tags["alias"],
+            before=int(tags["from"]) if tags.get("from") else None,
+            after=int(tags["to"]),
+            verdict=tags.get("verdict", ""),
+            reason=tags.get("reason", ""),
+            time=version.creation_timestamp / 1000,
+        )
+    except (KeyError, ValueError):
+        return None

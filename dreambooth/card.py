@@ -1,6 +1,11 @@
-"""Write the model card of an export, in the hub's format."""
+"""Write the model card of an export, in the hub's format.
 
+Names and prompts are what somebody wrote: in the front matter and in the snippet they are literals, elsewhere text.
+"""
+
+import html
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +15,7 @@ from dreambooth.folders import sha256_of_file
 from dreambooth.intervals import in_interval
 from dreambooth.params import LORA_METHODS, TOKEN_METHODS, Params
 
-# How the files of each format are loaded.
+# How the files of each format are loaded; words in capitals stand for names, BASE for a whole literal.
 LOADING = {
     "single_file": '`PIPELINE.from_single_file("EXPORT/FILE", config="EXPORT")`, ComfyUI, A1111',
     "lora": 'pipeline of the base, then `.load_lora_weights("EXPORT/lora")`',
@@ -19,7 +24,7 @@ LOADING = {
 }
 _KOHYA_DORA = "programs that know DoRA: ComfyUI, A1111 (models/Lora); not diffusers, which drops the magnitudes: lora/"
 _WORDLESS = (
-    '`PIPELINE.from_single_file("EXPORT/FILE", config="BASE")`, ComfyUI, A1111; it has the vocabulary of the base, so '
+    '`PIPELINE.from_single_file("EXPORT/FILE", config=BASE)`, ComfyUI, A1111; it has the vocabulary of the base, so '
     "load the word from embedding/ as well"
 )
 # The configs of SDXL on the hub let text_encoder_2 pool at the largest number, which is that of a new word.
@@ -59,13 +64,14 @@ def card(
     pipeline = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     parts = [
         _front_matter(base, params.export.license, prompt),
-        f"# {subject_id}: a {defaults['class_noun']} called {defaults['identifier']}",
-        f"A {pipeline}, personalised with DreamBooth (Ruiz et al. 2022; method: {method}). Say `{prompt}`.",
+        f"# {subject_id}: a {_text(defaults['class_noun'])} called {_text(defaults['identifier'])}",
+        f"A {pipeline}, personalised with DreamBooth (Ruiz et al. 2022; method: {method}). Say {_code(prompt)}.",
         _usage(subject_id, pipeline, defaults),
         _files(folder, f"export/{subject_id}", pipeline, params, method),
         _TOGETHER if method in LORA_METHODS and method in TOKEN_METHODS else "",
         _scores(metrics),
-        f"Trained from `{base}` (sha256 {base_hash}) on {metrics['photos']} photos with these parameters:",
+        f"Trained from {_code(base)} ({_revision(params)}sha256 {base_hash}) on {metrics['photos']} photos with these "
+        "parameters:",
         _parameters(params, class_images),
         _licence(params.export.license, base),
         _consent(consent),
@@ -74,9 +80,9 @@ def card(
 
 
 def _front_matter(base: str, license_id: str | None, prompt: str) -> str:
-    lines = [f"base_model: {base}", "library_name: diffusers", "pipeline_tag: text-to-image"]
-    lines += [f"license: {license_id}"] if license_id else []
-    lines += ["tags: [dreambooth, text-to-image]", f'instance_prompt: "{prompt}"']
+    lines = [f"base_model: {_literal(base)}", "library_name: diffusers", "pipeline_tag: text-to-image"]
+    lines += [f"license: {_literal(license_id)}"] if license_id else []
+    lines += ["tags: [dreambooth, text-to-image]", f"instance_prompt: {_literal(prompt)}"]
     return "\n".join(["---", *lines, "---"])
 
 
@@ -84,7 +90,7 @@ def _usage(subject_id: str, pipeline: str, defaults: Mapping[str, Any]) -> str:
     return f"""```python
 from diffusers import {pipeline}
 pipeline = {pipeline}.from_pretrained("export/{subject_id}")
-pipeline("{defaults["instance_prompt"]}", num_inference_steps={defaults["num_inference_steps"]},
+pipeline({_literal(defaults["instance_prompt"])}, num_inference_steps={defaults["num_inference_steps"]},
          guidance_scale={defaults["guidance_scale"]}, height={defaults["resolution"]}, width={defaults["resolution"]})
 ```"""
 
@@ -92,11 +98,12 @@ pipeline("{defaults["instance_prompt"]}", num_inference_steps={defaults["num_inf
 def _files(folder: Path, place: str, pipeline: str, params: Params, method: str) -> str:
     """List every file of weights with its hash, and how it is loaded."""
     lines = ["| file | sha256 | loaded by |", "|---|---|---|"]
+    base = params.base.pretrained_model_name_or_path
+    names = {"PIPELINE": pipeline, "EXPORT": place, "BASE": _literal(base).replace("|", r"\|")}
     for path in sorted(folder.rglob("*.safetensors")):
         name = path.relative_to(folder).as_posix()
-        how = _loading(name.split("/")[0], pipeline, params, method)
-        how = how.replace("PIPELINE", pipeline).replace("FILE", name).replace("EXPORT", place)
-        how = how.replace("BASE", params.base.pretrained_model_name_or_path)
+        how = _loading(name.split("/")[0], pipeline, params, method).replace("`", _fence(base))
+        how = _filled(how, names | {"FILE": name})
         lines.append(f"| {name} | {sha256_of_file(path)} | {how} |")
     return "\n".join(lines)
 
@@ -110,6 +117,11 @@ def _loading(kind: str, pipeline: str, params: Params, method: str) -> str:
     if kind == "embedding" and "XL" in pipeline:
         return _EMBEDDING_SDXL
     return LOADING.get(kind, "from_pretrained")
+
+
+def _filled(how: str, names: Mapping[str, str]) -> str:
+    """Put names in the places of words, in one go: a name may have such a word in it."""
+    return re.sub("|".join(names), lambda found: names[found[0]], how)
 
 
 def _scores(metrics: dict[str, Any]) -> str:
@@ -148,14 +160,38 @@ def _parameters(params: Params, class_images: int) -> str:
 
 
 def _licence(license_id: str | None, base: str) -> str:
-    named = f"Licence: {license_id}." if license_id else "Licence: not stated (export.license)."
-    return f"{named} The licence of the base `{base}` holds for what was made from it as well."
+    named = f"Licence: {_text(license_id)}." if license_id else "Licence: not stated (export.license)."
+    return f"{named} The licence of the base {_code(base)} holds for what was made from it as well."
 
 
 def _consent(consent: Consent | None) -> str:
     if consent is None:
         return ""
     return (
-        f"Consent: given by {consent.who} on {consent.given}, for {consent.purpose}, until {consent.until}. "
-        "Do not use this model for anything else, or after that day."
+        f"Consent: given by {_text(consent.who)} on {consent.given}, for {_text(consent.purpose)}, until "
+        f"{consent.until}. Do not use this model for anything else, or after that day."
     )
+
+
+def _revision(params: Params) -> str:
+    return f"revision {params.base.revision}, " if params.base.revision else ""
+
+
+def _literal(text: str) -> str:
+    """Return a text of one line as a literal of JSON, which is one of YAML and of Python as well."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _text(text: str) -> str:
+    """Return a text as it is to be read: nothing in it is HTML or Markdown."""
+    return re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", html.escape(text, quote=False))
+
+
+def _code(text: str) -> str:
+    """Return a text as a span of code, in more backticks than it has itself."""
+    blank = " " if "`" in text else ""  # which Markdown takes away: the text may begin with a backtick
+    return f"{_fence(text)}{blank}{text}{blank}{_fence(text)}"
+
+
+def _fence(text: str) -> str:
+    return "`" * (1 + max(map(len, re.findall("`+", text)), default=0))

@@ -8,6 +8,7 @@ DreamboothError                 every error below; printed as one line, never as
 ├── ModelError                  a base or trained model that is missing, torn, or of the wrong kind
 ├── TornFolderError             a folder whose files are not what its manifest says (folders.py)
 ├── DiskFullError               not enough space for what is about to begin (folders.py)
+├── HomelessError               a user without a home, and no folder named for what lies there (folders.py)
 ├── AlreadyRunningError         another process does this work (locks.py)
 ├── Interrupted                 told to stop, state saved (interruption.py)
 ├── PriorError                  class images that cannot be drawn
@@ -27,6 +28,7 @@ Each message says what is wrong, the value, where it is, and what to do next. `c
 """
 
 import errno
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -179,6 +181,11 @@ class PipelineError(DreamboothError):
 
     code = "E_PIPELINE"
     exit_code = 9
+
+
+def wants_traceback() -> bool:
+    """Whether the user asks for the traceback of an error as well: `dreambooth --debug`, DREAMBOOTH_DEBUG=1."""
+    return bool(os.environ.get("DREAMBOOTH_DEBUG"))
 
 
 def shown(text: object) -> str:

@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,6 +23,8 @@ MAX_TEXT = 1 << 20
 Work = Literal["upload", "download", "scores"]
 WORKS: tuple[Work, ...] = get_args(Work)
 """What is done in folders that go away; what killed processes left of them `dreambooth forget` and `doctor` find."""
+PLACES = ("data/subjects", "models", "export", "reports", "metrics")
+"""Where a folder or file of a subject's name is written beside its place; see `leftovers`."""
 
 
 class TornFolderError(DreamboothError):
@@ -35,6 +37,13 @@ class DiskFullError(DreamboothError):
     """Refuse to begin what the disk has no room for."""
 
     code = "E_DISK_FULL"
+    exit_code = 71  # EX_OSERR of sysexits.h
+
+
+class HomelessError(DreamboothError):
+    """Refuse to guess where the files of a user without a home may lie."""
+
+    code = "E_HOME"
     exit_code = 71  # EX_OSERR of sysexits.h
 
 
@@ -55,12 +64,16 @@ def free_bytes(folder: Path) -> int:
 
 def scratch_folder(root: Path) -> Path:
     """Return the folder of a project's caches and checkpoints: DREAMBOOTH_SCRATCH, or <root>/.scratch; made 0700."""
-    return _private(os.environ.get("DREAMBOOTH_SCRATCH"), root / ".scratch")
+    return _private("DREAMBOOTH_SCRATCH", lambda: root / ".scratch")
 
 
 def cache_folder() -> Path:
-    """Return the folder shared by all projects of a user: DREAMBOOTH_CACHE, or the platform's cache; made 0700."""
-    return _private(os.environ.get("DREAMBOOTH_CACHE"), platformdirs.user_cache_path("dreambooth"))
+    """Return the folder shared by all projects of a user: DREAMBOOTH_CACHE, or the platform's cache; made 0700.
+
+    Raises:
+        HomelessError: neither is there.
+    """
+    return _private("DREAMBOOTH_CACHE", lambda: platformdirs.user_cache_path("dreambooth"))
 
 
 def sha256_of_file(path: Path) -> str:
@@ -117,9 +130,17 @@ def work_folder(root: Path, work: Work, subject_id: str) -> "tempfile.TemporaryD
     return tempfile.TemporaryDirectory(prefix=f"{work}-{subject_id}-", dir=scratch_folder(root))
 
 
+def leftovers(place: Path, name: str = "*") -> list[Path]:
+    """Return what killed writers left beside a folder or file, of whatever maker: .NAME.suffix.
+
+    An id has no dot, so that nobody's name begins with another one's and a dot.
+    """
+    return sorted(place.glob(f".{name}.*"))
+
+
 def remove_leftovers(path: Path) -> None:
     """Remove what killed writers of a folder left beside it; only for the one process that may write it."""
-    for leftover in path.parent.glob(f".{path.name}.*"):
+    for leftover in leftovers(path.parent, path.name):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -201,9 +222,15 @@ def is_private(folder: Path) -> bool:
     return not folder.stat().st_mode & 0o077
 
 
-def _private(named: str | None, ours: Path) -> Path:
+def _private(variable: str, ours: Callable[[], Path]) -> Path:
     """Make a folder for its owner alone; one that the user named is left as it was, it may be shared on purpose."""
-    path = (Path(named) if named else ours).expanduser().absolute()
+    named = os.environ.get(variable)
+    try:
+        path = (Path(named) if named else ours()).expanduser().absolute()
+    except RuntimeError:  # a container with any user id: no HOME, no line in /etc/passwd
+        raise HomelessError(
+            f"{named or 'a folder for caches'}: the user {os.getuid()} has no home; set {variable} to a folder, or HOME"
+        ) from None
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not named and not is_private(path):
         path.chmod(0o700)

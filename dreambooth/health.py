@@ -82,6 +82,15 @@ def _subject(root: Path, client: "MlflowClient", name: str) -> Iterator[Fact]:
     for alias in (CHALLENGER, CHAMPION):
         if difference := aliases.disagreement(client, name, alias):
             yield "broken", f"{name} @{alias}", f"{difference}: interrupted", f"dreambooth versions {name} finishes it"
+    if foreign := aliases.foreign(client, name):
+        log = aliases.log_name(name)
+        told = f"no entries, and passed over: version {', '.join(map(str, foreign))}"
+        yield (
+            "warning",
+            f"log of {name}",
+            told,
+            f"somebody made them by hand: look at {log} in MLflow, delete them there",
+        )
 
 
 def _left_behind(client: "MlflowClient", experiment: str, names: list[str]) -> Iterator[Fact]:

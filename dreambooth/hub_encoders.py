@@ -18,7 +18,7 @@ from transformers import (
     ViTModel,
 )
 
-from dreambooth.errors import ModelError
+from dreambooth.hub import from_hub
 from dreambooth.models import default_device
 
 DINO = ("facebook/dino-vits16", "abe3b354cb6a9b6f146096b14a4a9d7eecbcb4bd")
@@ -41,8 +41,10 @@ class DinoEncoder:
 
     def __init__(self, source: str | Path = DINO[0], revision: str = DINO[1]) -> None:
         self._device = default_device()
+        # Pickled weights are read by torch as weights only: no code in them runs.
         # Their checkpoint has no pooling layer; one made up at random would be loaded in its place.
-        self._model = _load(ViTModel.from_pretrained, source, revision, add_pooling_layer=False).to(self._device).eval()
+        self._model = _load(ViTModel.from_pretrained, source, revision, add_pooling_layer=False, weights_only=True)
+        self._model.to(self._device).eval()
         self._processor = BitImageProcessorPil(
             size={"shortest_edge": 256}, crop_size=224, resample=Image.Resampling.BICUBIC,
             image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD,
@@ -74,7 +76,8 @@ class ClipEncoder:
 
     def __init__(self, source: str | Path = CLIP[0], revision: str = CLIP[1]) -> None:
         self._device = default_device()
-        self._model = _load(CLIPModel.from_pretrained, source, revision).to(self._device).eval()
+        self._model = _load(CLIPModel.from_pretrained, source, revision, weights_only=True)
+        self._model.to(self._device).eval()
         self._tokenizer = _load(CLIPTokenizer.from_pretrained, source, revision)
         self._processor = CLIPImageProcessorPil()
         self.name, self.revision = str(source), revision
@@ -96,15 +99,10 @@ class ClipEncoder:
 
 
 def _load(load: Callable[..., Any], source: str | Path, revision: str, **options: Any) -> Any:
-    """Load a part of a model at its commit; pickled weights are read by torch as weights only, no code runs."""
-    try:
+    """Load a part of a model at its commit."""
+    remedy = f"where there is a network: hf download {source} --revision {revision}; or set evaluate.encoders: bundled"
+    with from_hub(str(source), revision, f"the encoder {source} at {revision}", remedy):
         return load(str(source), revision=revision, **options)
-    except Exception as error:  # the hub raises errors of its own, of its HTTP client, and ValueError
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"the encoder {source} at {revision} is neither on this machine nor to be had from the hub ({first_line}); "
-            f"where there is a network: hf download {source} --revision {revision}; or set evaluate.encoders: bundled"
-        ) from error
 
 
 def _batches(

@@ -3,7 +3,6 @@
 diffusers and transformers are imported when a part is loaded: a stage that finds its work done does not wait for them.
 """
 
-import errno
 import json
 import platform
 import resource
@@ -24,6 +23,7 @@ from dreambooth.bases import locate
 from dreambooth.errors import ModelError
 from dreambooth.families import FAMILIES, SD, SDXL, Family
 from dreambooth.folders import sha256_of, sha256_of_file
+from dreambooth.hub import from_hub
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -372,19 +372,11 @@ def _content_files(folder: Path, part: str) -> list[Path]:
 def _fetch(repo_id: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    try:
-        folder = snapshot_download(
-            repo_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES
+    remedy = f"where there is a network: hf download {repo_id} --revision {revision} {_HUB_INCLUDE}"
+    with from_hub(repo_id, revision, f"{repo_id} at {revision}", remedy):
+        return Path(
+            snapshot_download(repo_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES)
         )
-    except Exception as error:  # the hub raises errors of its own, of its HTTP client, and ValueError
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"{repo_id} at {revision} is neither on this machine nor to be had from the hub ({first_line}); "
-            f"where there is a network: hf download {repo_id} --revision {revision} {_HUB_INCLUDE}"
-        ) from error
-    return Path(folder)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from dreambooth.folders import write_file
 
 TEMPLATES = Path(__file__).parent / "templates"
 SMALL = 128  # pixels; a smaller picture is shown with hard pixels, as it is
+GAP = "#d0d0d0"  # of a picture that is not there
 THUMBNAIL = 256  # pixels; a larger one is shrunk to this
 
 
@@ -49,20 +50,30 @@ def write_index(reports: Path, versions: Mapping[str, str]) -> None:
         reports: folder with a folder a subject.
         versions: by subject, in words.
     """
-    rows = []
-    for path in sorted(reports.glob("*/report.json")):
+    rows = [
+        {
+            "link": f"{path.parent.name}/index.html",
+            "versions": versions.get(path.parent.name, "none"),
+            **_in_index(path),
+        }
+        for path in sorted(reports.glob("*/report.json"))
+    ]
+    write_file(reports / "index.html", render("index.html", subjects=rows).encode())
+
+
+def _in_index(path: Path) -> dict[str, str]:
+    """Return what a report.json says of its subject: one that is torn, or gone since, stops nobody else."""
+    try:
         told = json.loads(path.read_text(encoding="utf-8"))
         identity = told["metrics"]["identity"]
-        rows.append(
-            {
-                "subject": told["title"],
-                "link": f"{path.parent.name}/index.html",
-                "line": told["decision"]["line"],
-                "identity": f"{identity['base']:.3f} -> {identity['personalised']:.3f}",
-                "versions": versions.get(path.parent.name, "none"),
-            }
-        )
-    write_file(reports / "index.html", render("index.html", subjects=rows).encode())
+        return {
+            "subject": told["title"],
+            "line": told["decision"]["line"],
+            "identity": f"{identity['base']:.3f} -> {identity['personalised']:.3f}",
+        }
+    except (OSError, ValueError, KeyError, TypeError):  # as `flows.summary.read_verdict` does
+        again = f"its report cannot be read; make it again: dvc repro report@{path.parent.name}"
+        return {"subject": path.parent.name, "line": again, "identity": ""}
 
 
 def picture_of(image: Image.Image, alt: str, caption: str = "") -> Picture:
@@ -78,9 +89,13 @@ def picture_of(image: Image.Image, alt: str, caption: str = "") -> Picture:
 
 
 def file_picture(path: Path, alt: str, caption: str) -> Picture:
-    """Put the picture of a PNG file into a page."""
-    with Image.open(path, formats=["PNG"]) as image:
-        return picture_of(image, alt, caption)
+    """Put the picture of a PNG file into a page; a grey one that says so where it is missing or torn."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return picture_of(image, alt, caption)
+    except (OSError, SyntaxError) as error:  # Pillow calls some broken PNG files a SyntaxError
+        what = "missing" if isinstance(error, FileNotFoundError) else "torn"
+        return picture_of(Image.new("RGB", (SMALL, SMALL), GAP), f"{alt}: {what}", f"{caption}, picture {what}")
 
 
 def data_uri(content: bytes, kind: str) -> str:

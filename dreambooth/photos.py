@@ -168,7 +168,7 @@ def check_photos(folder: Path, limits: Photos, resolution: int = 0, use: Use | N
         PhotosError: more photos, or more bytes, than are decoded at all.
     """
     paths = find_photos(folder).photos
-    _require_bounded(paths, folder, limits)
+    require_bounded(paths, folder, limits)
     twins = _Twins(limits.duplicate_distance)
     reports: list[PhotoReport] = []
     for path in paths:
@@ -180,6 +180,29 @@ def check_photos(folder: Path, limits: Photos, resolution: int = 0, use: Use | N
                 use(report, image)
         reports.append(report)
     return reports
+
+
+def require_bounded(paths: Sequence[Path], folder: Path | str, limits: Photos) -> None:
+    """Refuse what would take for ever before anything of it is copied or decoded.
+
+    Args:
+        paths: of the photos.
+        folder: where they are; in words where that is no one folder.
+        limits: section photos of params.yaml.
+
+    Raises:
+        PhotosError: more photos, or more bytes of them together, than are looked at.
+    """
+    problems = []
+    if len(paths) > limits.max_count:
+        problems.append(f"{shown(folder)} has {len(paths)} photos, more than photos.max_count {limits.max_count}")
+    total = sum(path.stat().st_size for path in paths)
+    if total > limits.max_total_bytes:
+        problems.append(
+            f"{shown(folder)} has {total} bytes of photos, more than photos.max_total_bytes {limits.max_total_bytes}"
+        )
+    if problems:
+        raise PhotosError([f"{problem}; take some away, or raise it" for problem in problems])
 
 
 def check_photo(path: Path, limits: Photos, resolution: int = 0) -> tuple[PhotoReport, Image.Image | None]:
@@ -276,20 +299,6 @@ class _Twins:
         self._names.append(name)
         self._hashes.append(hashes[0])
         return None
-
-
-def _require_bounded(paths: Sequence[Path], folder: Path, limits: Photos) -> None:
-    """Refuse what would take for ever before anything of it is decoded."""
-    problems = []
-    if len(paths) > limits.max_count:
-        problems.append(f"{shown(folder)} has {len(paths)} photos, more than photos.max_count {limits.max_count}")
-    total = sum(path.stat().st_size for path in paths)
-    if total > limits.max_total_bytes:
-        problems.append(
-            f"{shown(folder)} has {total} bytes of photos, more than photos.max_total_bytes {limits.max_total_bytes}"
-        )
-    if problems:
-        raise PhotosError([f"{problem}; take some away, or raise it" for problem in problems])
 
 
 def _shape_remarks(image: Image.Image, limits: Photos, resolution: int) -> Iterator[Remark]:

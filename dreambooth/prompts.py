@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dreambooth.errors import EvaluationError, PhotosError
+from dreambooth.folders import read_text
 
 PLACEHOLDER = "{}"
 INSTANCE_TEMPLATE = "a photo of {}"
@@ -46,10 +47,10 @@ def read_caption(path: Path) -> str:
     """Read the caption of a photo: one line of text with one {} where the words for the subject go.
 
     Raises:
-        PhotosError: no text, too much of it, or not one {}.
+        PhotosError: no text, too much of it, no file, or not one {}.
     """
     try:
-        caption = " ".join(path.read_text(encoding="utf-8").split())
+        caption = " ".join(read_text(path).split())
     except (OSError, UnicodeDecodeError) as error:
         raise PhotosError([f"{path}: the caption cannot be read ({error}); write one line in UTF-8"]) from None
     if caption.count(PLACEHOLDER) != 1 or len(caption) > MAX_CAPTION:

@@ -99,7 +99,8 @@ def write_report(
     told = {"title": title, "decision": asdict(decision), "metrics": metrics, "photos": photos}
     write_file(target / "report.json", json.dumps(told, indent=1).encode() + b"\n")
     for name in ("scores.csv", "prompts.csv", "grid.png"):
-        write_file(target / name, (sources.evaluation / name).read_bytes())
+        if (source := sources.evaluation / name).is_file():  # a picture may be gone, which stops no report
+            write_file(target / name, source.read_bytes())
     for name, png in report.curves.items():
         write_file(target / name, png)
 

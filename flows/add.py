@@ -22,6 +22,7 @@ from dreambooth.photos import (
     alike,
     check_photos,
     find_photos,
+    require_bounded,
     require_usable,
 )
 from dreambooth.prompts import read_caption
@@ -240,6 +241,7 @@ def _named(sources: Sequence[Path], ignored: Sequence[str]) -> str:
 
 
 def _copy_and_check(photos: Sequence[Path], place: Path, named: str, limits: Photos) -> list[PhotoReport]:
+    require_bounded(photos, named, limits)
     place.mkdir()
     given = dict(zip(new_names(photos), photos, strict=True))
     for name, photo in given.items():

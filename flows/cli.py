@@ -5,14 +5,23 @@ Nothing heavy is imported here: each command imports what it needs, and --help n
 
 import io
 import logging
+import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dreambooth.errors import MACHINE_FAULT, DreamboothError, PipelineError, RegistryError, machine_fault
+from dreambooth.errors import (
+    MACHINE_FAULT,
+    DreamboothError,
+    PipelineError,
+    RegistryError,
+    machine_fault,
+    wants_traceback,
+)
 from dreambooth.params import GUIDANCE, SAMPLER_STEPS, SIDE
 from dreambooth.redaction import redact
 from flows import commands
@@ -40,10 +49,12 @@ SubjectIds = Annotated[list[str] | None, typer.Argument(metavar="ID", help="Subj
 def options(
     context: typer.Context,
     root: Annotated[str | None, typer.Option(help="Folder of the project; else DREAMBOOTH_HOME, here, above.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, of the stages too.")] = False,
 ) -> None:
     """Personalise a text-to-image model from a few photos of a subject."""
     context.obj = root
+    if debug:  # for the stages as well, which are processes of their own
+        os.environ["DREAMBOOTH_DEBUG"] = "1"
 
 
 @app.command()
@@ -320,19 +331,20 @@ def _version(found: "RegisteredVersion") -> str:
 
 
 def main() -> None:
-    """Run the command; an error of its user is a line on stderr and an exit code, with --debug a traceback."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    """Run the command; an error of its user is a line on stderr and an exit code, with --debug after a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file name may hold bytes that are no text
             stream.reconfigure(errors="backslashreplace")
     try:
-        app(arguments, prog_name="dreambooth")
+        app(prog_name="dreambooth")
     except Exception as error:
         told, code = machine_fault(error), MACHINE_FAULT
         if isinstance(error, DreamboothError):
             told, code = f"{error.code}: {error}", error.exit_code
-        if not told or len(arguments) < len(sys.argv) - 1:
+        if not told:
             raise
+        if wants_traceback():
+            sys.stderr.write(redact("".join(traceback.format_exception(error))))
         from flows.tables import print_problems
 
         print_problems(err, *redact(told).split(": ", 1))

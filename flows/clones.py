@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from dreambooth.errors import PipelineError
+from dreambooth.errors import PipelineError, shown
 from dreambooth.folders import scratch_folder, write_file
 from dreambooth.locks import AlreadyRunningError, only_one
 from dreambooth.params import load_params, parse_params, with_values
@@ -73,6 +73,8 @@ def cloned(home: Path, repository: str, revision: str | None) -> Iterator[Path]:
     Raises:
         PipelineError: git cannot clone, or there is no such revision.
     """
+    if revision and revision.startswith("-"):  # to git an option, whoever may start a run
+        raise PipelineError(f"revision: {shown(revision)} begins with -; name a commit or a branch")
     share_folders(home)
     with (
         tempfile.TemporaryDirectory(prefix="clone-", dir=scratch_folder(home), ignore_cleanup_errors=True) as folder,

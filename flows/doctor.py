@@ -16,8 +16,8 @@ import psutil
 from packaging.requirements import Requirement
 
 from dreambooth.consent import PERSON, require_consent
-from dreambooth.errors import DreamboothError
-from dreambooth.folders import WORKS, is_private, scratch_folder
+from dreambooth.errors import DreamboothError, shown
+from dreambooth.folders import PLACES, WORKS, is_private, leftovers, scratch_folder
 from dreambooth.params import Params, load_params
 from dreambooth.tracking import PENDING, unsent
 from flows.clones import copies
@@ -163,6 +163,7 @@ def _scratch(root: Path, params: Params | None) -> Iterator[Finding]:
     if left:
         remedy = f"when nothing runs: rm -r {folder}/{{{','.join(WORKS)}}}-*"
         yield Finding("warning", "scratch", f"left behind by a process that was killed: {', '.join(left)}", remedy)
+    yield from _left_beside(root)
     yield from _copies(root)
     if waiting := len(list(unsent(root).glob(f"*/{PENDING}"))):
         yield Finding("warning", "metrics", f"{waiting} parcels wait for MLflow", "python -m dreambooth.tracking")
@@ -179,6 +180,14 @@ def _scratch(root: Path, params: Params | None) -> Iterator[Finding]:
         named = ", ".join(f"{path.name} ({_bytes_of(path) / 1e9:.1f} GB)" for path in sorted(idle))
         remedy = "continue them with the parameters they began with, or remove their folders"
         yield Finding("warning", "checkpoints", f"of trainings stopped over {IDLE_DAYS} days ago: {named}", remedy)
+
+
+def _left_beside(root: Path) -> Iterator[Finding]:
+    """Name what killed writers left beside the folders of subjects: hidden, with photos or weights in it."""
+    for place in PLACES:
+        if left := [shown(path.name) for path in leftovers(root / place)]:
+            found = f"left behind by a process that was killed: {', '.join(left)}"
+            yield Finding("warning", place, found, f"when nothing runs: rm -r {root / place}/.[!.]*.*")
 
 
 def _copies(root: Path) -> Iterator[Finding]:

@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 
 from dreambooth import erasure, sweeps, versions
-from dreambooth.errors import DreamboothError, ParamsError, SubjectError
-from dreambooth.folders import GENERATION, WORKS, scratch_folder, sha256_of_file, write_file
+from dreambooth.errors import SubjectError
+from dreambooth.folders import GENERATION, PLACES, WORKS, leftovers, scratch_folder, sha256_of_file, write_file
 from dreambooth.locks import AlreadyRunningError, only_one
-from dreambooth.params import check_id, load_params, names_id
+from dreambooth.params import ID_PATTERN, RESERVED_IDS, check_id, names_id
 from dreambooth.pointer import LAID_OUT
 from dreambooth.registry import alone
 from dreambooth.tracking import PENDING, unsent
@@ -24,16 +24,16 @@ from flows import dvcstore, prefectstore, summary
 from flows.check import CHECKED
 from flows.clones import Copy, copies
 from flows.dvcstore import Kept, being_written
+from flows.entries import UnreadError, forget_entry, read_plainly
 from flows.experiments import experiments_of
 from flows.experiments import remove as remove_experiments
-from flows.project import PARAMS, means, read_params_text, write_params_text
+from flows.project import PARAMS
 
 FOLDERS = ("data/subjects/{id}", "build/{id}", "models/{id}", "export/{id}", "reports/{id}")
 FILES = ("data/subjects/{id}.dvc", "metrics/{id}.json")
-LEFTOVERS = ("data/subjects", "models", "export", "reports")  # of killed writers beside their folder: `new_folder`
-HEX = "[0-9a-f]"  # exactly as many as a name has: rex must not take what is of rex-2
+# In the scratch folder exactly as many letters as a name has: rex must not take what is of rex-2.
 SCRATCH = (
-    f"checkpoints/{{id}}-{16 * HEX}", "evaluation/{id}", "latents/{id}", "trackers/{id}",
+    f"checkpoints/{{id}}-{16 * '[0-9a-f]'}", "evaluation/{id}", "latents/{id}", "trackers/{id}",
     *(f"{work}-{{id}}-{8 * '[a-z0-9_]'}" for work in WORKS),
 )  # fmt: skip
 LOCKS = ("locks/train-{id}.*", "locks/evaluate-{id}.*", "register-{id}.lock")
@@ -123,9 +123,8 @@ def erase(root: Path, found: Inventory) -> Path:
             _remove(path)
         _forget_in_lock(root, subject_id)
         _forget_in_gitignore(root, subject_id)
-        _forget_in_params(root, subject_id)
-        others = load_params(root / PARAMS).subjects
-        summary.write_index(root, versions.in_words(root, others))
+        found.out_of_reach += forget_entry(root, subject_id)
+        summary.write_index(root, versions.in_words(root, _others(root)))
         if (root / ".dvc").is_dir():
             dvcstore.forget_names(root)
         receipt = _write_receipt(root, found)
@@ -138,56 +137,12 @@ def erase(root: Path, found: Inventory) -> Path:
 def _idle_class(root: Path, subject_id: str) -> str | None:
     """Return the class that nobody will be of without a subject: `dvc repro` would go on drawing images of it."""
     try:
-        subjects = load_params(root / PARAMS).subjects
-    except DreamboothError:  # whoever forgets a subject need not mend the file before
+        subjects = read_plainly(root)["subjects"]
+    except UnreadError:
         return None
-    classes = {name: subject.class_id for name, subject in subjects.items()}
+    classes = {name: entry.get("class_id") for name, entry in subjects.items() if isinstance(entry, dict)}
     own = classes.pop(subject_id, None)
-    return own if own not in classes.values() else None
-
-
-def without_subject(text: str, subject_id: str) -> str:
-    """Return params.yaml without the lines of a subject, every other byte as it was.
-
-    Only a direct entry of `subjects:` is one: a subject may be called as a field of all others is, kind.
-    """
-    lines = text.splitlines(keepends=True)
-    start = next((number for number, line in enumerate(lines) if re.match(r"subjects\s*:", line)), None)
-    if start is None:
-        return text
-    end = next((number for number in range(start + 1, len(lines)) if _begins_section(lines[number])), len(lines))
-    said = max((number for number in range(start, end) if lines[number].strip()), default=start)
-    section, blank = lines[start + 1 : said + 1], lines[said + 1 : end]
-    depth = next((_width(line) for line in section if _says(line)), 0)  # of the entries, which YAML wants all alike
-    kept, inside = [lines[start]], False
-    for line in section:
-        if _says(line) and _width(line) <= depth:
-            inside = re.match(rf"""(["']?){re.escape(subject_id)}\1\s*:""", line.lstrip()) is not None
-        if not inside or (line.lstrip().startswith("#") and _width(line) <= depth):
-            kept.append(line)
-    if not kept[-1].strip():  # what stood before the entry parts the sections now
-        blank = []
-    return "".join([*lines[:start], *_with_value(kept), *blank, *lines[end:]])
-
-
-def _begins_section(line: str) -> bool:
-    return bool(line.strip()) and line[0] not in " #"
-
-
-def _width(line: str) -> int:
-    return len(line) - len(line.lstrip())
-
-
-def _says(line: str) -> bool:
-    """Tell whether a line has more than space and a comment."""
-    return bool(line.strip()) and not line.lstrip().startswith("#")
-
-
-def _with_value(section: list[str]) -> list[str]:
-    """Say {} where no subject is left: nothing at all would not be a map."""
-    if any(_says(line) for line in section[1:]):
-        return section
-    return [re.sub(r":\s*(#.*)?$", ": {}", section[0].rstrip("\n")) + "\n", *section[1:]]
+    return own if isinstance(own, str) and own not in classes.values() else None
 
 
 def _paths(root: Path, subject_id: str) -> Iterator[Path]:
@@ -195,8 +150,8 @@ def _paths(root: Path, subject_id: str) -> Iterator[Path]:
         path = root / pattern.format(id=subject_id)
         if path.exists() or path.is_symlink():
             yield path
-    for place in LEFTOVERS:
-        yield from (root / place).glob(f".{subject_id}.{8 * HEX}")
+    for place in PLACES:
+        yield from leftovers(root / place, subject_id)
     yield from _in_scratch(root, subject_id, SCRATCH)
     for table in (root / "reports").glob("sweep-*.csv"):
         if sweeps.is_about(table, subject_id):
@@ -306,8 +261,20 @@ def _remove(path: Path) -> None:
 
 
 def _mentions(root: Path, subject_id: str) -> int:
-    in_params = subject_id in load_params(root / PARAMS).subjects
+    try:
+        in_params = subject_id in read_plainly(root)["subjects"]
+    except UnreadError:
+        in_params = names_id((root / PARAMS).read_text(encoding="utf-8", errors="replace"), subject_id)
     return int(in_params) + len(_stages(root, subject_id))
+
+
+def _others(root: Path) -> list[str]:
+    """Return the subjects that there still are: of params.yaml, or those with a report where that tells nothing."""
+    try:
+        names = list(read_plainly(root)["subjects"])
+    except UnreadError:
+        names = [path.parent.name for path in (root / "reports").glob("*/report.json")]
+    return [str(name) for name in names if re.fullmatch(ID_PATTERN, str(name)) and name not in RESERVED_IDS]
 
 
 def _stages(root: Path, subject_id: str) -> list[str]:
@@ -333,17 +300,6 @@ def _forget_in_gitignore(root: Path, subject_id: str) -> None:
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         write_file(path, "".join(line for line in lines if line.strip() != f"/{subject_id}").encode())
-
-
-def _forget_in_params(root: Path, subject_id: str) -> None:
-    before, text = load_params(root / PARAMS), read_params_text(root)
-    if subject_id not in before.subjects:
-        return
-    others = {name: entry for name, entry in before.subjects.items() if name != subject_id}
-    shorter = without_subject(text, subject_id)
-    if not means(shorter, before.model_copy(update={"subjects": others})):
-        raise ParamsError([f"{PARAMS}: subjects.{subject_id} cannot be taken out; delete it by hand, then go on"])
-    write_params_text(root, shorter)
 
 
 def _journal(root: Path, subject_id: str) -> Path:

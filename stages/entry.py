@@ -4,6 +4,7 @@ import argparse
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from dreambooth.consent import require_consent
-from dreambooth.errors import MACHINE_FAULT, DreamboothError, machine_fault
+from dreambooth.errors import MACHINE_FAULT, DreamboothError, machine_fault, wants_traceback
 from dreambooth.interruption import deaf_once_answered, die_with_starter
 from dreambooth.params import check_id, load_params
 from dreambooth.redaction import redact, redact_logs
@@ -42,15 +43,21 @@ def main(run: Run, options: Sequence[str] = ()) -> None:
             require_consent(params, key, root)
             run(params, key, root, **given)
         except DreamboothError as error:
-            if os.environ.get("DREAMBOOTH_DEBUG"):
-                raise
+            _show_traceback(error)
             sys.stderr.writelines(f"{error.code}: {line}\n" for line in redact(str(error)).splitlines())
             raise SystemExit(error.exit_code) from None
         except (OSError, RuntimeError) as error:
-            if os.environ.get("DREAMBOOTH_DEBUG") or not (told := machine_fault(error)):
+            if not (told := machine_fault(error)):
                 raise
+            _show_traceback(error)
             sys.stderr.write(f"{redact(told)}\n")
             raise SystemExit(MACHINE_FAULT) from None
+
+
+def _show_traceback(error: Exception) -> None:
+    """Write where an error came from, if that is asked for, before the line that is for everybody."""
+    if wants_traceback():
+        sys.stderr.write(redact("".join(traceback.format_exception(error))))
 
 
 def say(line: str) -> None:

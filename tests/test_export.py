@@ -1,6 +1,10 @@
 """Every format of an export, loaded again by diffusers, draws the picture of the model that it was made from."""
 
+import ast
+import html
 import json
+import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +13,19 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+import yaml
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from markdown_it import MarkdownIt
 from test_layouts import picture
 from test_lora_formats import ALPHA, TEXT_MODULES, UNET_MODULES, adapt
 from test_methods import run
 from tiny_pipelines import write_sd, write_sdxl
 
 from dreambooth.adapters import EMBEDDINGS_FILE, LORA_FILE, save_lora
+from dreambooth.card import card
+from dreambooth.consent import Consent
 from dreambooth.errors import ExportError, ModelError, ParamsError
-from dreambooth.export import a1111_embedding, require_formats, write_export
+from dreambooth.export import a1111_embedding, generation_defaults, require_formats, write_export
 from dreambooth.folders import sha256_of_file
 from dreambooth.models import load_model, write_pipeline
 from dreambooth.params import parse_params
@@ -285,12 +293,48 @@ def test_the_card_names_files_hashes_parameters_scores_and_licence(
         in card
     )
     assert 'config="export/biscuit")`' in card
-    assert "license: creativeml-openrail-m\n" in card
+    assert 'license: "creativeml-openrail-m"\n' in card
     assert f"| learning_rate | {params_values['train']['learning_rate']} |" in card
     assert "| base.resolution | 32 |" in card
     assert "| prior.kind | images |\n| class images | 5 |" in card
     assert "| prompt fidelity against the base | -0.070 [-0.150, +0.020] |" in card
     assert 'instance_prompt: "a photo of sks dog"' in card
+
+
+@pytest.mark.threat(18)
+@pytest.mark.parametrize("identifier", ['x"y', '");exit(1)#', "`{x}`", "</code>|<b>", "\\", "[a](b)", "EXPORT"])
+def test_a_card_holds_names_as_names_in_its_front_matter_its_snippet_and_its_text(
+    params_values: dict[str, Any], tmp_path: Path, identifier: str
+) -> None:
+    noun, base = "<script>alert(1)</script>: *dog* `", 'data/base/a `b` | c"d'
+    params_values["classes"]["dog"]["class_noun"] = noun
+    params_values["subjects"]["biscuit"]["identifier"] = identifier
+    params_values["base"] |= {"pretrained_model_name_or_path": base, "revision": "a" * 40}
+    params_values["export"]["license"] = 'other: "x" <b>'
+    params, folder = parse_params(params_values), tmp_path / "single_file"
+    folder.mkdir()
+    (folder / "biscuit.safetensors").touch()
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    consent = Consent(who="<i>me</i>", given=date(2026, 1, 1), purpose="[x](http://x)", until=date(2027, 1, 1))
+    defaults = generation_defaults(params, "biscuit")
+    text = card(tmp_path, "biscuit", params, "b" * 64, METRICS, defaults, consent, "textual_inversion")
+    _, front, body = text.split("---\n", 2)
+    told = yaml.safe_load(front)
+    assert (told["instance_prompt"], told["base_model"]) == (f"a photo of {identifier} {noun}", base)
+    assert told["license"] == 'other: "x" <b>'
+    loading, drawing = ast.parse(body.partition("```python\n")[2].partition("\n```")[0]).body[1:]
+    assert isinstance(loading, ast.Assign)
+    assert isinstance(drawing, ast.Expr)
+    assert isinstance(drawing.value, ast.Call)
+    assert ast.literal_eval(drawing.value.args[0]) == f"a photo of {identifier} {noun}"
+    page = MarkdownIt("commonmark").enable("table").render(body)
+    ours = r"</?(?:h1|p|pre|code(?: class=\"language-python\")?|table|thead|tbody|tr|t[hd])>"
+    assert re.findall(r"<[^>]*>", re.sub(ours, "", page)) == []
+    assert page.count("<code") == page.count("</code>")
+    row = next(line for line in page.splitlines() if "from_single_file" in line)
+    assert html.escape(f"config={json.dumps(base)})") in row
+    assert f"<h1>biscuit: a {html.escape(noun)} called {html.escape(identifier)}</h1>" in page
+    assert "revision " + "a" * 40 in page
 
 
 def test_a_format_that_the_method_does_not_fill_is_refused_before_anything_runs(params_values: dict[str, Any]) -> None:

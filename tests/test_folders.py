@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from dreambooth.folders import (
+    HomelessError,
     TornFolderError,
+    cache_folder,
     content_hash,
     new_folder,
     read_manifest,
@@ -98,6 +100,27 @@ def test_the_scratch_folder_is_private(tmp_path: Path, monkeypatch: pytest.Monke
     assert scratch_folder(tmp_path).stat().st_mode & 0o777 == 0o700
     monkeypatch.setenv("DREAMBOOTH_SCRATCH", str(tmp_path / "elsewhere"))
     assert scratch_folder(tmp_path) == tmp_path / "elsewhere"
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be a user that nothing is known of but a number, as in a container with any user id."""
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 54321)
+
+
+@pytest.mark.usefixtures("homeless")
+@pytest.mark.fault(42)
+def test_a_user_without_a_home_needs_a_folder_for_caches_and_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DREAMBOOTH_CACHE", str(tmp_path / "named"))
+    assert cache_folder() == tmp_path / "named"
+    for named, said in (("", "a folder for caches"), ("~/caches", "~/caches")):
+        monkeypatch.setenv("DREAMBOOTH_CACHE", named)
+        with pytest.raises(HomelessError, match=f"^{said}: the user 54321 has no home; set DREAMBOOTH_CACHE"):
+            cache_folder()
 
 
 @pytest.mark.parametrize(("mask", "file_mode", "folder_mode"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])

@@ -24,6 +24,7 @@ STAGES = ("prior", "validate", "train", "evaluate", "report", "export")
 WITHOUT_EFFECT = {
     "dreambooth/__init__.py",
     "dreambooth/errors.py",
+    "dreambooth/hub.py",  # why something could not be fetched
     "dreambooth/identifiers.py",  # warns of a word
     "dreambooth/interruption.py",
     "dreambooth/locks.py",

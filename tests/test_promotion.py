@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from registered import BISCUIT, add_champion, command, write_evaluation, write_export, write_project
 
-from dreambooth import aliases, tracking
+from dreambooth import aliases, health, tracking
 from dreambooth.errors import ConsentError, GateError, RegistryError
 from dreambooth.folders import new_folder, read_manifest, sha256_of
 from dreambooth.params import Params, load_params
@@ -23,6 +23,7 @@ from flows import promote as flow
 
 # Version 1 is as good as version 3; version 2 is better than both.
 IDENTITIES = {1: 0.5, 2: 0.6, 3: 0.5}
+BY_HAND = ({"action": "bless"}, {"to": "the last"}, {"from": "?"})  # what makes an entry of the log none
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,25 @@ def test_a_better_version_becomes_the_champion_and_one_that_is_no_better_does_no
     assert (refusal.action, refusal.after, refusal.verdict) == ("refuse", 3, "keep")
     assert refusal.reason == tags(root, 3)["dreambooth.reason"]
     assert promote(root, params, BISCUIT, 2).champion == champion(root) == 2
+
+
+def test_versions_that_somebody_made_in_the_log_by_hand_count_for_nothing_and_are_named(
+    root: Path, params: Params
+) -> None:
+    promote(root, params, BISCUIT, 1)
+    client, whole = tracking.connect(root)[0], {"action": "promote", "alias": CHAMPION, "from": "1", "to": "2"}
+    made = []
+    for wrong in ({}, {"action": "promote"}, *(whole | change for change in BY_HAND)):
+        told = {f"dreambooth.{key}": value for key, value in wrong.items()}
+        entry = client.create_model_version(aliases.log_name(BISCUIT), f"models:/{BISCUIT}/2", tags=told)
+        made.append(int(entry.version))
+    assert aliases.foreign(client, BISCUIT) == made
+    assert [entry.after for entry in aliases.recover(root, BISCUIT) if entry.alias == CHAMPION] == [1]
+    assert promote(root, params, BISCUIT, 2).champion == champion(root) == 2
+    assert rollback(root, params, BISCUIT).champion == 1
+    (fact,) = [fact for fact in health.examine(root, [BISCUIT]) if fact[1] == f"log of {BISCUIT}"]
+    assert fact[0] == "warning"
+    assert fact[2] == f"no entries, and passed over: version {', '.join(map(str, made))}"
 
 
 def test_the_challenger_is_promoted_where_no_version_is_named(root: Path, params: Params) -> None:

@@ -1,6 +1,7 @@
 """The evaluation prompts: their grammar, and the lists in data/prompts."""
 
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -8,8 +9,8 @@ from pathlib import Path
 import pytest
 from tiny_project import REPOSITORY
 
-from dreambooth.errors import EvaluationError
-from dreambooth.prompts import fill, load_templates, with_article
+from dreambooth.errors import EvaluationError, PhotosError
+from dreambooth.prompts import fill, load_templates, read_caption, with_article
 from dreambooth.vocabulary import VOCABULARY, read_vocabulary
 
 PROMPTS = REPOSITORY / "data/prompts"
@@ -101,3 +102,15 @@ def test_photo_prompts_are_not_those_of_the_bundled_model() -> None:
             {t.prompt for t in load_templates(PROMPTS / scale / f"{kind}.csv")} for scale in ("bundled", "photo")
         )
         assert not bundled & photo
+
+
+@pytest.mark.threat(1, 9)
+def test_a_caption_that_never_ends_or_is_a_whole_disk_is_refused_without_reading_it(tmp_path: Path) -> None:
+    (tmp_path / "large.txt").touch()
+    os.truncate(tmp_path / "large.txt", 10**12)
+    (tmp_path / "endless.txt").symlink_to("/dev/zero")
+    for name, said in (("large.txt", "has more than 1048576 bytes"), ("endless.txt", "is no file")):
+        with pytest.raises(
+            PhotosError, match=rf"{name}: the caption cannot be read .*{said}.*; write one line in UTF-8"
+        ):
+            read_caption(tmp_path / name)

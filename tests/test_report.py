@@ -231,6 +231,41 @@ def test_what_was_not_measured_says_so(sources: tuple[Sources, dict[str, Any]]) 
     assert "Not measured" in report.prior
 
 
+@pytest.mark.fault(43)
+def test_a_picture_that_is_missing_or_torn_is_a_gap_that_says_so(
+    sources: tuple[Sources, dict[str, Any]], tmp_path: Path
+) -> None:
+    where, metrics = sources
+    copy = Path(shutil.copytree(where.evaluation, tmp_path / "evaluation"))
+    for name in ("personalised/000.png", "class/base/001.png", "grid.png"):
+        (copy / name).unlink()
+    (copy / "base/002.png").write_bytes((copy / "base/002.png").read_bytes()[:100])
+    decision = decide(*(read_scorecard(copy, name) for name in ("personalised", "base")), MARGINS)
+    (tmp_path / "page").mkdir()
+    write_report(tmp_path / "page", "biscuit", dataclasses.replace(where, evaluation=copy), metrics, decision, 0.03)
+    text = (tmp_path / "page/index.html").read_text()
+    shown = re.findall(r'alt="(\w+: \w+)".*?<figcaption>[^<]*, picture (\w+)</figcaption>', text)
+    assert set(shown) == {("personalised: missing", "missing"), ("base: missing", "missing"), ("base: torn", "torn")}
+    assert not (tmp_path / "page/grid.png").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b'{"title": "x"}', None])
+def test_a_report_of_another_subject_that_cannot_be_read_stops_no_index(tmp_path: Path, content: bytes | None) -> None:
+    told = {"title": "biscuit: a dog", "decision": {"line": "keep"}}
+    told["metrics"] = {"identity": {"base": 0.1, "personalised": 0.2}}
+    for name in ("biscuit", "rex"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "biscuit/report.json").write_text(json.dumps(told))
+    if content is None:
+        (tmp_path / "rex/report.json").mkdir()
+    else:
+        (tmp_path / "rex/report.json").write_bytes(content)
+    write_index(tmp_path, {"biscuit": "v1"})
+    text = (tmp_path / "index.html").read_text()
+    assert "0.100 -&gt; 0.200" in text
+    assert "dvc repro report@rex" in text
+
+
 def test_with_scored_previews_the_plot_has_a_point_a_step_and_a_choice(
     sources: tuple[Sources, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ import yaml
 from tiny_project import REPOSITORY, add_photos
 
 from dreambooth import tracking  # noqa: F401 - sets what MLflow may do
-from dreambooth.errors import EvaluationError, ModelError, ParamsError
+from dreambooth.errors import EvaluationError, ModelError, ParamsError, PipelineError
 from dreambooth.folders import (
     TornFolderError,
     cache_folder,
@@ -30,6 +30,7 @@ from dreambooth.models import check_model_folder
 from dreambooth.params import load_params, parse_params
 from dreambooth.pointer import resolve
 from dreambooth.prompts import load_templates
+from flows.clones import cloned
 from flows.doctor import _scratch
 from stages import validate
 
@@ -58,6 +59,21 @@ def test_every_picture_is_opened_with_a_list_of_formats() -> None:
     assert {re.sub(r"\W", "", formats) for formats in foreign} == {"PNG"}  # all but photos are pictures of our own
 
 
+def is_list(command: ast.expr, path: Path) -> bool:
+    """Tell whether a command is a list, or a name that its file gives to lists alone."""
+    if isinstance(command, ast.List):
+        return True
+    if not isinstance(command, ast.Name):
+        return False
+    given = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Assign) and command.id in map(ast.unparse, node.targets):
+            given.append(isinstance(node.value, ast.List))
+        if isinstance(node, ast.arg) and node.arg == command.id and node.annotation is not None:
+            given.append(ast.unparse(node.annotation) in ("list[str]", "Sequence[str]"))
+    return bool(given) and all(given)
+
+
 @pytest.mark.threat(8)
 def test_no_shell_is_started_and_no_text_is_run() -> None:
     forbidden = {"eval", "exec", "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
@@ -66,8 +82,17 @@ def test_no_shell_is_started_and_no_text_is_run() -> None:
             assert name_of(call) not in forbidden, path
             assert keywords(call).get("shell", "False") == "False", path
             if name_of(call) in ("subprocess.run", "subprocess.Popen"):
-                first = call.args[0]
-                assert isinstance(first, ast.List | ast.Name), f"{path}: a command is a list"
+                assert is_list(call.args[0], path), f"{path}: a command is a list"
+
+
+@pytest.mark.threat(8)
+@pytest.mark.parametrize("revision", ["--orphan=x", "-"])
+def test_a_revision_that_git_would_take_for_an_option_is_refused_before_anything_is_cloned(
+    tmp_path: Path, revision: str
+) -> None:
+    with pytest.raises(PipelineError, match=f"revision: {revision} begins with -"), cloned(tmp_path, "x", revision):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.threat(11, 13)
@@ -81,8 +106,26 @@ def test_nothing_is_unpickled_and_no_code_of_others_is_asked_for() -> None:
         for call in calls(path):
             if name_of(call) == "torch.load":
                 assert keywords(call).get("weights_only") == "True", path
-            if name_of(call).endswith("Model.from_pretrained") or name_of(call).startswith("AutoencoderKL.from_"):
-                assert keywords(call).get("use_safetensors") == "True", f"{path}: {ast.unparse(call)}"
+
+
+@pytest.mark.threat(11)
+def test_weights_are_loaded_from_safetensors_but_for_two_encoders_whose_pickles_are_read_as_weights_only() -> None:
+    """A function that is handed on to be called elsewhere, `_load(ViTModel.from_pretrained, ...)`, is one as well."""
+    pickled = set()
+    for path in CODE:
+        used = [
+            (ast.unparse(node), keywords(call))
+            for call in calls(path)
+            for node in (call.func, *call.args, *(word.value for word in call.keywords))
+            if isinstance(node, ast.Attribute) and node.attr == "from_pretrained"
+        ]
+        named = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)]
+        assert len(used) == sum(node.attr == "from_pretrained" for node in named), f"{path}: kept to be called later"
+        for loader, given in used:
+            if "Tokenizer" not in loader and given.get("use_safetensors") != "True":
+                assert given.get("weights_only") == "True", f"{path}: {loader}"
+                pickled.add((path.name, loader))
+    assert pickled == {("hub_encoders.py", f"{kind}.from_pretrained") for kind in ("ViTModel", "CLIPModel")}
 
 
 @pytest.mark.threat(11)

@@ -70,6 +70,24 @@ def test_too_few_photos_leave_nothing_behind(project: Path, tmp_path: Path) -> N
     assert everything(project) == before
 
 
+@pytest.mark.threat(1)
+@pytest.mark.parametrize("limit", ["max_count", "max_total_bytes"])
+def test_too_many_photos_or_bytes_are_refused_before_one_is_copied(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    make_photos(tmp_path / "camera", 3)
+    values = yaml.safe_load((project / "params.yaml").read_text())
+    values["photos"] |= {"min_count": 2, limit: 2 if limit == "max_count" else 1024}
+    with (tmp_path / "camera/large.jpg").open("wb") as file:
+        file.truncate(10**12)  # a whole disk, named by mistake: no file system for tests holds its copy
+    (project / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    monkeypatch.setattr("shutil.copyfile", lambda *_: pytest.fail("copied"))
+    before = everything(project)
+    with pytest.raises(PhotosError, match=rf"camera has .* more than photos\.{limit} "):
+        add_subject(project, TOM, [tmp_path / "camera"])
+    assert everything(project) == before
+
+
 def test_a_photo_that_is_none_is_named_where_the_user_has_it(project: Path, tmp_path: Path) -> None:
     make_photos(tmp_path / "camera", 3)
     (tmp_path / "camera" / "my torn.jpg").write_bytes(b"\xff\xd8\xff")

@@ -51,7 +51,24 @@ def test_the_project_is_found_from_below_and_by_name(project: Path, tmp_path: Pa
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    assert "Traceback" in dreambooth(tmp_path, "status", "--debug").stderr
+    done = dreambooth(tmp_path, "--debug", "status")
+    assert done.returncode == 9
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.splitlines()[-1].startswith("E_PIPELINE: no dvc.yaml")
+
+
+def test_debug_is_the_value_of_an_option_where_it_stands_as_one(tmp_path: Path) -> None:
+    done = dreambooth(tmp_path, "sweep", "rex", "--name", "--debug")
+    assert done.stderr.startswith("E_PIPELINE: no dvc.yaml")
+
+
+def test_debug_reaches_the_stages(project: Path) -> None:
+    told = (
+        (project / "dvc.yaml").read_text().replace("python toy.py validate", "echo debug=$DREAMBOOTH_DEBUG; exit 3 #")
+    )
+    (project / "dvc.yaml").write_text(told)
+    assert "debug=1" in dreambooth(project, "--debug", "run", "rex").stderr
+    assert "debug=1" not in dreambooth(project, "run", "rex").stderr
 
 
 @pytest.mark.fault(13)

@@ -23,14 +23,15 @@ from dreambooth.params import names_id
 from flows import dvcstore, prefectstore
 from flows.check import check
 from flows.clones import OWNER, ROBOT, git
+from flows.doctor import _left_beside
 from flows.dvcstore import _names
+from flows.entries import without_subject
 from flows.forget import (
     _left_copies,
     _refuse_beside_copies,
     _refuse_beside_stages,
     erase,
     inventory,
-    without_subject,
 )
 
 SUBJECT, IN_NAME, IN_BYTES = "zq7canary", "kanarienvogel", b"CANARY-5d1f0e"
@@ -103,6 +104,28 @@ def test_an_entry_that_no_lines_can_be_taken_from_is_said_and_not_passed_over(pr
     with pytest.raises(ParamsError, match=r"subjects\.rex cannot be taken out; delete it by hand, then go on"):
         erase(project, inventory(project, "rex"))
     assert (project / "params.yaml").read_text() == text
+
+
+@pytest.mark.usefixtures("no_prefect")
+@pytest.mark.threat(23)
+@pytest.mark.parametrize("broken", ["unknown: 1\n", "photos: 1\nsubjects: [\n"])
+def test_a_subject_is_forgotten_though_params_are_not_valid_and_what_cannot_be_read_is_said(
+    project: Path, broken: str
+) -> None:
+    before = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(before + broken)
+    readable = broken.startswith("unknown")
+    found = inventory(project, "rex")
+    assert found.places["entries of params.yaml, dvc.lock"] == 1
+    receipt = erase(project, found)
+    assert not (project / "data/subjects/rex").exists()
+    assert (project / "params.yaml").read_text() == (
+        without_subject(before + broken, "rex") if readable else before + broken
+    )
+    unread = [line for line in json.loads(receipt.read_text())["out_of_reach"] if "params.yaml" in line]
+    assert len(unread) == (0 if readable else 1)
+    assert all(line.startswith("params.yaml, which cannot be read (line ") for line in unread)
+    assert all(line.endswith("take out by hand what it says of ID") for line in unread)
 
 
 def lay_out(root: Path, subject_id: str, export_hash: str) -> Path:
@@ -213,7 +236,7 @@ def forget(root: Path, home: Path, *arguments: str, before: str = "") -> "subpro
 
 def leave_behind(root: Path, subject_id: str) -> list[Path]:
     """Make what killed processes leave of a subject; return the folders."""
-    hidden = [f"{place}/.{subject_id}.0123abcd" for place in ("data/subjects", "models", "export", "reports")]
+    hidden = [f"{place}/.{subject_id}.0123abcd" for place in ("models", "export", "reports", "metrics")]
     working = [f".scratch/{work}-{subject_id}-a1_b2c3d" for work in ("upload", "download", "scores")]
     kept = [f".scratch/checkpoints/{subject_id}-{'0123456789abcdef'}", f".scratch/evaluation/{subject_id}"]
     folders = [root / name for name in (*hidden, *working, *kept)]
@@ -221,6 +244,46 @@ def leave_behind(root: Path, subject_id: str) -> list[Path]:
         folder.mkdir(parents=True)
         (folder / "content").write_bytes(IN_BYTES)
     return folders
+
+
+def killed(root: Path, program: str, *arguments: str) -> None:
+    """Run a program that kills itself where it says so."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])}
+    command = [sys.executable, "-c", f"from processes import kill_this_process_in as kill_in\n{program}", *arguments]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def kill_adding(root: Path, photos: Path, subject_id: str) -> None:
+    """Kill a real `dreambooth add` once it has copied the photos."""
+    program = "import flows.add, flows.cli\nkill_in(flows.add, 'check_photos', 0)\nflows.cli.main()\n"
+    killed(root, program, "add", subject_id, str(photos), "--class-noun", "dog", "--force")
+
+
+@pytest.mark.usefixtures("no_prefect")
+@pytest.mark.threat(23)
+def test_what_a_killed_add_and_a_killed_writer_left_is_named_and_erased(project: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "camera"
+    make_photos(photos, 3)
+    for subject_id in ("tom", "tom-2"):
+        kill_adding(project, photos, subject_id)
+        program = "import sys, shutil, dreambooth.folders as f\nfrom pathlib import Path\nplace = Path(sys.argv[1])\n"
+        program += "with f.new_folder(place): pass\nkill_in(shutil, 'rmtree', 0)\nwith f.new_folder(place): pass\n"
+        killed(project, program, f"models/{subject_id}")
+        shutil.rmtree(project / "models" / subject_id)
+    (ours, theirs), (old, their_old) = (
+        sorted((project / place).glob(".tom*"), key=lambda path: "tom-2" in path.name)
+        for place in ("data/subjects", "models")
+    )
+    assert len(list(ours.rglob("*.png"))) == 3
+    assert old.name.startswith(".tom.old.")
+    findings = {one.what: one for one in _left_beside(project)}
+    assert ours.name in findings["data/subjects"].found
+    assert old.name in findings["models"].found
+    erase(project, inventory(project, "tom"))
+    assert [path.exists() for path in (ours, old, theirs, their_old)] == [False, False, True, True]
+    for ignored in (["git", "check-ignore", "-q"], [sys.executable, "-m", "dvc", "check-ignore", "-q"]):
+        subprocess.run([*ignored, f"data/subjects/{ours.name}/photos/00.png"], cwd=REPOSITORY, check=True)
 
 
 def test_what_a_stage_is_writing_is_not_erased_and_what_a_killed_one_wrote_is(project: Path) -> None:
@@ -380,6 +443,9 @@ def test_nothing_of_a_forgotten_subject_is_left_and_the_other_champion_still_loa
     assert all(list(found_in(folder)) for folder in everywhere[:3])
     others = leave_behind(project, f"{SUBJECT}-2")
     leave_behind(project, SUBJECT)
+    for subject_id in (f"{SUBJECT}-2", SUBJECT):
+        kill_adding(project, photos, subject_id)
+    others += (project / "data/subjects").glob(f".{SUBJECT}-2.*")
     left_copies(project)
     before = {path: path.stat().st_mtime_ns for path in project.rglob("*") if ".scratch" not in path.parts}
 
