@@ -157,7 +157,7 @@ def read_scorecard(folder: Path, model: str) -> Scorecard:
             how=about["how"],
             prompts=parts["prompts"],
             pres=parts["class_images"]["pres"].to_list(),
-            copy_rate=float(parts["scores"]["copy"].mean()),
+            copy_rate=float(parts["scores"]["copy"].mean(skipna=False)),  # a blank cell is no picture without a copy
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvaluationError(

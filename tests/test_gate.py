@@ -203,13 +203,17 @@ def test_mean_is_higher_would_promote_half_of_the_equal_ones() -> None:
     assert np.mean(higher) == pytest.approx(0.5, abs=0.11)
 
 
-def test_a_scorecard_is_read_from_the_folder_of_an_evaluation(tmp_path: Path) -> None:
-    wanted = card(identity=0.1)
+def write_card(folder: Path, wanted: Scorecard, **cells: list[Any]) -> None:
+    """Write what an evaluation leaves of one model, with these columns in scores.csv."""
     models = {"personalised": {"model": "m", "is_base": False, "safety": "not checked"}}  # the key of older ones
-    (tmp_path / "evaluation.json").write_text(json.dumps({"how": HOW, "models": models}))
-    wanted.prompts.assign(model="personalised").to_csv(tmp_path / "prompts.csv", index=False)
-    pd.DataFrame({"pres": wanted.pres, "model": "personalised"}).to_csv(tmp_path / "class_images.csv", index=False)
-    pd.DataFrame({"copy": [False, True], "model": "personalised"}).to_csv(tmp_path / "scores.csv", index=False)
+    (folder / "evaluation.json").write_text(json.dumps({"how": HOW, "models": models}))
+    wanted.prompts.assign(model="personalised").to_csv(folder / "prompts.csv", index=False)
+    pd.DataFrame({"pres": wanted.pres, "model": "personalised"}).to_csv(folder / "class_images.csv", index=False)
+    pd.DataFrame(cells).assign(model="personalised").to_csv(folder / "scores.csv", index=False)
+
+
+def test_a_scorecard_is_read_from_the_folder_of_an_evaluation(tmp_path: Path) -> None:
+    write_card(tmp_path, card(identity=0.1), copy=[False, True])
     found = read_scorecard(tmp_path, "personalised")
     assert found.copy_rate == 0.5
     assert verdict(dataclasses.replace(found, copy_rate=0.0)) == "promote"
@@ -218,3 +222,11 @@ def test_a_scorecard_is_read_from_the_folder_of_an_evaluation(tmp_path: Path) ->
     (tmp_path / "scores.csv").unlink()
     with pytest.raises(EvaluationError, match="evaluate again"):
         read_scorecard(tmp_path, "personalised")
+
+
+@pytest.mark.fault(32)
+@pytest.mark.threat(22)
+def test_a_picture_of_which_it_is_not_known_whether_it_is_a_copy_keeps_the_champion(tmp_path: Path) -> None:
+    write_card(tmp_path, card(identity=0.5), copy=[False, None, False])
+    found = decide(read_scorecard(tmp_path, "personalised"), card(), MARGINS)
+    assert (found.verdict, found.line) == ("keep", "keep: copies were not measured")
