@@ -18,7 +18,7 @@ from dreambooth.gate import Scorecard, decide, numbers, read_scorecard
 from dreambooth.grid import STRIP_TILE, grid
 from dreambooth.images import png_bytes
 from dreambooth.pages import data_uri, render
-from dreambooth.params import Gate
+from dreambooth.params import MIN_PROMPTS, Gate
 
 MOST, LEAST = 3, 3  # prompts that are shown: those with the most and the least identity against the champion
 COLUMNS = ("measure", "base", "champion", "candidate", "candidate - champion")
@@ -108,8 +108,13 @@ def score_rows(cards: Sequence[Scorecard], confidence: float) -> list[list[str]]
         "diversity": ("diversity", [card.prompts["diversity"].mean() for card in cards]),
         "pres_rise": ("PRES (less is better)", [pd.Series(card.pres, dtype=float).mean() for card in cards]),
     }
+    has_interval = _has_interval(candidate)
     rows = [
-        [label, *(_number(value) for value in values), _difference(found.get(name), are_alike)]
+        [
+            label,
+            *(_number(value) for value in values),
+            _difference(found.get(name), are_alike, has_interval or name == "pres_rise"),
+        ]
         for name, (label, values) in means.items()
     ]
     rates = [card.copy_rate for card in cards]
@@ -195,17 +200,24 @@ def _number(value: float) -> str:
     return MISSING if pd.isna(value) else f"{value:.3f}"
 
 
-def _difference(interval: Mapping[str, Any] | None, are_alike: bool) -> str:
+def _has_interval(card: Scorecard) -> bool:
+    """Whether an interval over its prompts says anything."""
+    return len(evaluation.counted(card.prompts)) >= MIN_PROMPTS
+
+
+def _difference(interval: Mapping[str, Any] | None, are_alike: bool, has_interval: bool) -> str:
     if not are_alike:
         return NOT_COMPARABLE
-    return numbers(interval) if interval else MISSING
+    if interval is None:
+        return MISSING
+    return numbers(interval) if has_interval else f"{interval['mean']:+.3f}"
 
 
 def _note(candidate: Scorecard, are_alike: bool, confidence: float, shown: int, has_sheet: bool) -> str:
     counted = len(evaluation.counted(candidate.prompts))
+    intervals = f"with {confidence:.0%} intervals over prompts" if _has_interval(candidate) else "too few for intervals"
     scores = (
-        f"Differences at the same prompts and noise, with {confidence:.0%} intervals over prompts; the identity over "
-        f"the {counted} prompts that count."
+        f"Differences at the same prompts and noise, {intervals}; the identity over the {counted} prompts that count."
         if are_alike
         else "The two were evaluated differently, so that their numbers cannot be subtracted; a promotion scores both "
         "again where the candidate was trained."

@@ -19,7 +19,7 @@ from dreambooth.encoders import FeatureReader, ImageEncoder, ImageTextEncoder, l
 from dreambooth.errors import EvaluationError
 from dreambooth.fidelity import Interval
 from dreambooth.images import both_hashes, hash_distance, perceptual_hash
-from dreambooth.intervals import in_interval
+from dreambooth.intervals import over_prompts
 from dreambooth.params import MIN_PROMPTS
 
 MIN_COUNTED = 2  # an interval needs a spread
@@ -369,8 +369,7 @@ def choose_step(points: pd.DataFrame, drop: float) -> int | None:
 def headline(metrics: dict[str, Any]) -> str:
     """Say in one line what the interval of the identity says, and no more."""
     identity, prompts_counted = metrics["identity"], metrics["prompts"]
-    gain = in_interval(identity["gain"], identity["low"], identity["high"])
-    numbers = f"{gain} over {prompts_counted} prompts"
+    numbers = f"{over_prompts(identity, prompts_counted)} over {prompts_counted} prompts"
     if prompts_counted < MIN_PROMPTS:
         return f"identity {numbers}: too few prompts to tell, under {MIN_PROMPTS} an interval says little"
     if identity["low"] > 0:

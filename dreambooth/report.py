@@ -1,6 +1,7 @@
 """Show one evaluation to people: one HTML file that holds all of its pictures, with JSON, CSV and curves beside it."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,8 +17,9 @@ from dreambooth.fidelity import COPY_DISTANCE
 from dreambooth.folders import write_file
 from dreambooth.gate import Decision
 from dreambooth.images import read_prepared
-from dreambooth.intervals import in_interval
+from dreambooth.intervals import in_interval, name_difference, over_prompts
 from dreambooth.pages import Picture, data_uri, file_picture, picture_of, render
+from dreambooth.params import MIN_PROMPTS
 
 WORST = 5
 NEAREST = 24  # pictures beside their nearest photo
@@ -140,10 +142,11 @@ def make_report(title: str, sources: Sources, metrics: Mapping[str, Any], decisi
 
 def summary_table(metrics: Mapping[str, Any]) -> Table:
     """Set the base beside the personalised model, a line a measure; what was not measured says so."""
-    rows = []
+    rows, prompts = [], metrics["prompts"]
     for name in MEASURES:
         found = metrics.get(name)
-        rows.append([name, *_base_and_model(found), _gain(found)] if found else [name, "", "", "not measured"])
+        told = [*_base_and_model(found), over_prompts(found, prompts)] if found else ["", "", "not measured"]
+        rows.append([name, *told])
     copying, prior = metrics["copying"], metrics.get("prior")
     rows.append(["copies", f"{copying['rate_base']:.0%}", f"{copying['rate']:.0%}", ""])
     rows.append(
@@ -151,8 +154,8 @@ def summary_table(metrics: Mapping[str, Any]) -> Table:
         if prior
         else ["PRES", "", "", "not measured"]
     )
-    interval = f"difference, {metrics['confidence']:.0%} interval"
-    return Table(["measure", "base", "personalised", interval], rows, numbers=(1, 2, 3))
+    difference = name_difference(prompts, metrics["confidence"])
+    return Table(["measure", "base", "personalised", difference], rows, numbers=(1, 2, 3))
 
 
 def grid_rows(evaluation: Path, scores: pd.DataFrame, models: Sequence[str]) -> Iterable[dict[str, Any]]:
@@ -279,7 +282,8 @@ def read_points(evaluation: Path, metrics: Mapping[str, Any], shipped: int | Non
 
     Returns:
         label, identity, identity_error, prompt, prompt_error, the errors being half widths of the interval of the
-        difference from the last step, or from the base; None where the prompt fidelity is missing.
+        difference from the last step, or from the base (NaN over too few prompts); None where the prompt fidelity is
+        missing.
     """
     path = evaluation / "checkpoints.csv"
     if path.exists():
@@ -290,6 +294,8 @@ def read_points(evaluation: Path, metrics: Mapping[str, Any], shipped: int | Non
         return None
     identity, prompt = metrics["identity"], metrics["prompt"]
     errors = [(one["high"] - one["low"]) / 2 for one in (identity, prompt)]
+    if metrics["prompts"] < MIN_PROMPTS:
+        errors = [math.nan, math.nan]
     rows = [
         ("base", identity["base"], 0.0, prompt["base"], 0.0),
         ("personalised", identity["personalised"], errors[0], prompt["personalised"], errors[1]),
@@ -339,10 +345,6 @@ def _base_and_model(found: Mapping[str, Any]) -> list[str]:
     return [f"{found['base']:.3f}", f"{found['personalised']:.3f}"]
 
 
-def _gain(found: Mapping[str, Any]) -> str:
-    return in_interval(found["gain"], found["low"], found["high"])
-
-
 def _cell(value: Any, column: str) -> str:
     if pd.isna(value):
         return ""
@@ -384,10 +386,8 @@ def _tradeoff_note(points: pd.DataFrame | None, drop: float, shipped: int | None
         return "Not drawn: the prompt fidelity was not measured."
     means = "Up: more like the subject. Right: more like the prompt."
     if "step" not in points:
-        return (
-            f"{means} One point a model, bars: the interval of the difference from the base; with train.preview_steps "
-            "the report shows one a step."
-        )
+        bars = "" if points["identity_error"].isna().any() else ", bars: the interval of the difference from the base"
+        return f"{means} One point a model{bars}; with train.preview_steps the report shows one a step."
     about = (
         f"{means} One point a step, by its previews of {points['prompts'].iloc[0]} prompts; bars: the interval of the "
         "difference from the last step, at the same prompts and noise."

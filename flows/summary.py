@@ -5,12 +5,13 @@ import html
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth.errors import DreamboothError
 from dreambooth.folders import read_manifest, sha256_of
+from dreambooth.intervals import over_prompts
 from dreambooth.params import Params
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class Identity:
     high: float
     ceiling: float
     """Of the photos among themselves."""
+    prompts: int
+    """That count for it."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,9 @@ def read_summary(root: Path, params: Params, subject_id: str) -> Summary:
 def read_identity(path: Path) -> Identity | None:
     """Read the identity scores of metrics/<subject>.json; None before the first evaluation."""
     try:
-        scores: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["identity"]
-        return Identity(**{name: float(scores[name]) for name in Identity.__dataclass_fields__})
+        metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        scores = {name: float(metrics["identity"][name]) for name in Identity.__dataclass_fields__ if name != "prompts"}
+        return Identity(**scores, prompts=int(metrics["prompts"]))
     except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
         return None
 
@@ -133,7 +137,7 @@ def rows(summary: Summary) -> list[tuple[str, str]]:
     if identity := summary.identity:
         found += [
             ("identity", f"{identity.base:.3f} (base) -> {identity.personalised:.3f} (personalised)"),
-            ("gain", f"{identity.gain:+.3f}, between {identity.low:+.3f} and {identity.high:+.3f}"),
+            ("gain", f"{over_prompts(asdict(identity), identity.prompts)} over {identity.prompts} prompts"),
             ("floor / ceiling", f"{identity.base:.3f} (base) / {identity.ceiling:.3f} (photos among themselves)"),
         ]
     if summary.verdict:

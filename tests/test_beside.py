@@ -1,5 +1,6 @@
 """Candidate beside champion: the same prompts and noise, the differences of the gate, nothing invented."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -10,7 +11,7 @@ import yaml
 from PIL import Image
 from tiny_project import REPOSITORY
 
-from dreambooth.beside import COLUMNS, Beside, Side, choose_prompts, lay_beside
+from dreambooth.beside import COLUMNS, Beside, Side, choose_prompts, lay_beside, score_rows
 from dreambooth.gate import decide, read_scorecard
 from dreambooth.params import parse_params
 from flows import summary
@@ -77,6 +78,18 @@ def test_the_difference_of_each_measure_is_the_one_that_the_gate_bounds(sides: t
     assert f"identity {identity['candidate - champion']}" in decision.line
     assert rows["prompt fidelity"]["candidate - champion"].startswith("+0.000")
     assert rows["copies of photos"]["candidate - champion"] == "+0 points"
+
+
+def test_over_fewer_than_six_prompts_differences_stand_without_an_interval(sides: tuple[Side, Side]) -> None:
+    candidate, champion = (read_scorecard(side.folder, side.model) for side in sides)
+    few = [dataclasses.replace(card, prompts=card.prompts[:5]) for card in (champion, champion, candidate)]
+    rows = {row[0]: row[-1] for row in score_rows(few, 0.95)}
+    assert rows["identity"] == "+0.020"
+    assert "[" in rows["PRES (less is better)"]  # over class images
+    for side in sides:
+        table = pd.read_csv(side.folder / "prompts.csv")
+        table[table["prompt"] < "prompt 5"].to_csv(side.folder / "prompts.csv", index=False)
+    assert "too few for intervals" in lay(sides).note
 
 
 def test_a_row_has_the_photo_and_the_three_models_at_the_same_noise(sides: tuple[Side, Side]) -> None:

@@ -207,7 +207,9 @@ def test_a_subset_of_the_prompts_keeps_the_share_of_each_kind() -> None:
 )
 def test_the_headline_says_what_the_interval_says(low: float, high: float, prompts: int, said: str) -> None:
     identity = {"gain": (low + high) / 2, "low": low, "high": high}
-    assert said in headline({"identity": identity, "prompts": prompts})
+    line = headline({"identity": identity, "prompts": prompts})
+    assert said in line
+    assert ("[" in line) == (prompts >= 6)
 
 
 @pytest.mark.parametrize(

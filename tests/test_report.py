@@ -20,6 +20,7 @@ from matplotlib.figure import Figure as Plot
 from PIL import Image
 from tiny_project import REPOSITORY, make_photo
 
+from dreambooth.card import _scores
 from dreambooth.curves import _write_labels
 from dreambooth.evaluation import Encoders, cases, class_seeds, reference, score, summarise
 from dreambooth.folders import new_folder
@@ -34,10 +35,12 @@ from dreambooth.report import (
     _tradeoff_note,
     make_report,
     provenance,
+    read_points,
     shipped_step,
     summary_table,
     write_report,
 )
+from flows import summary
 
 MARGINS = parse_params(yaml.safe_load((REPOSITORY / "params.yaml").read_text())).gate
 EVIL = "<script>document.title='owned'</script>"
@@ -229,6 +232,36 @@ def test_what_was_not_measured_says_so(sources: tuple[Sources, dict[str, Any]]) 
     assert ["prompt", "", "", "not measured"] in [list(row) for row in report.summary.rows]
     assert report.tradeoff == ""
     assert "Not measured" in report.prior
+
+
+@pytest.mark.parametrize(("prompts", "has_interval"), [(5, False), (6, True)])
+def test_over_fewer_than_six_prompts_scores_are_shown_without_an_interval(
+    sources: tuple[Sources, dict[str, Any]], prompts: int, has_interval: bool
+) -> None:
+    where, metrics = sources
+    metrics = metrics | {"prompts": prompts}
+    table = summary_table(metrics)
+    assert ("too few for an interval" in table.columns[3]) != has_interval
+    differences = {row[0]: row[3] for row in table.rows}
+    assert ["[" in differences[name] for name in ("identity", "prompt", "diversity")] == [has_interval] * 3
+    points = read_points(where.evaluation, metrics)
+    assert points is not None
+    assert points["identity_error"].notna().all() == has_interval
+    assert ("bars" in _tradeoff_note(points, 0.03, None, "constant")) == has_interval
+    about = {"encoder": {"name": "e", "revision": "1"}}
+    assert (f"[{metrics['identity']['low']:+.3f}" in _scores(metrics | about)) == has_interval
+
+
+@pytest.mark.parametrize(
+    ("prompts", "gain"), [(5, "+0.300 over 5 prompts"), (6, "+0.300 [+0.200, +0.400] over 6 prompts")]
+)
+def test_who_runs_a_subject_is_told_an_interval_only_over_enough_prompts(
+    tmp_path: Path, prompts: int, gain: str
+) -> None:
+    identity = {"base": 0.3, "personalised": 0.6, "gain": 0.3, "low": 0.2, "high": 0.4, "ceiling": 0.7}
+    (tmp_path / "rex.json").write_text(json.dumps({"identity": identity, "prompts": prompts}))
+    found = summary.read_identity(tmp_path / "rex.json")
+    assert dict(summary.rows(summary.Summary("rex", "dog", "sks", "dog", 5, found, None, None, None)))["gain"] == gain
 
 
 def test_with_scored_previews_the_plot_has_a_point_a_step_and_a_choice(
