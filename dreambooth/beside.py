@@ -102,12 +102,6 @@ def score_rows(cards: Sequence[Scorecard], confidence: float) -> list[list[str]]
             found = evaluation.compare(candidate, champion, confidence)
         except EvaluationError:
             are_alike = False
-    means = {
-        "identity": ("identity", [evaluation.mean_counted(card.prompts) for card in cards]),
-        "prompt": ("prompt fidelity", [card.prompts["prompt_fidelity"].mean() for card in cards]),
-        "diversity": ("diversity", [card.prompts["diversity"].mean() for card in cards]),
-        "pres_rise": ("PRES (less is better)", [pd.Series(card.pres, dtype=float).mean() for card in cards]),
-    }
     has_interval = _has_interval(candidate)
     rows = [
         [
@@ -115,11 +109,24 @@ def score_rows(cards: Sequence[Scorecard], confidence: float) -> list[list[str]]
             *(_number(value) for value in values),
             _difference(found.get(name), are_alike, has_interval or name == "pres_rise"),
         ]
-        for name, (label, values) in means.items()
+        for name, (label, values) in _means(cards).items()
     ]
     rates = [card.copy_rate for card in cards]
     change = f"{100 * (rates[2] - rates[1]):+.0f} points" if are_alike else NOT_COMPARABLE
     return [*rows, ["copies of photos", *(f"{rate:.0%}" for rate in rates), change]]
+
+
+def _means(cards: Sequence[Scorecard]) -> dict[str, tuple[str, list[float]]]:
+    """Return the label of each measure of `evaluation.compare`, with its mean by each model."""
+    identity = {"identity": ("identity", [evaluation.mean_counted(card.prompts) for card in cards])}
+    if all(map(evaluation.has_second_opinion, cards)):
+        seconds = [evaluation.mean_counted(card.prompts, "identity_second") for card in cards]
+        identity["identity_second"] = (evaluation.SECOND_OPINION, seconds)
+    return identity | {
+        "prompt": ("prompt fidelity", [card.prompts["prompt_fidelity"].mean() for card in cards]),
+        "diversity": ("diversity", [card.prompts["diversity"].mean() for card in cards]),
+        "pres_rise": ("PRES (less is better)", [pd.Series(card.pres, dtype=float).mean() for card in cards]),
+    }
 
 
 def choose_prompts(candidate: pd.DataFrame, champion: pd.DataFrame, are_alike: bool) -> dict[str, str]:

@@ -122,6 +122,9 @@ def _scores(metrics: dict[str, Any]) -> str:
         f"| {name_difference(prompts, metrics['confidence'])} | {over_prompts(identity, prompts)} |",
         f"| photos against each other | {identity['ceiling']:.3f} |",
     ]
+    if second := metrics.get("identity_second"):
+        name, difference = metrics["scorer"]["name"], over_prompts(second, prompts)
+        lines.append(f"| identity by {name}, which decided nothing | {second['personalised']:.3f}, {difference} |")
     if prompt := metrics.get("prompt"):
         lines.append(f"| prompt fidelity against the base | {over_prompts(prompt, prompts)} |")
     if copying := metrics.get("copying"):

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure as Plot
 
 from dreambooth.curves import png_of, tradeoff_curve
 from dreambooth.errors import shown
-from dreambooth.evaluation import COST, choose_step, counted
+from dreambooth.evaluation import COST, SECOND_OPINION, choose_step, counted
 from dreambooth.fidelity import COPY_DISTANCE
 from dreambooth.folders import write_file
 from dreambooth.gate import Decision
@@ -29,7 +29,12 @@ SAFETY = (
     "not checked: nothing in this pipeline looks for unsafe pictures. To have it checked, look at the pictures of this "
     "page, or run a safety checker over the PNG files in build/<subject>/evaluation/personalised"
 )
-MEASURES = ("identity", "prompt", "diversity")
+MEASURES = {  # of metrics/<id>.json, with their labels
+    "identity": "identity",
+    "identity_second": SECOND_OPINION,
+    "prompt": "prompt",
+    "diversity": "diversity",
+}
 
 
 @dataclass(frozen=True)
@@ -143,10 +148,11 @@ def make_report(title: str, sources: Sources, metrics: Mapping[str, Any], decisi
 def summary_table(metrics: Mapping[str, Any]) -> Table:
     """Set the base beside the personalised model, a line a measure; what was not measured says so."""
     rows, prompts = [], metrics["prompts"]
-    for name in MEASURES:
+    for name, label in MEASURES.items():
         found = metrics.get(name)
         told = [*_base_and_model(found), over_prompts(found, prompts)] if found else ["", "", "not measured"]
-        rows.append([name, *told])
+        if found or name != "identity_second":  # only some encoders give one
+            rows.append([label, *told])
     copying, prior = metrics["copying"], metrics.get("prior")
     rows.append(["copies", f"{copying['rate_base']:.0%}", f"{copying['rate']:.0%}", ""])
     rows.append(
@@ -188,6 +194,7 @@ def prompt_table(rows: pd.DataFrame) -> Table:
     names = {
         "identity": "identity",
         "gain": "against base",
+        "identity_second": "second opinion",
         "prompt_fidelity": "prompt",
         "prompt_gain": "against base",
         "diversity": "diversity",
@@ -358,6 +365,17 @@ def _summary_note(metrics: Mapping[str, Any]) -> str:
         f"Means over {metrics['prompts']} prompts that count, {metrics['seeds']} seeds each, against "
         f"{metrics['photos']} photos. The photos among themselves reach an identity of {identity['ceiling']:.3f}."
         f"{scale} Only differences between models mean something: another encoder has another scale."
+        f"{_second_note(metrics)}"
+    )
+
+
+def _second_note(metrics: Mapping[str, Any]) -> str:
+    second = metrics.get("identity_second")
+    if not second:
+        return ""
+    return (
+        f" The second opinion is that of {metrics['scorer']['name']}, by which the photos among themselves reach "
+        f"{second['ceiling']:.3f}. It decides nothing: where the two disagree, look at the pictures."
     )
 
 

@@ -80,6 +80,19 @@ def test_the_difference_of_each_measure_is_the_one_that_the_gate_bounds(sides: t
     assert rows["copies of photos"]["candidate - champion"] == "+0 points"
 
 
+def test_a_second_opinion_on_the_identity_stands_beside_the_first_and_is_no_part_of_the_verdict(
+    sides: tuple[Side, Side],
+) -> None:
+    line = lay(sides).line
+    for side, second in zip(sides, (0.1, 0.9), strict=True):  # as much as may be against the candidate
+        table = pd.read_csv(side.folder / "prompts.csv")
+        table.assign(identity_second=second).to_csv(side.folder / "prompts.csv", index=False)
+    beside = lay(sides)
+    assert beside.line == line
+    row = next(row for row in beside.rows if row[0] == "identity, second opinion (decides nothing)")
+    assert list(row[1:]) == ["0.100", "0.900", "0.100", "-0.800 [-0.800, -0.800]"]
+
+
 def test_over_fewer_than_six_prompts_differences_stand_without_an_interval(sides: tuple[Side, Side]) -> None:
     candidate, champion = (read_scorecard(side.folder, side.model) for side in sides)
     few = [dataclasses.replace(card, prompts=card.prompts[:5]) for card in (champion, champion, candidate)]

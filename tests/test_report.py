@@ -112,7 +112,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sources, dict[str
     (root / "trained").mkdir()
     history = {"step": range(50), "loss_instance": [1 / (i + 1) for i in range(50)], "loss_prior": [0.1] * 50}
     pd.DataFrame(history).to_csv(root / "trained/loss.csv", index=False)
-    metrics = summarise(scored["base"], scored["personalised"], seen, 0.95)
+    metrics = summarise(scored["base"], scored["personalised"], seen, 0.95) | encoders.describe()
     return Sources(root / "evaluation", root / "instance", root / "trained", f"CC BY 4.0 {EVIL}"), metrics
 
 
@@ -234,6 +234,24 @@ def test_what_was_not_measured_says_so(sources: tuple[Sources, dict[str, Any]]) 
     assert "Not measured" in report.prior
 
 
+def test_the_second_opinion_on_the_identity_stands_beside_the_first_and_says_that_it_decides_nothing(
+    page: Path, sources: tuple[Sources, dict[str, Any]]
+) -> None:
+    second = sources[1]["identity_second"]
+    difference = f"{second['gain']:+.3f} [{second['low']:+.3f}, {second['high']:+.3f}]"
+    told = dict(zip(("measure", "base", "model", "difference"), summary_table(sources[1]).rows[1], strict=True))
+    assert told["measure"] == "identity, second opinion (decides nothing)"
+    assert (told["model"], told["difference"]) == (f"{second['personalised']:.3f}", difference)
+    text = " ".join("".join(Seen(page).text).split())
+    assert "The second opinion is that of patches" in text
+    assert text.count("second opinion") >= 3  # summary, its note, tables of prompts
+    assert f"identity by patches, which decided nothing | {second['personalised']:.3f}, {difference}" in _scores(
+        sources[1]
+    )
+    first = {name: value for name, value in sources[1].items() if name != "identity_second"}
+    assert "second opinion" not in str(summary_table(first).rows)
+
+
 @pytest.mark.parametrize(("prompts", "has_interval"), [(5, False), (6, True)])
 def test_over_fewer_than_six_prompts_scores_are_shown_without_an_interval(
     sources: tuple[Sources, dict[str, Any]], prompts: int, has_interval: bool
@@ -248,8 +266,7 @@ def test_over_fewer_than_six_prompts_scores_are_shown_without_an_interval(
     assert points is not None
     assert points["identity_error"].notna().all() == has_interval
     assert ("bars" in _tradeoff_note(points, 0.03, None, "constant")) == has_interval
-    about = {"encoder": {"name": "e", "revision": "1"}}
-    assert (f"[{metrics['identity']['low']:+.3f}" in _scores(metrics | about)) == has_interval
+    assert (f"[{metrics['identity']['low']:+.3f}" in _scores(metrics)) == has_interval
 
 
 @pytest.mark.parametrize(
