@@ -388,6 +388,24 @@ def headline(metrics: dict[str, Any]) -> str:
     return f"identity {numbers}: not told apart from the base model"
 
 
+def flat_remark(counts: Mapping[str, int]) -> str:
+    """Say which models have drawn pictures that show nothing, and what to do; empty if none has.
+
+    An overflow of float16 decodes to black. Scored like any other picture it makes a good model look bad, and the base
+    worse than it is.
+
+    Args:
+        counts: of flat pictures, by what the model is called.
+    """
+    told = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+    if not told:
+        return ""
+    return (
+        f"pictures that show nothing, black or of one colour: {told}; their scores mean nothing; set "
+        "base.inference_dtype to float32, or look whether the model draws anything, and evaluate again: dreambooth run"
+    )
+
+
 def as_photo(photo: Image.Image) -> Image.Image:
     """Return the middle square of a photo, at most PHOTO_SIDE pixels a side: more is not looked at."""
     side = min(*photo.size, PHOTO_SIDE)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure as Plot
 
 from dreambooth.curves import png_of, tradeoff_curve
 from dreambooth.errors import shown
-from dreambooth.evaluation import COST, SECOND_OPINION, choose_step, counted
+from dreambooth.evaluation import COST, SECOND_OPINION, choose_step, counted, flat_remark
 from dreambooth.fidelity import COPY_DISTANCE
 from dreambooth.folders import write_file
 from dreambooth.gate import Decision
@@ -365,8 +365,13 @@ def _summary_note(metrics: Mapping[str, Any]) -> str:
         f"Means over {metrics['prompts']} prompts that count, {metrics['seeds']} seeds each, against "
         f"{metrics['photos']} photos. The photos among themselves reach an identity of {identity['ceiling']:.3f}."
         f"{scale} Only differences between models mean something: another encoder has another scale."
-        f"{_second_note(metrics)}"
+        f"{_second_note(metrics)}{_flat_note(metrics)}"
     )
+
+
+def _flat_note(metrics: Mapping[str, Any]) -> str:
+    remark = flat_remark(metrics.get("flat", {}))
+    return f" Warning: {remark}." if remark else ""
 
 
 def _second_note(metrics: Mapping[str, Any]) -> str:

@@ -31,9 +31,9 @@ def write_evaluation(folder: Path, gains: list[float], colour: tuple[int, int, i
         measured = {"prompt_fidelity": 0.5, "diversity": [0.3 + 0.01 * i for i in range(PROMPTS)], "model": name}
         tables["prompts"].append(pd.DataFrame(means | measured))
         cases = pd.DataFrame(means).loc[[i for i in range(PROMPTS) for _ in range(SEEDS)]]
-        cases = cases.assign(noise_seed=range(PROMPTS * SEEDS), nearest_photo=0, copy=False, model=name)
+        cases = cases.assign(noise_seed=range(PROMPTS * SEEDS), nearest_photo=0, copy=False, flat=False, model=name)
         tables["scores"].append(cases)
-        tables["class_images"].append(pd.DataFrame({"pres": [0.3, 0.31, 0.32], "model": name}))
+        tables["class_images"].append(pd.DataFrame({"pres": [0.3, 0.31, 0.32], "flat": False, "model": name}))
         (folder / name).mkdir(parents=True)
         for number in range(0, PROMPTS * SEEDS, SEEDS):  # the first seeds, as they are kept beside a version
             Image.new("RGB", (64, 64), shade).save(folder / name / f"{number:03d}.png")

@@ -35,7 +35,7 @@ def card(
     pres = 0.4 + shift.get("pres", 0.0) + (rng.normal(0, 0.04, 24) if seed is not None else np.zeros(24))
     return Scorecard(
         model="m", is_base=is_base, how=HOW, prompts=pd.DataFrame(columns), pres=pres.tolist(),
-        copy_rate=shift.get("copy_rate", 0.0),
+        copy_rate=shift.get("copy_rate", 0.0), flat=0,
     )  # fmt: skip
 
 
@@ -208,8 +208,9 @@ def write_card(folder: Path, wanted: Scorecard, **cells: list[Any]) -> None:
     models = {"personalised": {"model": "m", "is_base": False, "safety": "not checked"}}  # the key of older ones
     (folder / "evaluation.json").write_text(json.dumps({"how": HOW, "models": models}))
     wanted.prompts.assign(model="personalised").to_csv(folder / "prompts.csv", index=False)
-    pd.DataFrame({"pres": wanted.pres, "model": "personalised"}).to_csv(folder / "class_images.csv", index=False)
-    pd.DataFrame(cells).assign(model="personalised").to_csv(folder / "scores.csv", index=False)
+    class_images = pd.DataFrame({"pres": wanted.pres, "flat": False, "model": "personalised"})
+    class_images.to_csv(folder / "class_images.csv", index=False)
+    pd.DataFrame({"flat": False} | cells).assign(model="personalised").to_csv(folder / "scores.csv", index=False)
 
 
 def test_a_scorecard_is_read_from_the_folder_of_an_evaluation(tmp_path: Path) -> None:
@@ -230,3 +231,37 @@ def test_a_picture_of_which_it_is_not_known_whether_it_is_a_copy_keeps_the_champ
     write_card(tmp_path, card(identity=0.5), copy=[False, None, False])
     found = decide(read_scorecard(tmp_path, "personalised"), card(), MARGINS)
     assert (found.verdict, found.line) == ("keep", "keep: copies were not measured")
+
+
+@pytest.mark.fault(22)
+@pytest.mark.parametrize("is_base", [True, False])
+@pytest.mark.parametrize(
+    ("black", "said"), [((2, 0), "challenger 2;"), ((0, 3), "{other} 3;"), ((2, 3), "2, {other} 3;")]
+)
+def test_black_pictures_are_no_evidence_and_the_line_says_whose_and_what_to_do(
+    black: tuple[int, int], said: str, is_base: bool
+) -> None:
+    challenger, other = card(identity=0.5), card(is_base=is_base)
+    assert decide(challenger, other, MARGINS).verdict == "promote"
+    ours, theirs = (dataclasses.replace(one, flat=flat) for one, flat in zip((challenger, other), black, strict=True))
+    found = decide(ours, theirs, MARGINS)
+    assert found.verdict == "inconclusive"
+    assert said.format(other=found.against) in found.line
+    assert "base.inference_dtype to float32" in found.line
+
+
+@pytest.mark.fault(32)
+@pytest.mark.parametrize("cells", [{"flat": [False, None]}, {}])
+def test_an_evaluation_that_has_not_looked_for_black_pictures_promotes_nobody(
+    tmp_path: Path, cells: dict[str, list[Any]]
+) -> None:
+    write_card(tmp_path, card(identity=0.5), copy=[False, False], **cells)
+    if not cells:
+        table = pd.read_csv(tmp_path / "class_images.csv")
+        table.drop(columns="flat").to_csv(tmp_path / "class_images.csv", index=False)
+    found = decide(read_scorecard(tmp_path, "personalised"), card(), MARGINS)
+    assert (found.verdict, found.line) == (
+        "inconclusive", "inconclusive: nobody has looked for black pictures; evaluate again: dreambooth run"
+    )  # fmt: skip
+    write_card(tmp_path, card(identity=0.5), copy=[False, False], flat=[False, True])
+    assert read_scorecard(tmp_path, "personalised").flat == 1

@@ -91,7 +91,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sources, dict[str
     scored = {}
     for name, images in pictures.items():
         scored[name] = found = score(todo, images[:12], images[12:], seen, encoders, texts)
-        parts = (found.cases, found.prompts, pd.DataFrame({"pres": found.pres}))
+        parts = (found.cases.assign(flat=False), found.prompts, pd.DataFrame({"pres": found.pres, "flat": False}))
         for table, part in zip(tables.values(), parts, strict=True):
             table.append(part.assign(model=name))
         for folder, some in ((name, images[:12]), (f"class/{name}", images[12:])):
@@ -232,6 +232,20 @@ def test_what_was_not_measured_says_so(sources: tuple[Sources, dict[str, Any]]) 
     assert ["prompt", "", "", "not measured"] in [list(row) for row in report.summary.rows]
     assert report.tradeoff == ""
     assert "Not measured" in report.prior
+
+
+@pytest.mark.fault(22)
+def test_a_page_whose_scores_are_of_black_pictures_says_so_and_what_to_do(
+    sources: tuple[Sources, dict[str, Any]],
+) -> None:
+    where, metrics = sources
+    decision = decide(*(read_scorecard(where.evaluation, name) for name in ("personalised", "base")), MARGINS)
+    black = metrics | {"flat": {"base": 3, "personalised": 0}}
+    note = make_report("biscuit", where, black, decision, 0.03).summary_note
+    assert "black or of one colour: base 3;" in note
+    assert "set base.inference_dtype to float32" in note
+    for fine in (metrics, metrics | {"flat": {"base": 0, "personalised": 0}}):  # the first of an older evaluation
+        assert "black" not in make_report("biscuit", where, fine, decision, 0.03).summary_note
 
 
 def test_the_second_opinion_on_the_identity_stands_beside_the_first_and_says_that_it_decides_nothing(
