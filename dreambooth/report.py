@@ -47,8 +47,14 @@ class Sources:
     trained: Path
     licence: str
     """Of the photos, in words."""
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    """Section train of params.yaml as the model was trained with it."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Manifest of `trained`: how it was trained, and which step of it is shipped."""
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """Section train of params.yaml as the model was trained with it."""
+        recipe: Mapping[str, Any] = self.training.get("inputs", {}).get("train", {})
+        return recipe
 
 
 @dataclass(frozen=True)
@@ -117,8 +123,7 @@ def make_report(title: str, sources: Sources, metrics: Mapping[str, Any], decisi
     tables = {name: pd.read_csv(sources.evaluation / f"{name}.csv") for name in ("scores", "prompts", "class_images")}
     models = list(about["models"])
     photos = [picture_of(image, name) for name, image in read_prepared(sources.instance)]
-    losses = read_losses(sources.trained)
-    loss, shipped = loss_curves(*losses), shipped_step(*losses, sources.recipe)
+    loss, shipped = loss_curves(*read_losses(sources.trained)), sources.training.get("shipped_step")
     points = read_points(sources.evaluation, metrics, shipped)
     tradeoff = tradeoff_curve(points) if points is not None else b""
     return Report(
@@ -139,7 +144,7 @@ def make_report(title: str, sources: Sources, metrics: Mapping[str, Any], decisi
         loss=data_uri(loss, "png"),
         loss_note="Faint: each step, which is nearly pure noise. Strong: the mean of its neighbourhood.",
         tradeoff=data_uri(tradeoff, "png") if tradeoff else "",
-        tradeoff_note=_tradeoff_note(points, drop, shipped, sources.recipe.get("lr_scheduler", "constant")),
+        tradeoff_note=_tradeoff_note(points, drop, shipped, sources.recipe),
         provenance=provenance(about, metrics, sources),
         curves={"loss.png": loss} | ({"tradeoff.png": tradeoff} if tradeoff else {}),
     )
@@ -264,28 +269,13 @@ def loss_curves(history: pd.DataFrame, fixed: pd.DataFrame) -> bytes:
     return png_of(plot)
 
 
-def shipped_step(history: pd.DataFrame, fixed: pd.DataFrame, recipe: Mapping[str, Any]) -> int | None:
-    """Return the step whose weights are in the model; None where they are the average over many steps.
-
-    Args:
-        history: a row a step.
-        fixed: the losses at fixed noise, empty where they were not measured.
-        recipe: section train of params.yaml.
-    """
-    if recipe.get("ema_decay"):
-        return None
-    if recipe.get("load_best_model_at_end") and "score" in fixed:
-        return int(fixed["step"].iloc[int(fixed["score"].argmin())])
-    return len(history)
-
-
 def read_points(evaluation: Path, metrics: Mapping[str, Any], shipped: int | None = None) -> pd.DataFrame | None:
     """Return identity and prompt fidelity: a row a step with previews, or base and final model alone.
 
     Args:
         evaluation: with checkpoints.csv, if there were previews.
         metrics: of metrics/<id>.json.
-        shipped: the step whose label says so.
+        shipped: the step whose label says so; None labels none.
 
     Returns:
         label, identity, identity_error, prompt, prompt_error, the errors being half widths of the interval of the
@@ -331,14 +321,31 @@ def provenance(about: Mapping[str, Any], metrics: Mapping[str, Any], sources: So
     how, rows = about["how"], []
     rows += [[f"model: {name}", found["model"]] for name, found in about["models"].items()]
     rows += [[role, ", ".join(one.values())] for role, one in how["encoders"].items()]
-    rows.append(["seeds", ", ".join(str(seed) for seed in dict.fromkeys(case["seed"] for case in how["cases"]))])
+    rows.append(
+        [
+            "seeds of the evaluation",
+            ", ".join(str(seed) for seed in dict.fromkeys(case["seed"] for case in how["cases"])),
+        ]
+    )
     rows += [[f"sampler: {name}", str(value)] for name, value in how["settings"].items() if value != ""]
     rows += [[f"version: {name}", value] for name, value in how["versions"].items()]
     rows += [[name, str(how[name])] for name in ("device", "dtype", "code")]
     rows += [["photos", f"{metrics['photos']}, sha256 {how['photos']}"], ["licence of the photos", sources.licence]]
+    rows += training_rows(sources.training)
     rows.append(["safety", SAFETY])
     rows += [[name.replace("_", " "), f"{value:.3g}"] for name, value in read_cost(sources.evaluation).items()]
     return Table(["", ""], rows)
+
+
+def training_rows(training: Mapping[str, Any]) -> list[list[str]]:
+    """Return how a model was trained, with every parameter: two reports shall say what differed."""
+    inputs, shipped = training.get("inputs", {}), training.get("shipped_step")
+    rows = [[f"train: {name}", str(value)] for name, value in inputs.get("train", {}).items()]
+    rows += [["step that is shipped", str(shipped)]] if shipped else []
+    if "prior" in inputs:
+        told = f"{training['class_images']}, {inputs['prior_kind']}, sha256 {inputs['prior']}"
+        rows.append(["class images of the training", told])
+    return rows
 
 
 def read_cost(evaluation: Path) -> dict[str, float]:
@@ -404,7 +411,7 @@ def _prior_note(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _tradeoff_note(points: pd.DataFrame | None, drop: float, shipped: int | None, lr_scheduler: str) -> str:
+def _tradeoff_note(points: pd.DataFrame | None, drop: float, shipped: int | None, recipe: Mapping[str, Any]) -> str:
     if points is None:
         return "Not drawn: the prompt fidelity was not measured."
     means = "Up: more like the subject. Right: more like the prompt."
@@ -415,9 +422,13 @@ def _tradeoff_note(points: pd.DataFrame | None, drop: float, shipped: int | None
         f"{means} One point a step, by its previews of {points['prompts'].iloc[0]} prompts; bars: the interval of the "
         "difference from the last step, at the same prompts and noise."
     )
-    if shipped is None:
+    if recipe.get("ema_decay"):
         about = f"{about} Shipped is the average over the steps (train.ema_decay), which no preview shows."
-    return f"{about} {_advice(points, drop, shipped, lr_scheduler)}"
+    elif shipped not in set(points["step"]):
+        about = (
+            f"{about} Shipped is {f'step {shipped}' if shipped else 'a step that was not noted'}, without a preview."
+        )
+    return f"{about} {_advice(points, drop, shipped, recipe.get('lr_scheduler', 'constant'))}"
 
 
 def _advice(points: pd.DataFrame, drop: float, shipped: int | None, lr_scheduler: str) -> str:

@@ -36,7 +36,6 @@ from dreambooth.report import (
     make_report,
     provenance,
     read_points,
-    shipped_step,
     summary_table,
     write_report,
 )
@@ -279,7 +278,7 @@ def test_over_fewer_than_six_prompts_scores_are_shown_without_an_interval(
     points = read_points(where.evaluation, metrics)
     assert points is not None
     assert points["identity_error"].notna().all() == has_interval
-    assert ("bars" in _tradeoff_note(points, 0.03, None, "constant")) == has_interval
+    assert ("bars" in _tradeoff_note(points, 0.03, None, {})) == has_interval
     assert (f"[{metrics['identity']['low']:+.3f}" in _scores(metrics)) == has_interval
 
 
@@ -332,16 +331,32 @@ def test_a_step_that_is_not_told_apart_from_the_last_one_is_no_advice() -> None:
 def test_the_step_that_is_shipped_says_so() -> None:
     assert _advice(points_of(0.1), 0.5, 150, "constant").endswith("step 150, which is the one that is shipped.")
     assert _advice(points_of(0.1), 0.5, None, "constant").endswith("step 150, the last one.")
-    assert "average over the steps" in _tradeoff_note(points_of(0.1), 0.5, None, "constant")
+    assert "average over the steps" in _tradeoff_note(points_of(0.1), 0.5, None, {"ema_decay": 0.99})
+    assert "Shipped is step 147, without a preview." in _tradeoff_note(points_of(0.1), 0.5, 147, {})
+    assert "Shipped is a step that was not noted" in _tradeoff_note(
+        points_of(0.1), 0.5, None, {}
+    )  # by an older training
+    assert "Shipped" not in _tradeoff_note(points_of(0.1), 0.5, 150, {})
 
 
-def test_what_is_shipped_is_the_last_step_the_best_one_or_no_step() -> None:
-    history = pd.DataFrame({"step": range(150)})
-    fixed = pd.DataFrame({"step": [50, 100, 150], "score": [0.3, 0.1, 0.2]})
-    assert shipped_step(history, fixed, {}) == 150
-    assert shipped_step(history, fixed, {"load_best_model_at_end": True}) == 100
-    assert shipped_step(history, pd.DataFrame(), {"load_best_model_at_end": True}) == 150
-    assert shipped_step(history, fixed, {"ema_decay": 0.99}) is None
+@pytest.mark.parametrize(("shipped", "label"), [(150, "step 150"), (100, "step 100"), (None, None)])
+def test_the_label_of_the_shipped_step_is_that_of_the_training_and_no_guess_from_its_losses(
+    sources: tuple[Sources, dict[str, Any]], tmp_path: Path, shipped: int | None, label: str | None
+) -> None:
+    where, metrics = sources
+    copy = Path(shutil.copytree(where.evaluation.parent, tmp_path / "all"))
+    points_of(0.1).to_csv(copy / "evaluation/checkpoints.csv", index=False)
+    losses = {"step": [50, 100, 150], "loss_instance": [0.3, 0.1, 0.2], "loss_prior": 0.1, "score": [0.3, 0.1, 0.2]}
+    pd.DataFrame(losses).to_csv(copy / "trained/evaluation_loss.csv", index=False)
+    training = {"inputs": {"train": {"load_best_model_at_end": True}}, "shipped_step": shipped}
+    ours = Sources(copy / "evaluation", copy / "instance", copy / "trained", "", training)
+    decision = decide(*(read_scorecard(ours.evaluation, name) for name in ("personalised", "base")), MARGINS)
+    points = read_points(ours.evaluation, metrics, shipped)
+    assert points is not None
+    labelled = [one for one in points["label"] if "shipped" in one]
+    assert labelled == ([f"{label} (shipped)"] if label else [])
+    note = make_report("biscuit", ours, metrics, decision, 0.03).tradeoff_note
+    assert ("step 100, which is the one that is shipped" in note) == (shipped == 100)
 
 
 def test_labels_of_steps_that_lie_together_do_not_cover_each_other() -> None:
@@ -364,6 +379,21 @@ def test_a_page_without_a_safety_check_says_how_to_have_one_and_no_measure_claim
     safety = dict(provenance(about, metrics, where).rows)["safety"]
     assert safety.startswith("not checked")
     assert "run a safety checker over the PNG files" in safety
+
+
+def test_two_reports_say_what_their_trainings_did_differently(sources: tuple[Sources, dict[str, Any]]) -> None:
+    where, metrics = sources
+    about = json.loads((where.evaluation / "evaluation.json").read_text())
+    recipe = {"method": "lora", "rank": 8, "seed": 3, "max_train_steps": 400, "learning_rate": 1e-4}
+    inputs = {"train": recipe, "prior_kind": "images", "prior": "c1a55", "resolution": 512}
+    training = {"method": "lora", "inputs": inputs, "class_images": 200, "shipped_step": 350}
+    rows = dict(provenance(about, metrics, dataclasses.replace(where, training=training)).rows)
+    assert {name: rows[f"train: {name}"] for name in recipe} == {name: str(value) for name, value in recipe.items()}
+    assert rows["step that is shipped"] == "350"
+    assert rows["class images of the training"] == "200, images, sha256 c1a55"
+    other = training | {"inputs": inputs | {"train": recipe | {"seed": 4}, "prior": "07e4"}}
+    others = dict(provenance(about, metrics, dataclasses.replace(where, training=other)).rows)
+    assert {name for name in rows if rows[name] != others[name]} == {"train: seed", "class images of the training"}
 
 
 def test_a_large_picture_is_shrunk_and_a_small_one_keeps_its_pixels() -> None:

@@ -80,6 +80,13 @@ def test_the_loss_curve_has_a_row_a_step_with_both_losses(done: Path) -> None:
     assert curve[["loss_instance", "loss_prior", "grad_norm"]].notna().all().all()
 
 
+def test_the_manifest_of_a_training_says_which_step_is_shipped_and_the_report_how_it_was_trained(done: Path) -> None:
+    assert read_manifest(done / "models/biscuit")["shipped_step"] == 4
+    page = (done / "reports/biscuit/index.html").read_text()
+    for name in ("train: seed", "train: method", "train: learning_rate", "step that is shipped", "class images of the"):
+        assert name in page
+
+
 def test_the_metrics_are_those_of_the_scores(done: Path) -> None:
     scores = pd.read_csv(done / "build/biscuit/evaluation/scores.csv")
     metrics = json.loads((done / "metrics/biscuit.json").read_text())
