@@ -4,7 +4,7 @@ import csv
 import html
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,6 +106,29 @@ def write_index(root: Path, versions: Mapping[str, str]) -> None:
 
     if (root / "reports").is_dir():
         pages.write_index(root / "reports", versions)
+
+
+def refresh_index(root: Path, subjects: Iterable[str], warn: Callable[[str], object]) -> None:
+    """Write reports/index.html with the versions of now; what goes wrong is told: the page is worth less than the run.
+
+    Args:
+        root: of the project.
+        subjects: all of params.yaml.
+        warn: is told in a line.
+    """
+    from dreambooth import versions
+
+    if not (root / "reports").is_dir():  # then the registry is not asked
+        return
+    words = dict.fromkeys(subjects, "")
+    try:
+        words = versions.in_words(root, words)
+    except DreamboothError as error:
+        warn(f"{error.code}: {error}")
+    try:
+        write_index(root, words)
+    except (DreamboothError, OSError, ValueError, KeyError, TypeError) as error:  # no room, or a damaged report.json
+        warn(f"reports/index.html stays as it was: {type(error).__name__}: {error}")
 
 
 def count_photos(root: Path, subject_id: str) -> int:

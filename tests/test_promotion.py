@@ -320,6 +320,34 @@ def test_the_table_says_what_each_version_is(root: Path, params: Params) -> None
     assert row.version == 3  # the newest, and the champion although it is older
 
 
+def test_the_index_of_the_reports_follows_promote_rollback_and_register_and_stops_none_of_them(root: Path) -> None:
+    told = {
+        "title": BISCUIT,
+        "decision": {"line": "promote"},
+        "metrics": {"identity": {"base": 0.4, "personalised": 0.5}},
+    }
+    (root / "reports" / BISCUIT).mkdir(parents=True)
+    (root / "reports" / BISCUIT / "report.json").write_text(json.dumps(told))
+    index = root / "reports/index.html"
+    try:
+        for arguments, said in (
+            (("promote", BISCUIT, "--version", "1"), "v1 @champion"),
+            (("promote", BISCUIT, "--version", "2"), "v2 @champion, v1"),
+            (("rollback", BISCUIT), "v1 @champion"),
+            (("register", BISCUIT), "v3 @challenger"),
+        ):
+            index.unlink(missing_ok=True)
+            assert command(root, *arguments).returncode == 0
+            assert said in index.read_text()
+        index.unlink()
+        index.mkdir()  # where no file can be written
+        done = command(root, "promote", BISCUIT, "--version", "2")
+        assert (done.returncode, champion(root)) == (0, 2)
+        assert "warning: reports/index.html stays as it was" in done.stderr
+    finally:
+        shutil.rmtree(root / "reports")
+
+
 @pytest.fixture
 def person(tmp_path: Path, root: Path) -> Params:
     params = load_params(root / "params.yaml")
