@@ -203,5 +203,5 @@ def _conclude(root: Path, params: "Params", done: "Promotion") -> None:
     from flows.summary import refresh_index
 
     before = f"version {done.before}" if done.before else "none"
-    say(f"models:/{done.name}@champion is version {done.champion} (before: {before}); {done.reason}")
+    say(f"models:/{done.name}@champion is version {done.champion} (before: {before}); {done.why}")
     refresh_index(root, params.subjects, warn)

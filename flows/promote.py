@@ -71,7 +71,7 @@ def promote_one(
         if isinstance(error.__cause__, OSError):
             raise _NotYet(f"{error.code}: {error}") from None
         return failed(error)
-    get_run_logger().info("models:/%s@champion is version %s: %s", done.name, done.champion, done.reason)
+    get_run_logger().info("models:/%s@champion is version %s: %s", done.name, done.champion, done.why)
     return done
 
 
@@ -193,7 +193,7 @@ def _verdict(state: "State[Any]") -> str:
     if not state.is_completed():
         return str(state.message or state.name)
     done = state.result()
-    return f"version {done.champion}: {done.reason}"
+    return f"version {done.champion}: {done.why}"
 
 
 def main() -> int:
