@@ -39,6 +39,8 @@ class Entry:
     reason: str
     time: float
     """Seconds since 1970, by the clock of the registry."""
+    gate: str = ""
+    """What the gate said where it was overruled."""
 
 
 def log_name(name: str) -> str:
@@ -82,7 +84,7 @@ def history(entries: Sequence[Entry], alias: str) -> list[int]:
 
 def append(
     client: "MlflowClient", name: str, action: Action, alias: str, before: int | None, after: int, verdict: str = "",
-    reason: str = "",
+    reason: str = "", gate: str = "",
 ) -> int:  # fmt: skip
     """Write an entry; return its number."""
     from mlflow.exceptions import MlflowException
@@ -93,21 +95,24 @@ def append(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    told = {"action": action, "alias": alias, "from": before or "", "to": after, "verdict": verdict, "reason": reason}
+    told = {
+        "action": action, "alias": alias, "from": before or "", "to": after, "verdict": verdict, "reason": reason,
+        "gate": gate,
+    }  # fmt: skip
     tags = {f"{PREFIX}{key}": str(value)[:MAX_TEXT] for key, value in told.items()}
     return int(client.create_model_version(log, f"models:/{name}/{after}", tags=tags).version)
 
 
 def move(
     client: "MlflowClient", name: str, action: Action, alias: str, before: int | None, after: int, verdict: str = "",
-    reason: str = "",
+    reason: str = "", gate: str = "",
 ) -> None:  # fmt: skip
     """Point an alias to a version if it still points to `before`: first the log, then the alias.
 
     Raises:
         RegistryError: another process has moved it meanwhile.
     """
-    number = append(client, name, action, alias, before, after, verdict, reason)
+    number = append(client, name, action, alias, before, after, verdict, reason, gate)
     moves = counted(read_log(client, name), alias)
     if number not in {entry.number for entry in moves}:
         raise RegistryError(
@@ -177,6 +182,7 @@ def _entry(version: Any) -> Entry | None:
             verdict=tags.get("verdict", ""),
             reason=tags.get("reason", ""),
             time=version.creation_timestamp / 1000,
+            gate=tags.get("gate", ""),
         )
     except (KeyError, ValueError):
         return None

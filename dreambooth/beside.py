@@ -18,7 +18,7 @@ from dreambooth.gate import Scorecard, decide, numbers, read_scorecard
 from dreambooth.grid import STRIP_TILE, grid
 from dreambooth.images import png_bytes
 from dreambooth.pages import data_uri, render
-from dreambooth.params import Gate
+from dreambooth.params import MIN_PROMPTS, Gate
 
 MOST, LEAST = 3, 3  # prompts that are shown: those with the most and the least identity against the champion
 COLUMNS = ("measure", "base", "champion", "candidate", "candidate - champion")
@@ -102,19 +102,31 @@ def score_rows(cards: Sequence[Scorecard], confidence: float) -> list[list[str]]
             found = evaluation.compare(candidate, champion, confidence)
         except EvaluationError:
             are_alike = False
-    means = {
-        "identity": ("identity", [evaluation.mean_counted(card.prompts) for card in cards]),
-        "prompt": ("prompt fidelity", [card.prompts["prompt_fidelity"].mean() for card in cards]),
-        "diversity": ("diversity", [card.prompts["diversity"].mean() for card in cards]),
-        "pres_rise": ("PRES (less is better)", [pd.Series(card.pres, dtype=float).mean() for card in cards]),
-    }
+    has_interval = _has_interval(candidate)
     rows = [
-        [label, *(_number(value) for value in values), _difference(found.get(name), are_alike)]
-        for name, (label, values) in means.items()
+        [
+            label,
+            *(_number(value) for value in values),
+            _difference(found.get(name), are_alike, has_interval or name == "pres_rise"),
+        ]
+        for name, (label, values) in _means(cards).items()
     ]
     rates = [card.copy_rate for card in cards]
     change = f"{100 * (rates[2] - rates[1]):+.0f} points" if are_alike else NOT_COMPARABLE
     return [*rows, ["copies of photos", *(f"{rate:.0%}" for rate in rates), change]]
+
+
+def _means(cards: Sequence[Scorecard]) -> dict[str, tuple[str, list[float]]]:
+    """Return the label of each measure of `evaluation.compare`, with its mean by each model."""
+    identity = {"identity": ("identity", [evaluation.mean_counted(card.prompts) for card in cards])}
+    if all(map(evaluation.has_second_opinion, cards)):
+        seconds = [evaluation.mean_counted(card.prompts, "identity_second") for card in cards]
+        identity["identity_second"] = (evaluation.SECOND_OPINION, seconds)
+    return identity | {
+        "prompt": ("prompt fidelity", [card.prompts["prompt_fidelity"].mean() for card in cards]),
+        "diversity": ("diversity", [card.prompts["diversity"].mean() for card in cards]),
+        "pres_rise": ("PRES (less is better)", [pd.Series(card.pres, dtype=float).mean() for card in cards]),
+    }
 
 
 def choose_prompts(candidate: pd.DataFrame, champion: pd.DataFrame, are_alike: bool) -> dict[str, str]:
@@ -195,17 +207,24 @@ def _number(value: float) -> str:
     return MISSING if pd.isna(value) else f"{value:.3f}"
 
 
-def _difference(interval: Mapping[str, Any] | None, are_alike: bool) -> str:
+def _has_interval(card: Scorecard) -> bool:
+    """Whether an interval over its prompts says anything."""
+    return len(evaluation.counted(card.prompts)) >= MIN_PROMPTS
+
+
+def _difference(interval: Mapping[str, Any] | None, are_alike: bool, has_interval: bool) -> str:
     if not are_alike:
         return NOT_COMPARABLE
-    return numbers(interval) if interval else MISSING
+    if interval is None:
+        return MISSING
+    return numbers(interval) if has_interval else f"{interval['mean']:+.3f}"
 
 
 def _note(candidate: Scorecard, are_alike: bool, confidence: float, shown: int, has_sheet: bool) -> str:
     counted = len(evaluation.counted(candidate.prompts))
+    intervals = f"with {confidence:.0%} intervals over prompts" if _has_interval(candidate) else "too few for intervals"
     scores = (
-        f"Differences at the same prompts and noise, with {confidence:.0%} intervals over prompts; the identity over "
-        f"the {counted} prompts that count."
+        f"Differences at the same prompts and noise, {intervals}; the identity over the {counted} prompts that count."
         if are_alike
         else "The two were evaluated differently, so that their numbers cannot be subtracted; a promotion scores both "
         "again where the candidate was trained."

@@ -12,7 +12,7 @@ from typing import Any
 
 from dreambooth.consent import Consent
 from dreambooth.folders import sha256_of_file
-from dreambooth.intervals import in_interval
+from dreambooth.intervals import name_difference, over_prompts
 from dreambooth.params import LORA_METHODS, TOKEN_METHODS, Params
 
 # How the files of each format are loaded; words in capitals stand for names, BASE for a whole literal.
@@ -125,27 +125,25 @@ def _filled(how: str, names: Mapping[str, str]) -> str:
 
 
 def _scores(metrics: dict[str, Any]) -> str:
-    identity = metrics["identity"]
-    interval = f"{metrics['confidence']:.0%} interval over {metrics['prompts']} prompts"
+    identity, prompts = metrics["identity"], metrics["prompts"]
     lines = [
         "| measured | value |",
         "|---|---|",
         f"| identity (mean cosine with the photos) | {identity['personalised']:.3f} |",
         f"| identity of the base model, same prompts and seeds | {identity['base']:.3f} |",
-        f"| difference, {interval} | {_interval(identity)} |",
+        f"| {name_difference(prompts, metrics['confidence'])} | {over_prompts(identity, prompts)} |",
         f"| photos against each other | {identity['ceiling']:.3f} |",
     ]
+    if second := metrics.get("identity_second"):
+        name, difference = metrics["scorer"]["name"], over_prompts(second, prompts)
+        lines.append(f"| identity by {name}, which decided nothing | {second['personalised']:.3f}, {difference} |")
     if prompt := metrics.get("prompt"):
-        lines.append(f"| prompt fidelity against the base | {_interval(prompt)} |")
+        lines.append(f"| prompt fidelity against the base | {over_prompts(prompt, prompts)} |")
     if copying := metrics.get("copying"):
         lines.append(f"| pictures that repeat a photo | {copying['rate']:.0%} |")
     lines.append(f"| encoder | {metrics['encoder']['name']} {metrics['encoder']['revision']} |")
     lines.append("| safety | not checked; no safety checker is part of this pipeline |")
     return "\n".join(lines)
-
-
-def _interval(gain: Mapping[str, Any]) -> str:
-    return in_interval(gain["gain"], gain["low"], gain["high"])
 
 
 def _parameters(params: Params, class_images: int) -> str:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from dreambooth import evaluation
-from dreambooth.drawings import Picture, drawing_key, ensure_drawings, read_pngs
+from dreambooth.drawings import Picture, drawing_key, ensure_drawings, is_flat, read_pngs
 from dreambooth.evaluation import BASE, COST, Encoders, Reference, Scores
 from dreambooth.folders import code_hash, write_file
 from dreambooth.grid import comparison_grid
@@ -92,6 +92,8 @@ class Comparison:
     photos: Reference
     drawn: Mapping[str, Sequence[Image.Image]]
     """Pictures of the cases, then the class images."""
+    flat: Mapping[str, Sequence[bool]]
+    """Whether each of them shows nothing: its score means nothing then, see `evaluation.flat_remark`."""
     scores: Mapping[str, Scores]
     how: Mapping[str, Any]
     """What scores depend on besides the model."""
@@ -129,7 +131,9 @@ def compare_models(
     }
     seconds["seconds_per_image_scored"] = (time.monotonic() - begin) / (len(models) * len(plan.noise_seeds))
     cost = seconds | {"megabytes_of_memory_at_the_peak": peak_megabytes()}
-    return Comparison(plan, models, squares, photos, drawn, scores, fingerprint(plan, encoders, photos_hash), cost)
+    flat = {name: [is_flat(image) for image in images] for name, images in drawn.items()}
+    how = fingerprint(plan, encoders, photos_hash)
+    return Comparison(plan, models, squares, photos, drawn, flat, scores, how, cost)
 
 
 def write_comparison(target: Path, found: Comparison) -> None:
@@ -142,7 +146,7 @@ def write_comparison(target: Path, found: Comparison) -> None:
     write_file(target / "evaluation.json", json.dumps(about, indent=1).encode() + b"\n")
     write_file(target / COST, json.dumps(found.cost).encode())
     _write_pictures(target, found.drawn, len(found.plan.cases))
-    _write_scores(target, found.scores, found.plan)
+    _write_scores(target, found)
     identities = {name: one.cases["identity"].to_list() for name, one in found.scores.items()}
     seeds = list(dict.fromkeys(case.seed for case in found.plan.cases))
     called = {name: model.called for name, model in found.models.items()}
@@ -194,12 +198,14 @@ def _write_pictures(target: Path, drawn: Mapping[str, Sequence[Image.Image]], ca
                 (folder / f"{number:03d}.png").write_bytes(png_bytes(image))
 
 
-def _write_scores(target: Path, scores: Mapping[str, Scores], plan: Plan) -> None:
+def _write_scores(target: Path, found: Comparison) -> None:
+    cases, plan = len(found.plan.cases), found.plan
     tables = {
-        "scores": {name: one.cases for name, one in scores.items()},
-        "prompts": {name: one.prompts for name, one in scores.items()},
+        "scores": {name: one.cases.assign(flat=found.flat[name][:cases]) for name, one in found.scores.items()},
+        "prompts": {name: one.prompts for name, one in found.scores.items()},
         "class_images": {
-            name: pd.DataFrame({"noise_seed": plan.class_seeds, "pres": one.pres}) for name, one in scores.items()
+            name: pd.DataFrame({"noise_seed": plan.class_seeds, "pres": one.pres, "flat": found.flat[name][cases:]})
+            for name, one in found.scores.items()
         },
     }
     for file, parts in tables.items():

@@ -19,7 +19,7 @@ from dreambooth.encoders import FeatureReader, ImageEncoder, ImageTextEncoder, l
 from dreambooth.errors import EvaluationError
 from dreambooth.fidelity import Interval
 from dreambooth.images import both_hashes, hash_distance, perceptual_hash
-from dreambooth.intervals import in_interval
+from dreambooth.intervals import over_prompts
 from dreambooth.params import MIN_PROMPTS
 
 MIN_COUNTED = 2  # an interval needs a spread
@@ -27,6 +27,7 @@ PHOTO_SIDE = 1024
 NOT_CHECKED = "not checked"
 PROPERTY = "property"  # kind of the prompts that should change the subject ("a red ..."): they stay out of the identity
 BASE = "base"  # name of the untouched model in what an evaluation writes
+SECOND_OPINION = "identity, second opinion (decides nothing)"
 COST = ".cost.json"  # hidden: no part of the content, which is the same whenever it is made
 # What can change a score; their hash is the version of the evaluator (tests/test_pipeline.py compares with imports).
 MODULES = (
@@ -88,7 +89,7 @@ class Scores:
 
     cases: pd.DataFrame
     """A row a case: kind, prompt (of the base), seed, noise_seed, identity, prompt_fidelity (NaN where it is missing),
-    nearest_photo, nearest_cosine, nearest_distance, copy."""
+    identity_second (where there is one), nearest_photo, nearest_cosine, nearest_distance, copy."""
     prompts: pd.DataFrame
     """A row a prompt: the means over seeds, and diversity (NaN at one seed)."""
     pres: list[float]
@@ -102,7 +103,7 @@ class Measured(Protocol):
 
     @property
     def prompts(self) -> pd.DataFrame:
-        """A row a prompt: kind, prompt, identity, prompt_fidelity, diversity."""
+        """A row a prompt: kind, prompt, identity, identity_second (where there is one), prompt_fidelity, diversity."""
         ...
 
     @property
@@ -224,14 +225,19 @@ def mean_counted(table: pd.DataFrame, column: str = "identity") -> float:
     return float(counted(table)[column].mean())
 
 
+def has_second_opinion(model: Measured) -> bool:
+    """Whether an image-text encoder has scored the identity too: it is shown beside the first, and decides nothing."""
+    return "identity_second" in model.prompts
+
+
 def compare(model: Measured, other: Measured, confidence: float) -> dict[str, Any]:
     """Bound the differences of two models over the prompts that they share: model - other, at the same seeds.
 
     What is missing in one of them is missing here.
 
     Returns:
-        By measure (identity, prompt, diversity): mean, low, high, n and sd of the t interval over prompts; pres_rise:
-        the same over class images.
+        By measure (identity, identity_second, prompt, diversity): mean, low, high, n and sd of the t interval over
+        prompts; pres_rise: the same over class images.
 
     Raises:
         EvaluationError: the identity cannot be measured.
@@ -243,6 +249,9 @@ def compare(model: Measured, other: Measured, confidence: float) -> dict[str, An
         "prompt": model.prompts["prompt_fidelity"] - other.prompts["prompt_fidelity"],
         "diversity": model.prompts["diversity"] - other.prompts["diversity"],
     }
+    if has_second_opinion(model) and has_second_opinion(other):
+        seconds = [counted(one.prompts)["identity_second"] for one in (model, other)]
+        differences["identity_second"] = seconds[0] - seconds[1]
     found = {name: _interval(values.to_numpy(), confidence) for name, values in differences.items()}
     if "identity" not in (found := {name: interval for name, interval in found.items() if interval}):
         gains = differences["identity"]
@@ -274,10 +283,10 @@ def summarise(base: Scores, personalised: Scores, photos: Reference, confidence:
             "by_kind": _by_kind(base, personalised, "identity"),
         },
     }
-    if photos.second is not None:
+    if photos.second is not None and "identity_second" in differences:
         second, ours = (mean_counted(one.prompts, "identity_second") for one in (base, personalised))
-        top = fidelity.ceiling(photos.second)
-        metrics["identity_second"] = {"base": second, "personalised": ours, "gain": ours - second, "ceiling": top}
+        values = {"base": second, "personalised": ours, "ceiling": fidelity.ceiling(photos.second)}
+        metrics["identity_second"] = values | _gain(differences["identity_second"])
     for measure, column in (("prompt", "prompt_fidelity"), ("diversity", "diversity")):
         if measure in differences:
             values = {
@@ -369,8 +378,7 @@ def choose_step(points: pd.DataFrame, drop: float) -> int | None:
 def headline(metrics: dict[str, Any]) -> str:
     """Say in one line what the interval of the identity says, and no more."""
     identity, prompts_counted = metrics["identity"], metrics["prompts"]
-    gain = in_interval(identity["gain"], identity["low"], identity["high"])
-    numbers = f"{gain} over {prompts_counted} prompts"
+    numbers = f"{over_prompts(identity, prompts_counted)} over {prompts_counted} prompts"
     if prompts_counted < MIN_PROMPTS:
         return f"identity {numbers}: too few prompts to tell, under {MIN_PROMPTS} an interval says little"
     if identity["low"] > 0:
@@ -378,6 +386,24 @@ def headline(metrics: dict[str, Any]) -> str:
     if identity["high"] < 0:
         return f"identity {numbers}: farther from the subject than the base model"
     return f"identity {numbers}: not told apart from the base model"
+
+
+def flat_remark(counts: Mapping[str, int]) -> str:
+    """Say which models have drawn pictures that show nothing, and what to do; empty if none has.
+
+    An overflow of float16 decodes to black. Scored like any other picture it makes a good model look bad, and the base
+    worse than it is.
+
+    Args:
+        counts: of flat pictures, by what the model is called.
+    """
+    told = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+    if not told:
+        return ""
+    return (
+        f"pictures that show nothing, black or of one colour: {told}; their scores mean nothing; set "
+        "base.inference_dtype to float32, or look whether the model draws anything, and evaluate again: dreambooth run"
+    )
 
 
 def as_photo(photo: Image.Image) -> Image.Image:

@@ -30,7 +30,8 @@ class EvaluationRecord:
 def evaluate_loss(trainer: Trainer, instance: Sequence[Sample], prior: Sequence[Sample], step: int) -> EvaluationRecord:
     """Measure both roles; nothing of the training changes, no random number is spent.
 
-    Every process measures all of it and finds the same numbers, so that all of them take the same decisions.
+    Every process measures all of it. Different cards may differ in a last bit, so `training` takes the numbers of the
+    first process for all: they have to decide alike.
     """
     means = {
         role: _mean_loss(trainer, samples[:MAX_SAMPLES], role)

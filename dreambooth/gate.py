@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from dreambooth.errors import EvaluationError
-from dreambooth.evaluation import compare, counted
+from dreambooth.evaluation import compare, counted, flat_remark
 from dreambooth.intervals import in_interval
 from dreambooth.params import Gate
 
@@ -39,6 +39,8 @@ class Scorecard:
     """Mean cosine of each class image with the photos."""
     copy_rate: float
     """Share of the images that repeat a photo."""
+    flat: int | None
+    """How many images, of the class as well, show nothing; None where an older evaluation has not looked."""
 
 
 _NEEDS = {  # what measures it
@@ -157,7 +159,8 @@ def read_scorecard(folder: Path, model: str) -> Scorecard:
             how=about["how"],
             prompts=parts["prompts"],
             pres=parts["class_images"]["pres"].to_list(),
-            copy_rate=float(parts["scores"]["copy"].mean()),
+            copy_rate=float(parts["scores"]["copy"].mean(skipna=False)),  # a blank cell is no picture without a copy
+            flat=_count_flat(parts["scores"], parts["class_images"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvaluationError(
@@ -165,12 +168,24 @@ def read_scorecard(folder: Path, model: str) -> Scorecard:
         ) from None
 
 
+def _count_flat(*tables: pd.DataFrame) -> int | None:
+    if not all("flat" in table and table["flat"].notna().all() for table in tables):
+        return None
+    return sum(int(table["flat"].sum()) for table in tables)
+
+
 def _comparable(challenger: Scorecard, other: Scorecard, margins: Gate) -> Iterator[Check]:
-    """Refuse scores of two evaluators, and too few prompts for an interval."""
+    """Refuse scores of two evaluators; leave open what is scored by pictures of nothing, or by too few prompts."""
     differs = differing(challenger.how, other.how)
     if differs or not challenger.how:
         what = differs or "nothing is known of either"
         yield Check("evaluator", "refused", f"the two were not evaluated alike ({what}); evaluate both again")
+    counts = {"challenger": challenger.flat, "base" if other.is_base else "champion": other.flat}
+    known = {name: count for name, count in counts.items() if count is not None}
+    if len(known) < len(counts):
+        yield Check("pictures", "open", "nobody has looked for black pictures; evaluate again: dreambooth run")
+    elif remark := flat_remark(known):
+        yield Check("pictures", "open", remark)
     count = len(counted(challenger.prompts))
     if count < margins.min_prompts:
         text = (

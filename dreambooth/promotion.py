@@ -19,12 +19,14 @@ from dreambooth.images import read_prepared
 from dreambooth.params import Params, check_id
 from dreambooth.pointer import resolve
 from dreambooth.registry import alone
+from dreambooth.tracking import explain
 from dreambooth.versions import (
     CHALLENGER,
     CHAMPION,
     CONSENT_TAG,
     EVALUATION_TAG,
     FINGERPRINT_TAG,
+    GATE_TAG,
     MD5_TAG,
     REASON_TAG,
     VERDICT_TAG,
@@ -59,6 +61,13 @@ class Promotion:
     verdict: str
     """promote, forced, rollback; unchanged where it was the champion before."""
     reason: str
+    gate: str = ""
+    """What the gate said where it was overruled."""
+
+    @property
+    def why(self) -> str:
+        """For people: the reason, and what was overruled by it."""
+        return f"{self.reason}; the gate said: {self.gate}" if self.gate else self.reason
 
 
 @contextmanager
@@ -109,7 +118,8 @@ def promote(
         params: all of them: the margins of the gate, and whether the subject is a person.
         subject_id: of the subject.
         version: else the challenger.
-        force: why the gate is overruled. Files that are not whole, and a missing consent, it does not overrule.
+        force: why the gate is overruled; what it says all the same is recorded beside. Files that are not whole, and
+            a missing consent, it does not overrule.
         rescore: evaluates challenger and champion in one run where they were evaluated differently, see
             `stages.evaluate.beside_champion`; None keeps the champion then.
         trained: yields a folder like `root` in which the challenger's training lies, to be scored again there.
@@ -132,9 +142,10 @@ def promote(
         _require_files(root, client, candidate)
         if champion is not None and force is None:
             _require_champion(root, client, subject_id, champion)
+        gate = _overruled(root, client, params, candidate, champion) if force else ""
         judged = None if force else _judge(root, client, params, candidate, champion, rescore, trained)
         verdict, reason = judged or ("forced", str(force))
-        for tag, value in ((VERDICT_TAG, verdict), (REASON_TAG, reason)):
+        for tag, value in ((VERDICT_TAG, verdict), (REASON_TAG, reason), (GATE_TAG, gate)):
             client.set_model_version_tag(subject_id, str(number), tag, value[: aliases.MAX_TEXT])
         if verdict not in ("promote", "forced"):
             aliases.append(client, subject_id, "refuse", CHAMPION, champion, number, verdict, reason)
@@ -142,8 +153,8 @@ def promote(
                 f"version {number} of {subject_id} does not become the champion: {reason}; "
                 f'to overrule the gate: dreambooth promote {subject_id} --version {number} --force "WHY"'
             )
-        aliases.move(client, subject_id, "promote", CHAMPION, champion, number, verdict, reason)
-    return Promotion(subject_id, number, champion, verdict, reason)
+        aliases.move(client, subject_id, "promote", CHAMPION, champion, number, verdict, reason, gate)
+    return Promotion(subject_id, number, champion, verdict, reason, gate)
 
 
 def rollback(root: Path, params: Params, subject_id: str, force: str | None = None) -> Promotion:
@@ -299,6 +310,21 @@ def _judge(
             page = lay_beside(ours, theirs, photos, params.gate, params.evaluate.confidence).page
             client.log_text(candidate.run_id, page, f"{BESIDE}/version-{candidate.version}-and-{found.version}.html")
     return decision.verdict, decision.line
+
+
+def _overruled(
+    root: Path, client: "MlflowClient", params: Params, candidate: "ModelVersion", champion: int | None
+) -> str:
+    """Return what the gate says of the scores that were registered, for whoever asks later what was overruled.
+
+    Nothing is drawn for it, and no failure stops whoever has a reason not to wait for the gate.
+    """
+    if champion is not None and find_version(client, candidate.name, champion, None) is None:
+        return f"not judged: the champion, version {champion}, is gone"
+    try:
+        return _judge(root, client, params, candidate, champion, None, trained_here)[1]
+    except Exception as error:  # whatever it is: the promotion goes on, and the log says why nothing was said
+        return f"not judged: {explain(error)}"
 
 
 @contextmanager

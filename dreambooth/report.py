@@ -1,6 +1,7 @@
 """Show one evaluation to people: one HTML file that holds all of its pictures, with JSON, CSV and curves beside it."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,13 +12,14 @@ from matplotlib.figure import Figure as Plot
 
 from dreambooth.curves import png_of, tradeoff_curve
 from dreambooth.errors import shown
-from dreambooth.evaluation import COST, choose_step, counted
+from dreambooth.evaluation import COST, SECOND_OPINION, choose_step, counted, flat_remark
 from dreambooth.fidelity import COPY_DISTANCE
 from dreambooth.folders import write_file
 from dreambooth.gate import Decision
 from dreambooth.images import read_prepared
-from dreambooth.intervals import in_interval
+from dreambooth.intervals import in_interval, name_difference, over_prompts
 from dreambooth.pages import Picture, data_uri, file_picture, picture_of, render
+from dreambooth.params import MIN_PROMPTS
 
 WORST = 5
 NEAREST = 24  # pictures beside their nearest photo
@@ -27,7 +29,12 @@ SAFETY = (
     "not checked: nothing in this pipeline looks for unsafe pictures. To have it checked, look at the pictures of this "
     "page, or run a safety checker over the PNG files in build/<subject>/evaluation/personalised"
 )
-MEASURES = ("identity", "prompt", "diversity")
+MEASURES = {  # of metrics/<id>.json, with their labels
+    "identity": "identity",
+    "identity_second": SECOND_OPINION,
+    "prompt": "prompt",
+    "diversity": "diversity",
+}
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,14 @@ class Sources:
     trained: Path
     licence: str
     """Of the photos, in words."""
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    """Section train of params.yaml as the model was trained with it."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Manifest of `trained`: how it was trained, and which step of it is shipped."""
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """Section train of params.yaml as the model was trained with it."""
+        recipe: Mapping[str, Any] = self.training.get("inputs", {}).get("train", {})
+        return recipe
 
 
 @dataclass(frozen=True)
@@ -111,8 +124,7 @@ def make_report(title: str, sources: Sources, metrics: Mapping[str, Any], decisi
     tables = {name: pd.read_csv(sources.evaluation / f"{name}.csv") for name in ("scores", "prompts", "class_images")}
     models = list(about["models"])
     photos = [picture_of(image, name) for name, image in read_prepared(sources.instance)]
-    losses = read_losses(sources.trained)
-    loss, shipped = loss_curves(*losses), shipped_step(*losses, sources.recipe)
+    loss, shipped = loss_curves(*read_losses(sources.trained)), sources.training.get("shipped_step")
     points = read_points(sources.evaluation, metrics, shipped)
     tradeoff = tradeoff_curve(points) if points is not None else b""
     return Report(
@@ -133,7 +145,7 @@ def make_report(title: str, sources: Sources, metrics: Mapping[str, Any], decisi
         loss=data_uri(loss, "png"),
         loss_note="Faint: each step, which is nearly pure noise. Strong: the mean of its neighbourhood.",
         tradeoff=data_uri(tradeoff, "png") if tradeoff else "",
-        tradeoff_note=_tradeoff_note(points, drop, shipped, sources.recipe.get("lr_scheduler", "constant")),
+        tradeoff_note=_tradeoff_note(points, drop, shipped, sources.recipe),
         provenance=provenance(about, metrics, sources),
         curves={"loss.png": loss} | ({"tradeoff.png": tradeoff} if tradeoff else {}),
     )
@@ -141,10 +153,12 @@ def make_report(title: str, sources: Sources, metrics: Mapping[str, Any], decisi
 
 def summary_table(metrics: Mapping[str, Any]) -> Table:
     """Set the base beside the personalised model, a line a measure; what was not measured says so."""
-    rows = []
-    for name in MEASURES:
+    rows, prompts = [], metrics["prompts"]
+    for name, label in MEASURES.items():
         found = metrics.get(name)
-        rows.append([name, *_base_and_model(found), _gain(found)] if found else [name, "", "", "not measured"])
+        told = [*_base_and_model(found), over_prompts(found, prompts)] if found else ["", "", "not measured"]
+        if found or name != "identity_second":  # only some encoders give one
+            rows.append([label, *told])
     copying, prior = metrics["copying"], metrics.get("prior")
     rows.append(["copies", f"{copying['rate_base']:.0%}", f"{copying['rate']:.0%}", ""])
     rows.append(
@@ -152,8 +166,8 @@ def summary_table(metrics: Mapping[str, Any]) -> Table:
         if prior
         else ["PRES", "", "", "not measured"]
     )
-    interval = f"difference, {metrics['confidence']:.0%} interval"
-    return Table(["measure", "base", "personalised", interval], rows, numbers=(1, 2, 3))
+    difference = name_difference(prompts, metrics["confidence"])
+    return Table(["measure", "base", "personalised", difference], rows, numbers=(1, 2, 3))
 
 
 def grid_rows(evaluation: Path, scores: pd.DataFrame, models: Sequence[str]) -> Iterable[dict[str, Any]]:
@@ -186,6 +200,7 @@ def prompt_table(rows: pd.DataFrame) -> Table:
     names = {
         "identity": "identity",
         "gain": "against base",
+        "identity_second": "second opinion",
         "prompt_fidelity": "prompt",
         "prompt_gain": "against base",
         "diversity": "diversity",
@@ -255,32 +270,18 @@ def loss_curves(history: pd.DataFrame, fixed: pd.DataFrame) -> bytes:
     return png_of(plot)
 
 
-def shipped_step(history: pd.DataFrame, fixed: pd.DataFrame, recipe: Mapping[str, Any]) -> int | None:
-    """Return the step whose weights are in the model; None where they are the average over many steps.
-
-    Args:
-        history: a row a step.
-        fixed: the losses at fixed noise, empty where they were not measured.
-        recipe: section train of params.yaml.
-    """
-    if recipe.get("ema_decay"):
-        return None
-    if recipe.get("load_best_model_at_end") and "score" in fixed:
-        return int(fixed["step"].iloc[int(fixed["score"].argmin())])
-    return len(history)
-
-
 def read_points(evaluation: Path, metrics: Mapping[str, Any], shipped: int | None = None) -> pd.DataFrame | None:
     """Return identity and prompt fidelity: a row a step with previews, or base and final model alone.
 
     Args:
         evaluation: with checkpoints.csv, if there were previews.
         metrics: of metrics/<id>.json.
-        shipped: the step whose label says so.
+        shipped: the step whose label says so; None labels none.
 
     Returns:
         label, identity, identity_error, prompt, prompt_error, the errors being half widths of the interval of the
-        difference from the last step, or from the base; None where the prompt fidelity is missing.
+        difference from the last step, or from the base (NaN over too few prompts); None where the prompt fidelity is
+        missing.
     """
     path = evaluation / "checkpoints.csv"
     if path.exists():
@@ -291,6 +292,8 @@ def read_points(evaluation: Path, metrics: Mapping[str, Any], shipped: int | Non
         return None
     identity, prompt = metrics["identity"], metrics["prompt"]
     errors = [(one["high"] - one["low"]) / 2 for one in (identity, prompt)]
+    if metrics["prompts"] < MIN_PROMPTS:
+        errors = [math.nan, math.nan]
     rows = [
         ("base", identity["base"], 0.0, prompt["base"], 0.0),
         ("personalised", identity["personalised"], errors[0], prompt["personalised"], errors[1]),
@@ -319,14 +322,31 @@ def provenance(about: Mapping[str, Any], metrics: Mapping[str, Any], sources: So
     how, rows = about["how"], []
     rows += [[f"model: {name}", found["model"]] for name, found in about["models"].items()]
     rows += [[role, ", ".join(one.values())] for role, one in how["encoders"].items()]
-    rows.append(["seeds", ", ".join(str(seed) for seed in dict.fromkeys(case["seed"] for case in how["cases"]))])
+    rows.append(
+        [
+            "seeds of the evaluation",
+            ", ".join(str(seed) for seed in dict.fromkeys(case["seed"] for case in how["cases"])),
+        ]
+    )
     rows += [[f"sampler: {name}", str(value)] for name, value in how["settings"].items() if value != ""]
     rows += [[f"version: {name}", value] for name, value in how["versions"].items()]
     rows += [[name, str(how[name])] for name in ("device", "dtype", "code")]
     rows += [["photos", f"{metrics['photos']}, sha256 {how['photos']}"], ["licence of the photos", sources.licence]]
+    rows += training_rows(sources.training)
     rows.append(["safety", SAFETY])
     rows += [[name.replace("_", " "), f"{value:.3g}"] for name, value in read_cost(sources.evaluation).items()]
     return Table(["", ""], rows)
+
+
+def training_rows(training: Mapping[str, Any]) -> list[list[str]]:
+    """Return how a model was trained, with every parameter: two reports shall say what differed."""
+    inputs, shipped = training.get("inputs", {}), training.get("shipped_step")
+    rows = [[f"train: {name}", str(value)] for name, value in inputs.get("train", {}).items()]
+    rows += [["step that is shipped", str(shipped)]] if shipped else []
+    if "prior" in inputs:
+        told = f"{training['class_images']}, {inputs['prior_kind']}, sha256 {inputs['prior']}"
+        rows.append(["class images of the training", told])
+    return rows
 
 
 def read_cost(evaluation: Path) -> dict[str, float]:
@@ -338,10 +358,6 @@ def read_cost(evaluation: Path) -> dict[str, float]:
 
 def _base_and_model(found: Mapping[str, Any]) -> list[str]:
     return [f"{found['base']:.3f}", f"{found['personalised']:.3f}"]
-
-
-def _gain(found: Mapping[str, Any]) -> str:
-    return in_interval(found["gain"], found["low"], found["high"])
 
 
 def _cell(value: Any, column: str) -> str:
@@ -357,6 +373,22 @@ def _summary_note(metrics: Mapping[str, Any]) -> str:
         f"Means over {metrics['prompts']} prompts that count, {metrics['seeds']} seeds each, against "
         f"{metrics['photos']} photos. The photos among themselves reach an identity of {identity['ceiling']:.3f}."
         f"{scale} Only differences between models mean something: another encoder has another scale."
+        f"{_second_note(metrics)}{_flat_note(metrics)}"
+    )
+
+
+def _flat_note(metrics: Mapping[str, Any]) -> str:
+    remark = flat_remark(metrics.get("flat", {}))
+    return f" Warning: {remark}." if remark else ""
+
+
+def _second_note(metrics: Mapping[str, Any]) -> str:
+    second = metrics.get("identity_second")
+    if not second:
+        return ""
+    return (
+        f" The second opinion is that of {metrics['scorer']['name']}, by which the photos among themselves reach "
+        f"{second['ceiling']:.3f}. It decides nothing: where the two disagree, look at the pictures."
     )
 
 
@@ -380,22 +412,24 @@ def _prior_note(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _tradeoff_note(points: pd.DataFrame | None, drop: float, shipped: int | None, lr_scheduler: str) -> str:
+def _tradeoff_note(points: pd.DataFrame | None, drop: float, shipped: int | None, recipe: Mapping[str, Any]) -> str:
     if points is None:
         return "Not drawn: the prompt fidelity was not measured."
     means = "Up: more like the subject. Right: more like the prompt."
     if "step" not in points:
-        return (
-            f"{means} One point a model, bars: the interval of the difference from the base; with train.preview_steps "
-            "the report shows one a step."
-        )
+        bars = "" if points["identity_error"].isna().any() else ", bars: the interval of the difference from the base"
+        return f"{means} One point a model{bars}; with train.preview_steps the report shows one a step."
     about = (
         f"{means} One point a step, by its previews of {points['prompts'].iloc[0]} prompts; bars: the interval of the "
         "difference from the last step, at the same prompts and noise."
     )
-    if shipped is None:
+    if recipe.get("ema_decay"):
         about = f"{about} Shipped is the average over the steps (train.ema_decay), which no preview shows."
-    return f"{about} {_advice(points, drop, shipped, lr_scheduler)}"
+    elif shipped not in set(points["step"]):
+        about = (
+            f"{about} Shipped is {f'step {shipped}' if shipped else 'a step that was not noted'}, without a preview."
+        )
+    return f"{about} {_advice(points, drop, shipped, recipe.get('lr_scheduler', 'constant'))}"
 
 
 def _advice(points: pd.DataFrame, drop: float, shipped: int | None, lr_scheduler: str) -> str:

@@ -44,6 +44,8 @@ class History:
 
     steps: list[StepRecord] = field(default_factory=list)
     evaluations: list[EvaluationRecord] = field(default_factory=list)
+    shipped_step: int | None = None
+    """Whose weights are in the model, known at the end; None for the average over the steps."""
 
     @classmethod
     def of(cls, records: Any) -> "History":
@@ -96,11 +98,7 @@ def train(
             _loop(trainer, instance, prior, history, steps, stop, listeners or Listeners(), checkpoints)
         if checkpoints:
             checkpoints.finish()
-            ships_best = settings.load_best_model_at_end and not _ends_with_best(history)
-            if ships_best and trainer.accelerator.is_main_process:  # who alone writes and reads them, and what is made
-                _restore_best(trainer, checkpoints)
-        if trainer.average is not None:
-            restore_weights(trainer.trained, trainer.average.values)
+        history.shipped_step = _ship(trainer, history, checkpoints)
     except BaseException:
         if checkpoints:
             with suppress(Exception):  # what is being written may still end well; the first error is the one to tell
@@ -197,11 +195,19 @@ def _ends_with_best(history: History) -> bool:
     return is_best(history.evaluations) and history.evaluations[-1].step == len(history.steps)
 
 
-def _restore_best(trainer: Trainer, checkpoints: Checkpoints) -> None:
-    """Put the weights of the best evaluation back; the last ones stay where its checkpoint is torn."""
-    best = checkpoints.best()
-    if best is not None:
-        restore_weights(trainer.trained, best.weights)
+def _ship(trainer: Trainer, history: History, checkpoints: Checkpoints | None) -> int | None:
+    """Put the weights in place that are shipped; return their step, None for the average over the steps."""
+    if trainer.average is not None:
+        restore_weights(trainer.trained, trainer.average.values)
+        return None
+    ships_best = trainer.settings.load_best_model_at_end and not _ends_with_best(history)
+    best = None
+    if checkpoints and ships_best and trainer.accelerator.is_main_process:  # who alone reads them, and what is made
+        best = checkpoints.best()
+    if best is None:  # also where its checkpoint is torn: the last ones stay
+        return len(history.steps)
+    restore_weights(trainer.trained, best.weights)
+    return best.step
 
 
 def _shared(trainer: Trainer, record: EvaluationRecord) -> EvaluationRecord:

@@ -29,6 +29,7 @@ MODEL_TAG = "dreambooth.model_id"
 EVALUATION_TAG = "dreambooth.evaluation"
 VERDICT_TAG = "dreambooth.verdict"
 REASON_TAG = "dreambooth.reason"
+GATE_TAG = "dreambooth.gate"  # what the gate said where it was overruled
 CONSENT_TAG = "dreambooth.consent"
 FINGERPRINT_TAG = "dreambooth.fingerprint"
 MD5_TAG = "dvc.md5"

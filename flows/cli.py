@@ -25,7 +25,7 @@ from dreambooth.errors import (
 from dreambooth.params import GUIDANCE, SAMPLER_STEPS, SIDE
 from dreambooth.redaction import redact
 from flows import commands
-from flows.console import err, from_here, out, say
+from flows.console import err, from_here, out, say, warn
 from flows.project import PARAMS, choose_subjects, find_root, read_params_text
 
 if TYPE_CHECKING:
@@ -80,9 +80,9 @@ def add(
     if added.assumed_kind:
         out.print("kind: object (evaluation prompts for things; --kind live for people and animals)")
     for remark in added.remarks:
-        _warn(remark)
+        warn(remark)
     if reason := track_photos(root, added.folder):
-        _warn(reason)
+        warn(reason)
     say(f"{subject_id} is in {PARAMS}, class {added.class_id}. Next: dreambooth run {subject_id}")
 
 
@@ -99,7 +99,7 @@ def check(
     places = {name: from_here(path) for name, path in checked.thumbnails.items()}
     out.print(photos_table(checked.reports, checked.ignored, places))
     if checked.remark is not None:
-        _warn(str(checked.remark))
+        warn(str(checked.remark))
     if checked.refusal is not None:
         raise checked.refusal
     usable = sum(report.usable for report in checked.reports)
@@ -187,7 +187,7 @@ def generate(
         "negative_prompt": negative,
         "resolution": size,
     }
-    drawn = draw_registered(root, subject_id, wanted, count, options, _tell, _warn, version, folder)
+    drawn = draw_registered(root, subject_id, wanted, count, options, _tell, warn, version, folder)
     for path in [*drawn.pictures, drawn.sheet]:
         say(from_here(path))
 
@@ -207,11 +207,13 @@ def status(context: typer.Context, subject_ids: SubjectIds = None) -> None:
 def register(context: typer.Context, subject_id: SubjectId) -> None:
     """Register the export of a subject in MLflow; the same export is the same version."""
     from dreambooth import registry
+    from flows.summary import refresh_index
 
     root = find_root(context.obj)
     params = _params(root)
     params.subject(subject_id)
     say(_version(registry.register(root, subject_id, params.registry.max_logged_bytes)))
+    refresh_index(root, params.subjects, warn)
 
 
 commands.add_to(app)
@@ -220,10 +222,6 @@ commands.add_to(app)
 def _tell(text: str) -> None:
     """Say what goes on, beside what the command says."""
     err.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _warn(text: str) -> None:
-    err.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
 
 
 def _apply_presets(root: Path, presets: list[str]) -> None:

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dreambooth.errors import PipelineError
-from flows.console import from_here, out, print_whole, say
+from flows.console import from_here, out, print_whole, say, warn
 from flows.project import PARAMS, find_root
 
 if TYPE_CHECKING:
+    from dreambooth.params import Params
     from dreambooth.promotion import Promotion
 
 SubjectId = Annotated[str, typer.Argument(metavar="ID", help="Subject, such as biscuit.")]
@@ -37,7 +38,7 @@ def promote(
     root = find_root(context.obj)
     params = load_params(root / PARAMS)
     params.subject(subject_id)
-    _say_promotion(promotion.promote(root, params, subject_id, version, force, beside_champion, trained))
+    _conclude(root, params, promotion.promote(root, params, subject_id, version, force, beside_champion, trained))
 
 
 def rollback(context: typer.Context, subject_id: SubjectId, force: Force = None) -> None:
@@ -48,7 +49,7 @@ def rollback(context: typer.Context, subject_id: SubjectId, force: Force = None)
     root = find_root(context.obj)
     params = load_params(root / PARAMS)
     params.subject(subject_id)
-    _say_promotion(promotion.rollback(root, params, subject_id, force))
+    _conclude(root, params, promotion.rollback(root, params, subject_id, force))
 
 
 def versions(
@@ -201,6 +202,10 @@ def forget(
     say(f"Erased. Receipt, without personal data: {from_here(receipt)}")
 
 
-def _say_promotion(done: "Promotion") -> None:
+def _conclude(root: Path, params: "Params", done: "Promotion") -> None:
+    """Say which version is the champion, here and in the index of the reports."""
+    from flows.summary import refresh_index
+
     before = f"version {done.before}" if done.before else "none"
-    say(f"models:/{done.name}@champion is version {done.champion} (before: {before}); {done.reason}")
+    say(f"models:/{done.name}@champion is version {done.champion} (before: {before}); {done.why}")
+    refresh_index(root, params.subjects, warn)

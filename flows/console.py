@@ -16,6 +16,11 @@ def say(text: str) -> None:
     out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def warn(text: str) -> None:
+    """Print a warning as it is."""
+    err.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+
+
 def print_whole(table: Table) -> None:
     """Print a table of which nothing is cut, nor broken into strips, whatever the width of the terminal."""
     wide = out.measure(table, options=out.options.update(max_width=WIDEST)).maximum

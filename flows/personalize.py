@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -94,7 +94,7 @@ def personalize(subject: str | list[str] | None = None, root: str | None = None)
         except DreamboothError as error:
             return failed(error)
         stages, versions = carry_out(params, subjects, graph, DvcRunner(project))
-        summary.write_index(project, _versions(project, params.subjects))
+        summary.refresh_index(project, params.subjects, get_run_logger().warning)
         publish(project, params, stages, versions)
         return [future.state for future in (*stages.values(), *versions.values())]
 
@@ -200,17 +200,6 @@ def _registered(future: PrefectFuture[Any]) -> str:
         return "no"
     version = future.result()
     return f"{version.name} version {version.version}"
-
-
-def _versions(root: Path, subjects: Iterable[str]) -> dict[str, str]:
-    """Return the registered versions of subjects in words: by one client, for a registry that is away costs seconds."""
-    from dreambooth import versions
-
-    try:
-        return versions.in_words(root, subjects)
-    except DreamboothError as error:  # the index is worth less than the run
-        get_run_logger().warning("%s: %s", error.code, error)
-        return dict.fromkeys(subjects, "")
 
 
 def main() -> int:

@@ -71,7 +71,7 @@ def promote_one(
         if isinstance(error.__cause__, OSError):
             raise _NotYet(f"{error.code}: {error}") from None
         return failed(error)
-    get_run_logger().info("models:/%s@champion is version %s: %s", done.name, done.champion, done.reason)
+    get_run_logger().info("models:/%s@champion is version %s: %s", done.name, done.champion, done.why)
     return done
 
 
@@ -109,6 +109,7 @@ def promote(subject: str | list[str] | None = None, root: str | None = None, for
     except DreamboothError as error:
         return failed(error)
     states = {one: promote_one(one, project, params, force, return_state=True) for one in subjects}
+    summary.refresh_index(project, params.subjects, get_run_logger().warning)
     table = [{"subject": one, "verdict": _verdict(state)} for one, state in states.items()]
     left(create_table_artifact, table, "promote", "Verdicts of this run")
     return list(states.values())
@@ -154,7 +155,9 @@ def approve(subject: str, root: str | None = None, patience_days: float = 14.0) 
     answer = suspend_flow_run(wait_for_input=question, timeout=int(patience_days * 86400), key=f"approve-{number}")
     if not answer.approve:
         return Completed(name="Declined", message=f"version {number} of {subject} was declined")
-    return promote_one(subject, project, params, answer.overrule, number, return_state=True)
+    done = promote_one(subject, project, params, answer.overrule, number, return_state=True)
+    summary.refresh_index(project, params.subjects, get_run_logger().warning)
+    return done
 
 
 def _show(root: Path, params: Params, subject_id: str, version: int, champion: int | None) -> None:
@@ -190,7 +193,7 @@ def _verdict(state: "State[Any]") -> str:
     if not state.is_completed():
         return str(state.message or state.name)
     done = state.result()
-    return f"version {done.champion}: {done.reason}"
+    return f"version {done.champion}: {done.why}"
 
 
 def main() -> int:

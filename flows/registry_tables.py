@@ -42,8 +42,9 @@ def log_table(entries: Iterable["Entry"]) -> Table:
     for one in entries:
         when = datetime.fromtimestamp(one.time, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
         before = str(one.before or "-")
+        reason = f"{one.reason}; the gate said: {one.gate}" if one.gate else one.reason
         table.add_row(
-            str(one.number), when, one.action, one.alias, before, str(one.after), one.verdict or "-", Text(one.reason)
+            str(one.number), when, one.action, one.alias, before, str(one.after), one.verdict or "-", Text(reason)
         )
     return table
 

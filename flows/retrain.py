@@ -40,7 +40,7 @@ from flows.graph import Graph, Stage
 from flows.program import failed, left, patiently
 from flows.project import PARAMS, choose_subjects, find_root, ids_of
 from flows.promote import promote_one
-from flows.summary import export_hash
+from flows.summary import export_hash, refresh_index
 from flows.turns import has_limit, without_limit
 
 LOCAL, CLONE = "personalize/local", "personalize/clone"
@@ -112,6 +112,7 @@ def retrain(
     works = _run_subjects(project, params, stale, deployment, revision)
     if promotion != "none":
         _promote(project, params, works, promotion)
+    refresh_index(project, params.subjects, get_run_logger().warning)
     return _report(works)
 
 

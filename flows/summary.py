@@ -4,13 +4,14 @@ import csv
 import html
 import io
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth.errors import DreamboothError
 from dreambooth.folders import read_manifest, sha256_of
+from dreambooth.intervals import over_prompts
 from dreambooth.params import Params
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class Identity:
     high: float
     ceiling: float
     """Of the photos among themselves."""
+    prompts: int
+    """That count for it."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,9 @@ def read_summary(root: Path, params: Params, subject_id: str) -> Summary:
 def read_identity(path: Path) -> Identity | None:
     """Read the identity scores of metrics/<subject>.json; None before the first evaluation."""
     try:
-        scores: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["identity"]
-        return Identity(**{name: float(scores[name]) for name in Identity.__dataclass_fields__})
+        metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        scores = {name: float(metrics["identity"][name]) for name in Identity.__dataclass_fields__ if name != "prompts"}
+        return Identity(**scores, prompts=int(metrics["prompts"]))
     except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
         return None
 
@@ -102,6 +106,29 @@ def write_index(root: Path, versions: Mapping[str, str]) -> None:
 
     if (root / "reports").is_dir():
         pages.write_index(root / "reports", versions)
+
+
+def refresh_index(root: Path, subjects: Iterable[str], warn: Callable[[str], object]) -> None:
+    """Write reports/index.html with the versions of now; what goes wrong is told: the page is worth less than the run.
+
+    Args:
+        root: of the project.
+        subjects: all of params.yaml.
+        warn: is told in a line.
+    """
+    from dreambooth import versions
+
+    if not (root / "reports").is_dir():  # then the registry is not asked
+        return
+    words = dict.fromkeys(subjects, "")
+    try:
+        words = versions.in_words(root, words)
+    except DreamboothError as error:
+        warn(f"{error.code}: {error}")
+    try:
+        write_index(root, words)
+    except (DreamboothError, OSError, ValueError, KeyError, TypeError) as error:  # no room, or a damaged report.json
+        warn(f"reports/index.html stays as it was: {type(error).__name__}: {error}")
 
 
 def count_photos(root: Path, subject_id: str) -> int:
@@ -133,7 +160,7 @@ def rows(summary: Summary) -> list[tuple[str, str]]:
     if identity := summary.identity:
         found += [
             ("identity", f"{identity.base:.3f} (base) -> {identity.personalised:.3f} (personalised)"),
-            ("gain", f"{identity.gain:+.3f}, between {identity.low:+.3f} and {identity.high:+.3f}"),
+            ("gain", f"{over_prompts(asdict(identity), identity.prompts)} over {identity.prompts} prompts"),
             ("floor / ceiling", f"{identity.base:.3f} (base) / {identity.ceiling:.3f} (photos among themselves)"),
         ]
     if summary.verdict:

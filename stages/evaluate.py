@@ -48,7 +48,7 @@ def run(params: Params, subject_id: str, root: Path) -> None:
         confidence = params.evaluate.confidence
         metrics = evaluation.summarise(found.scores[BASE], found.scores["personalised"], found.photos, confidence)
         about = {"fingerprint": sha256_of(found.how), "model": model}
-        metrics |= encoders.describe() | about
+        metrics |= {"flat": {name: sum(flags) for name, flags in found.flat.items()}} | encoders.describe() | about
         with new_folder(root / OUTPUTS[0].format(id=subject_id), about) as target:
             write_comparison(target, found)
             if (checkpoints := _checkpoints(params, subject_id, trained, found.photos, encoders)) is not None:
@@ -58,6 +58,8 @@ def run(params: Params, subject_id: str, root: Path) -> None:
     write_file(path, json.dumps(metrics, indent=1).encode() + b"\n")
     _track(root, subject_id, metrics)
     say(f"evaluate {subject_id}: {evaluation.headline(metrics)}")
+    if remark := evaluation.flat_remark(metrics["flat"]):
+        say(f"evaluate {subject_id}: warning: {remark}")
 
 
 def beside_champion(
@@ -194,7 +196,7 @@ def _track(root: Path, subject_id: str, metrics: dict[str, Any]) -> None:
     with open_run(root, key=metrics["model"], name=subject_id, tags={"subject": subject_id}) as tracked:
         values = {
             f"{measure}.{name}": float(value)
-            for measure in ("identity", "identity_second", "prompt", "diversity", "copying", "prior")
+            for measure in ("identity", "identity_second", "prompt", "diversity", "copying", "prior", "flat")
             for name, value in metrics.get(measure, {}).items()
             if isinstance(value, int | float)
         }

@@ -28,14 +28,14 @@ LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 def run(params: Params, subject_id: str, root: Path) -> None:
     """Write reports/<id>/: index.html, report.json, scores.csv, prompts.csv, grid.png, the curves, manifest."""
     evaluation, instance, photos, _, metrics_path, trained = (root / path.format(id=subject_id) for path in INPUTS)
-    about = read_manifest(trained)
-    model, recipe = about["fingerprint"], about["inputs"]["train"]
+    training = read_manifest(trained)
+    model = training["fingerprint"]
     metrics = _metrics(metrics_path, model, subject_id)
     cards = [read_scorecard(evaluation, name) for name in ("personalised", "base")]
     decision = decide(cards[0], cards[1], params.gate, params.evaluate.confidence)
     subject, class_noun = params.subject(subject_id), params.class_of(subject_id).class_noun
     title = f"{subject_id}: {prompts.instance_prompt(subject.identifier, class_noun)}"
-    sources = Sources(evaluation, instance, trained, _licence(photos), recipe)
+    sources = Sources(evaluation, instance, trained, _licence(photos), training)
     with new_folder(root / OUTPUTS[0].format(id=subject_id), {"model": model}) as target:
         write_report(target, title, sources, metrics, decision, params.gate.first_prompt_drop)
     _track(root, subject_id, model)

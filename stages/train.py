@@ -121,6 +121,7 @@ def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = 
                 raise
             methods.save_trained(model, folder, params.train)
             _save_records(history, folder)
+            about["shipped_step"] = history.shipped_step
             if previews.is_dir():
                 shutil.copytree(previews, folder / PREVIEWS)
             if checkpoints.changes:

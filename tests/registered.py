@@ -46,8 +46,8 @@ def write_evaluation(
         )
         for name, level in parts.items()
     ]  # fmt: skip
-    pres = [pd.DataFrame({"noise_seed": range(4), "pres": 0.3, "model": name}) for name in parts]
-    copies = [pd.DataFrame({"copy": [False] * 8, "model": name}) for name in parts]
+    pres = [pd.DataFrame({"noise_seed": range(4), "pres": 0.3, "flat": False, "model": name}) for name in parts]
+    copies = [pd.DataFrame({"copy": [False] * 8, "flat": False, "model": name}) for name in parts]
     models = {
         "base": {"model": "b" * 64, "is_base": True},
         "personalised": {"model": model, "is_base": False},

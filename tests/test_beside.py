@@ -1,5 +1,6 @@
 """Candidate beside champion: the same prompts and noise, the differences of the gate, nothing invented."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -10,7 +11,7 @@ import yaml
 from PIL import Image
 from tiny_project import REPOSITORY
 
-from dreambooth.beside import COLUMNS, Beside, Side, choose_prompts, lay_beside
+from dreambooth.beside import COLUMNS, Beside, Side, choose_prompts, lay_beside, score_rows
 from dreambooth.gate import decide, read_scorecard
 from dreambooth.params import parse_params
 from flows import summary
@@ -30,9 +31,9 @@ def write_evaluation(folder: Path, gains: list[float], colour: tuple[int, int, i
         measured = {"prompt_fidelity": 0.5, "diversity": [0.3 + 0.01 * i for i in range(PROMPTS)], "model": name}
         tables["prompts"].append(pd.DataFrame(means | measured))
         cases = pd.DataFrame(means).loc[[i for i in range(PROMPTS) for _ in range(SEEDS)]]
-        cases = cases.assign(noise_seed=range(PROMPTS * SEEDS), nearest_photo=0, copy=False, model=name)
+        cases = cases.assign(noise_seed=range(PROMPTS * SEEDS), nearest_photo=0, copy=False, flat=False, model=name)
         tables["scores"].append(cases)
-        tables["class_images"].append(pd.DataFrame({"pres": [0.3, 0.31, 0.32], "model": name}))
+        tables["class_images"].append(pd.DataFrame({"pres": [0.3, 0.31, 0.32], "flat": False, "model": name}))
         (folder / name).mkdir(parents=True)
         for number in range(0, PROMPTS * SEEDS, SEEDS):  # the first seeds, as they are kept beside a version
             Image.new("RGB", (64, 64), shade).save(folder / name / f"{number:03d}.png")
@@ -77,6 +78,31 @@ def test_the_difference_of_each_measure_is_the_one_that_the_gate_bounds(sides: t
     assert f"identity {identity['candidate - champion']}" in decision.line
     assert rows["prompt fidelity"]["candidate - champion"].startswith("+0.000")
     assert rows["copies of photos"]["candidate - champion"] == "+0 points"
+
+
+def test_a_second_opinion_on_the_identity_stands_beside_the_first_and_is_no_part_of_the_verdict(
+    sides: tuple[Side, Side],
+) -> None:
+    line = lay(sides).line
+    for side, second in zip(sides, (0.1, 0.9), strict=True):  # as much as may be against the candidate
+        table = pd.read_csv(side.folder / "prompts.csv")
+        table.assign(identity_second=second).to_csv(side.folder / "prompts.csv", index=False)
+    beside = lay(sides)
+    assert beside.line == line
+    row = next(row for row in beside.rows if row[0] == "identity, second opinion (decides nothing)")
+    assert list(row[1:]) == ["0.100", "0.900", "0.100", "-0.800 [-0.800, -0.800]"]
+
+
+def test_over_fewer_than_six_prompts_differences_stand_without_an_interval(sides: tuple[Side, Side]) -> None:
+    candidate, champion = (read_scorecard(side.folder, side.model) for side in sides)
+    few = [dataclasses.replace(card, prompts=card.prompts[:5]) for card in (champion, champion, candidate)]
+    rows = {row[0]: row[-1] for row in score_rows(few, 0.95)}
+    assert rows["identity"] == "+0.020"
+    assert "[" in rows["PRES (less is better)"]  # over class images
+    for side in sides:
+        table = pd.read_csv(side.folder / "prompts.csv")
+        table[table["prompt"] < "prompt 5"].to_csv(side.folder / "prompts.csv", index=False)
+    assert "too few for intervals" in lay(sides).note
 
 
 def test_a_row_has_the_photo_and_the_three_models_at_the_same_noise(sides: tuple[Side, Side]) -> None:

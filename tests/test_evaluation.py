@@ -147,6 +147,17 @@ def test_prior_drift_is_the_rise_of_the_class_images_at_paired_seeds() -> None:
     assert (same["mmd2"], same["p_value"]) == (0, 1)
 
 
+def test_an_image_text_encoder_gives_a_second_opinion_on_the_identity_with_an_interval_of_its_own() -> None:
+    todo = cases([*PLACES[:2], TEMPLATES[1]], "red dog", [1])
+    text = ColourEncoder()
+    base, personalised = (scored(todo, colours, text=text) for colours in ([GREEN] * 3, [RED, GREEN, RED]))
+    metrics = summarise(base, personalised, reference(plain(RED, RED), Encoders(ColourEncoder(), text)), 0.95)
+    second = metrics["identity_second"]
+    assert second == {name: metrics["identity"][name] for name in second}  # the two encoders are alike here
+    assert (second["gain"], second["ceiling"]) == (pytest.approx(0.5), pytest.approx(1))
+    assert second["high"] - second["low"] == pytest.approx(2 * 12.7062 * 0.5, rel=1e-4)
+
+
 def test_what_was_not_measured_is_missing_and_not_zero() -> None:
     todo = cases(PLACES, "dog", [1])
     base, personalised = scored(todo, [GREEN] * 3), scored(todo, [RED] * 3)
@@ -207,7 +218,9 @@ def test_a_subset_of_the_prompts_keeps_the_share_of_each_kind() -> None:
 )
 def test_the_headline_says_what_the_interval_says(low: float, high: float, prompts: int, said: str) -> None:
     identity = {"gain": (low + high) / 2, "low": low, "high": high}
-    assert said in headline({"identity": identity, "prompts": prompts})
+    line = headline({"identity": identity, "prompts": prompts})
+    assert said in line
+    assert ("[" in line) == (prompts >= 6)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What a training shows of itself: the loss at fixed noise, the best checkpoint, the previews."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ def test_the_training_ends_when_patience_is_out_and_ships_the_best_weights(
     history = run(model, Checkpoints(tmp_path), **how)
     assert [record.score for record in history.evaluations] == [3, 1, 2, 2]
     assert len(history.steps) == 4
+    assert history.shipped_step == 2
     short = load_model(tiny_model_folder, device="cpu")
     run(short, max_train_steps=2)
     assert largest_difference(weights(model), weights(short)) == 0
@@ -100,8 +102,8 @@ def test_the_last_weights_are_shipped_when_they_are_the_best(
 ) -> None:
     fixed_scores(monkeypatch, [6, 5, 4, 3, 2, 1])
     model, plain = (load_model(tiny_model_folder, device="cpu") for _ in range(2))
-    run(model, Checkpoints(tmp_path), evaluation_steps=1, load_best_model_at_end=True)
-    run(plain)
+    history = run(model, Checkpoints(tmp_path), evaluation_steps=1, load_best_model_at_end=True)
+    assert history.shipped_step == run(plain).shipped_step == 6
     assert largest_difference(weights(model), weights(plain)) == 0
 
 
@@ -111,10 +113,32 @@ def test_the_best_weights_are_shipped_when_steps_followed_that_nobody_measured(
     model, best, last = (load_model(tiny_model_folder, device="cpu") for _ in range(3))
     history = run(model, Checkpoints(tmp_path), evaluation_steps=4, load_best_model_at_end=True)
     assert [record.step for record in history.evaluations] == [4]
+    assert history.shipped_step == 4
     run(best, max_train_steps=4)
     run(last)
     assert largest_difference(weights(model), weights(best)) == 0
     assert largest_difference(weights(model), weights(last)) > 0
+
+
+def test_where_the_checkpoint_of_the_best_is_torn_the_last_weights_are_shipped_and_the_training_says_so(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed_scores(monkeypatch, [3, 1, 2, 2, 2, 2])
+    model, plain = (load_model(tiny_model_folder, device="cpu") for _ in range(2))
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path, say=said.append)
+
+    def tear(record: EvaluationRecord) -> None:
+        if record.step == 6:
+            checkpoints.finish()  # it may still be written
+            best = tmp_path / json.loads((tmp_path / "best.json").read_text())["checkpoint"]
+            next(best.glob("*.safetensors")).write_bytes(b"torn")
+
+    history = run(model, checkpoints, Listeners(evaluation=tear), evaluation_steps=1, load_best_model_at_end=True)
+    assert "torn" in said[-1]
+    assert history.shipped_step == 6
+    run(plain)
+    assert largest_difference(weights(model), weights(plain)) == 0
 
 
 def test_previews_show_the_training_and_do_not_disturb_it(tiny_model_folder: Path) -> None:

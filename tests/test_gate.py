@@ -35,7 +35,7 @@ def card(
     pres = 0.4 + shift.get("pres", 0.0) + (rng.normal(0, 0.04, 24) if seed is not None else np.zeros(24))
     return Scorecard(
         model="m", is_base=is_base, how=HOW, prompts=pd.DataFrame(columns), pres=pres.tolist(),
-        copy_rate=shift.get("copy_rate", 0.0),
+        copy_rate=shift.get("copy_rate", 0.0), flat=0,
     )  # fmt: skip
 
 
@@ -203,13 +203,18 @@ def test_mean_is_higher_would_promote_half_of_the_equal_ones() -> None:
     assert np.mean(higher) == pytest.approx(0.5, abs=0.11)
 
 
-def test_a_scorecard_is_read_from_the_folder_of_an_evaluation(tmp_path: Path) -> None:
-    wanted = card(identity=0.1)
+def write_card(folder: Path, wanted: Scorecard, **cells: list[Any]) -> None:
+    """Write what an evaluation leaves of one model, with these columns in scores.csv."""
     models = {"personalised": {"model": "m", "is_base": False, "safety": "not checked"}}  # the key of older ones
-    (tmp_path / "evaluation.json").write_text(json.dumps({"how": HOW, "models": models}))
-    wanted.prompts.assign(model="personalised").to_csv(tmp_path / "prompts.csv", index=False)
-    pd.DataFrame({"pres": wanted.pres, "model": "personalised"}).to_csv(tmp_path / "class_images.csv", index=False)
-    pd.DataFrame({"copy": [False, True], "model": "personalised"}).to_csv(tmp_path / "scores.csv", index=False)
+    (folder / "evaluation.json").write_text(json.dumps({"how": HOW, "models": models}))
+    wanted.prompts.assign(model="personalised").to_csv(folder / "prompts.csv", index=False)
+    class_images = pd.DataFrame({"pres": wanted.pres, "flat": False, "model": "personalised"})
+    class_images.to_csv(folder / "class_images.csv", index=False)
+    pd.DataFrame({"flat": False} | cells).assign(model="personalised").to_csv(folder / "scores.csv", index=False)
+
+
+def test_a_scorecard_is_read_from_the_folder_of_an_evaluation(tmp_path: Path) -> None:
+    write_card(tmp_path, card(identity=0.1), copy=[False, True])
     found = read_scorecard(tmp_path, "personalised")
     assert found.copy_rate == 0.5
     assert verdict(dataclasses.replace(found, copy_rate=0.0)) == "promote"
@@ -218,3 +223,45 @@ def test_a_scorecard_is_read_from_the_folder_of_an_evaluation(tmp_path: Path) ->
     (tmp_path / "scores.csv").unlink()
     with pytest.raises(EvaluationError, match="evaluate again"):
         read_scorecard(tmp_path, "personalised")
+
+
+@pytest.mark.fault(32)
+@pytest.mark.threat(22)
+def test_a_picture_of_which_it_is_not_known_whether_it_is_a_copy_keeps_the_champion(tmp_path: Path) -> None:
+    write_card(tmp_path, card(identity=0.5), copy=[False, None, False])
+    found = decide(read_scorecard(tmp_path, "personalised"), card(), MARGINS)
+    assert (found.verdict, found.line) == ("keep", "keep: copies were not measured")
+
+
+@pytest.mark.fault(22)
+@pytest.mark.parametrize("is_base", [True, False])
+@pytest.mark.parametrize(
+    ("black", "said"), [((2, 0), "challenger 2;"), ((0, 3), "{other} 3;"), ((2, 3), "2, {other} 3;")]
+)
+def test_black_pictures_are_no_evidence_and_the_line_says_whose_and_what_to_do(
+    black: tuple[int, int], said: str, is_base: bool
+) -> None:
+    challenger, other = card(identity=0.5), card(is_base=is_base)
+    assert decide(challenger, other, MARGINS).verdict == "promote"
+    ours, theirs = (dataclasses.replace(one, flat=flat) for one, flat in zip((challenger, other), black, strict=True))
+    found = decide(ours, theirs, MARGINS)
+    assert found.verdict == "inconclusive"
+    assert said.format(other=found.against) in found.line
+    assert "base.inference_dtype to float32" in found.line
+
+
+@pytest.mark.fault(32)
+@pytest.mark.parametrize("cells", [{"flat": [False, None]}, {}])
+def test_an_evaluation_that_has_not_looked_for_black_pictures_promotes_nobody(
+    tmp_path: Path, cells: dict[str, list[Any]]
+) -> None:
+    write_card(tmp_path, card(identity=0.5), copy=[False, False], **cells)
+    if not cells:
+        table = pd.read_csv(tmp_path / "class_images.csv")
+        table.drop(columns="flat").to_csv(tmp_path / "class_images.csv", index=False)
+    found = decide(read_scorecard(tmp_path, "personalised"), card(), MARGINS)
+    assert (found.verdict, found.line) == (
+        "inconclusive", "inconclusive: nobody has looked for black pictures; evaluate again: dreambooth run"
+    )  # fmt: skip
+    write_card(tmp_path, card(identity=0.5), copy=[False, False], flat=[False, True])
+    assert read_scorecard(tmp_path, "personalised").flat == 1

@@ -151,6 +151,10 @@ def test_flat_pictures_are_told_from_drawn_ones() -> None:
     assert is_flat(Image.new("RGB", (32, 32)))
     assert is_flat(Image.new("RGB", (32, 32), (200, 10, 10)))
     assert not is_flat(Image.fromarray(noise))
+    red_on_green = Image.new("RGB", (32, 32), (0, 102, 0))
+    red_on_green.paste((200, 0, 0), (8, 8, 24, 24))
+    assert np.asarray(red_on_green.convert("L")).std() < 1
+    assert not is_flat(red_on_green)
 
 
 @pytest.mark.fault(26)

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from registered import BISCUIT, add_champion, command, write_evaluation, write_export, write_project
 
-from dreambooth import aliases, health, tracking
+from dreambooth import aliases, health, promotion, tracking
 from dreambooth.errors import ConsentError, GateError, RegistryError
 from dreambooth.folders import new_folder, read_manifest, sha256_of
 from dreambooth.params import Params, load_params
 from dreambooth.promotion import beside_champion, promote, rollback
 from dreambooth.registry import register
-from dreambooth.versions import CHAMPION, aliases_of, rows
+from dreambooth.versions import CHAMPION, aliases_of, find_version, rows
 from flows import promote as flow
 
 # Version 1 is as good as version 3; version 2 is better than both.
@@ -55,7 +55,7 @@ def root(shop: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for alias in aliases_of(client, BISCUIT):
         client.delete_registered_model_alias(BISCUIT, alias)
     for number in IDENTITIES:
-        for tag in ("dreambooth.verdict", "dreambooth.reason"):
+        for tag in ("dreambooth.verdict", "dreambooth.reason", "dreambooth.gate"):
             client.delete_model_version_tag(BISCUIT, str(number), tag)
 
 
@@ -141,6 +141,37 @@ def test_force_needs_a_reason_and_records_it(root: Path, params: Params) -> None
     assert champion(root) == 3
     assert (log(root)[-1].verdict, log(root)[-1].reason) == ("forced", "the customer wants it")
     assert tags(root, 3)["dreambooth.reason"] == "the customer wants it"
+
+
+def test_who_overrules_the_gate_leaves_what_it_said_in_tags_and_log(root: Path, params: Params) -> None:
+    promote(root, params, BISCUIT, 2)
+    assert log(root)[-1].gate == tags(root, 2)["dreambooth.gate"] == ""  # nothing was overruled
+    done = promote(root, params, BISCUIT, 3, force="the customer wants it")
+    assert done.gate.startswith("keep: identity -0.100")
+    assert log(root)[-1].gate == tags(root, 3)["dreambooth.gate"] == done.gate
+    line = f"the customer wants it; the gate said: {done.gate}"
+    assert done.why == line
+    shown = command(root, "versions", BISCUIT, "--log").stdout
+    assert line in " ".join(shown.split())
+    page = "beside/version-3-and-2.html"  # of both, as the gate saw them
+    run = tracking.connect(root)[0].get_model_version(BISCUIT, "3").run_id
+    assert page in {entry.path for entry in tracking.connect(root)[0].list_artifacts(run, "beside")}
+
+
+def test_a_gate_that_cannot_judge_stops_nobody_who_overrules_it_and_the_log_says_why(
+    root: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise ValueError("no scores")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(promotion, "read_scorecard", broken)
+        assert promote(root, params, BISCUIT, 1, force="an outage").champion == 1
+    assert log(root)[-1].gate == "not judged: no scores"
+    with monkeypatch.context() as patch:
+        patch.setattr(promotion, "find_version", lambda *which: None if which[2] == 1 else find_version(*which))
+        assert promote(root, params, BISCUIT, 2, force="version 1 was deleted").champion == 2
+    assert log(root)[-1].gate == "not judged: the champion, version 1, is gone"
 
 
 def test_promote_promote_rollback_rollback(root: Path, params: Params) -> None:
@@ -338,6 +369,34 @@ def test_the_table_says_what_each_version_is(root: Path, params: Params) -> None
     assert {row.version: row.faults for row in rows(root, BISCUIT, deep=True)}[1] == ()
     (row, _) = rows(root, BISCUIT, limit=1)
     assert row.version == 3  # the newest, and the champion although it is older
+
+
+def test_the_index_of_the_reports_follows_promote_rollback_and_register_and_stops_none_of_them(root: Path) -> None:
+    told = {
+        "title": BISCUIT,
+        "decision": {"line": "promote"},
+        "metrics": {"identity": {"base": 0.4, "personalised": 0.5}},
+    }
+    (root / "reports" / BISCUIT).mkdir(parents=True)
+    (root / "reports" / BISCUIT / "report.json").write_text(json.dumps(told))
+    index = root / "reports/index.html"
+    try:
+        for arguments, said in (
+            (("promote", BISCUIT, "--version", "1"), "v1 @champion"),
+            (("promote", BISCUIT, "--version", "2"), "v2 @champion, v1"),
+            (("rollback", BISCUIT), "v1 @champion"),
+            (("register", BISCUIT), "v3"),
+        ):
+            index.unlink(missing_ok=True)
+            assert command(root, *arguments).returncode == 0
+            assert said in index.read_text()
+        index.unlink()
+        index.mkdir()  # where no file can be written
+        done = command(root, "promote", BISCUIT, "--version", "2")
+        assert (done.returncode, champion(root)) == (0, 2)
+        assert "warning: reports/index.html stays as it was" in done.stderr
+    finally:
+        shutil.rmtree(root / "reports")
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure as Plot
 from PIL import Image
 from tiny_project import REPOSITORY, make_photo
 
+from dreambooth.card import _scores
 from dreambooth.curves import _write_labels
 from dreambooth.evaluation import Encoders, cases, class_seeds, reference, score, summarise
 from dreambooth.folders import new_folder
@@ -34,10 +35,11 @@ from dreambooth.report import (
     _tradeoff_note,
     make_report,
     provenance,
-    shipped_step,
+    read_points,
     summary_table,
     write_report,
 )
+from flows import summary
 
 MARGINS = parse_params(yaml.safe_load((REPOSITORY / "params.yaml").read_text())).gate
 EVIL = "<script>document.title='owned'</script>"
@@ -88,7 +90,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sources, dict[str
     scored = {}
     for name, images in pictures.items():
         scored[name] = found = score(todo, images[:12], images[12:], seen, encoders, texts)
-        parts = (found.cases, found.prompts, pd.DataFrame({"pres": found.pres}))
+        parts = (found.cases.assign(flat=False), found.prompts, pd.DataFrame({"pres": found.pres, "flat": False}))
         for table, part in zip(tables.values(), parts, strict=True):
             table.append(part.assign(model=name))
         for folder, some in ((name, images[:12]), (f"class/{name}", images[12:])):
@@ -109,7 +111,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sources, dict[str
     (root / "trained").mkdir()
     history = {"step": range(50), "loss_instance": [1 / (i + 1) for i in range(50)], "loss_prior": [0.1] * 50}
     pd.DataFrame(history).to_csv(root / "trained/loss.csv", index=False)
-    metrics = summarise(scored["base"], scored["personalised"], seen, 0.95)
+    metrics = summarise(scored["base"], scored["personalised"], seen, 0.95) | encoders.describe()
     return Sources(root / "evaluation", root / "instance", root / "trained", f"CC BY 4.0 {EVIL}"), metrics
 
 
@@ -266,6 +268,67 @@ def test_a_report_of_another_subject_that_cannot_be_read_stops_no_index(tmp_path
     assert "dvc repro report@rex" in text
 
 
+@pytest.mark.fault(22)
+def test_a_page_whose_scores_are_of_black_pictures_says_so_and_what_to_do(
+    sources: tuple[Sources, dict[str, Any]],
+) -> None:
+    where, metrics = sources
+    decision = decide(*(read_scorecard(where.evaluation, name) for name in ("personalised", "base")), MARGINS)
+    black = metrics | {"flat": {"base": 3, "personalised": 0}}
+    note = make_report("biscuit", where, black, decision, 0.03).summary_note
+    assert "black or of one colour: base 3;" in note
+    assert "set base.inference_dtype to float32" in note
+    for fine in (metrics, metrics | {"flat": {"base": 0, "personalised": 0}}):  # the first of an older evaluation
+        assert "black" not in make_report("biscuit", where, fine, decision, 0.03).summary_note
+
+
+def test_the_second_opinion_on_the_identity_stands_beside_the_first_and_says_that_it_decides_nothing(
+    page: Path, sources: tuple[Sources, dict[str, Any]]
+) -> None:
+    second = sources[1]["identity_second"]
+    difference = f"{second['gain']:+.3f} [{second['low']:+.3f}, {second['high']:+.3f}]"
+    told = dict(zip(("measure", "base", "model", "difference"), summary_table(sources[1]).rows[1], strict=True))
+    assert told["measure"] == "identity, second opinion (decides nothing)"
+    assert (told["model"], told["difference"]) == (f"{second['personalised']:.3f}", difference)
+    text = " ".join("".join(Seen(page).text).split())
+    assert "The second opinion is that of patches" in text
+    assert text.count("second opinion") >= 3  # summary, its note, tables of prompts
+    assert f"identity by patches, which decided nothing | {second['personalised']:.3f}, {difference}" in _scores(
+        sources[1]
+    )
+    first = {name: value for name, value in sources[1].items() if name != "identity_second"}
+    assert "second opinion" not in str(summary_table(first).rows)
+
+
+@pytest.mark.parametrize(("prompts", "has_interval"), [(5, False), (6, True)])
+def test_over_fewer_than_six_prompts_scores_are_shown_without_an_interval(
+    sources: tuple[Sources, dict[str, Any]], prompts: int, has_interval: bool
+) -> None:
+    where, metrics = sources
+    metrics = metrics | {"prompts": prompts}
+    table = summary_table(metrics)
+    assert ("too few for an interval" in table.columns[3]) != has_interval
+    differences = {row[0]: row[3] for row in table.rows}
+    assert ["[" in differences[name] for name in ("identity", "prompt", "diversity")] == [has_interval] * 3
+    points = read_points(where.evaluation, metrics)
+    assert points is not None
+    assert points["identity_error"].notna().all() == has_interval
+    assert ("bars" in _tradeoff_note(points, 0.03, None, {})) == has_interval
+    assert (f"[{metrics['identity']['low']:+.3f}" in _scores(metrics)) == has_interval
+
+
+@pytest.mark.parametrize(
+    ("prompts", "gain"), [(5, "+0.300 over 5 prompts"), (6, "+0.300 [+0.200, +0.400] over 6 prompts")]
+)
+def test_who_runs_a_subject_is_told_an_interval_only_over_enough_prompts(
+    tmp_path: Path, prompts: int, gain: str
+) -> None:
+    identity = {"base": 0.3, "personalised": 0.6, "gain": 0.3, "low": 0.2, "high": 0.4, "ceiling": 0.7}
+    (tmp_path / "rex.json").write_text(json.dumps({"identity": identity, "prompts": prompts}))
+    found = summary.read_identity(tmp_path / "rex.json")
+    assert dict(summary.rows(summary.Summary("rex", "dog", "sks", "dog", 5, found, None, None, None)))["gain"] == gain
+
+
 def test_with_scored_previews_the_plot_has_a_point_a_step_and_a_choice(
     sources: tuple[Sources, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -303,16 +366,32 @@ def test_a_step_that_is_not_told_apart_from_the_last_one_is_no_advice() -> None:
 def test_the_step_that_is_shipped_says_so() -> None:
     assert _advice(points_of(0.1), 0.5, 150, "constant").endswith("step 150, which is the one that is shipped.")
     assert _advice(points_of(0.1), 0.5, None, "constant").endswith("step 150, the last one.")
-    assert "average over the steps" in _tradeoff_note(points_of(0.1), 0.5, None, "constant")
+    assert "average over the steps" in _tradeoff_note(points_of(0.1), 0.5, None, {"ema_decay": 0.99})
+    assert "Shipped is step 147, without a preview." in _tradeoff_note(points_of(0.1), 0.5, 147, {})
+    assert "Shipped is a step that was not noted" in _tradeoff_note(
+        points_of(0.1), 0.5, None, {}
+    )  # by an older training
+    assert "Shipped" not in _tradeoff_note(points_of(0.1), 0.5, 150, {})
 
 
-def test_what_is_shipped_is_the_last_step_the_best_one_or_no_step() -> None:
-    history = pd.DataFrame({"step": range(150)})
-    fixed = pd.DataFrame({"step": [50, 100, 150], "score": [0.3, 0.1, 0.2]})
-    assert shipped_step(history, fixed, {}) == 150
-    assert shipped_step(history, fixed, {"load_best_model_at_end": True}) == 100
-    assert shipped_step(history, pd.DataFrame(), {"load_best_model_at_end": True}) == 150
-    assert shipped_step(history, fixed, {"ema_decay": 0.99}) is None
+@pytest.mark.parametrize(("shipped", "label"), [(150, "step 150"), (100, "step 100"), (None, None)])
+def test_the_label_of_the_shipped_step_is_that_of_the_training_and_no_guess_from_its_losses(
+    sources: tuple[Sources, dict[str, Any]], tmp_path: Path, shipped: int | None, label: str | None
+) -> None:
+    where, metrics = sources
+    copy = Path(shutil.copytree(where.evaluation.parent, tmp_path / "all"))
+    points_of(0.1).to_csv(copy / "evaluation/checkpoints.csv", index=False)
+    losses = {"step": [50, 100, 150], "loss_instance": [0.3, 0.1, 0.2], "loss_prior": 0.1, "score": [0.3, 0.1, 0.2]}
+    pd.DataFrame(losses).to_csv(copy / "trained/evaluation_loss.csv", index=False)
+    training = {"inputs": {"train": {"load_best_model_at_end": True}}, "shipped_step": shipped}
+    ours = Sources(copy / "evaluation", copy / "instance", copy / "trained", "", training)
+    decision = decide(*(read_scorecard(ours.evaluation, name) for name in ("personalised", "base")), MARGINS)
+    points = read_points(ours.evaluation, metrics, shipped)
+    assert points is not None
+    labelled = [one for one in points["label"] if "shipped" in one]
+    assert labelled == ([f"{label} (shipped)"] if label else [])
+    note = make_report("biscuit", ours, metrics, decision, 0.03).tradeoff_note
+    assert ("step 100, which is the one that is shipped" in note) == (shipped == 100)
 
 
 def test_labels_of_steps_that_lie_together_do_not_cover_each_other() -> None:
@@ -335,6 +414,21 @@ def test_a_page_without_a_safety_check_says_how_to_have_one_and_no_measure_claim
     safety = dict(provenance(about, metrics, where).rows)["safety"]
     assert safety.startswith("not checked")
     assert "run a safety checker over the PNG files" in safety
+
+
+def test_two_reports_say_what_their_trainings_did_differently(sources: tuple[Sources, dict[str, Any]]) -> None:
+    where, metrics = sources
+    about = json.loads((where.evaluation / "evaluation.json").read_text())
+    recipe = {"method": "lora", "rank": 8, "seed": 3, "max_train_steps": 400, "learning_rate": 1e-4}
+    inputs = {"train": recipe, "prior_kind": "images", "prior": "c1a55", "resolution": 512}
+    training = {"method": "lora", "inputs": inputs, "class_images": 200, "shipped_step": 350}
+    rows = dict(provenance(about, metrics, dataclasses.replace(where, training=training)).rows)
+    assert {name: rows[f"train: {name}"] for name in recipe} == {name: str(value) for name, value in recipe.items()}
+    assert rows["step that is shipped"] == "350"
+    assert rows["class images of the training"] == "200, images, sha256 c1a55"
+    other = training | {"inputs": inputs | {"train": recipe | {"seed": 4}, "prior": "07e4"}}
+    others = dict(provenance(about, metrics, dataclasses.replace(where, training=other)).rows)
+    assert {name for name in rows if rows[name] != others[name]} == {"train: seed", "class images of the training"}
 
 
 def test_a_large_picture_is_shrunk_and_a_small_one_keeps_its_pixels() -> None:

@@ -18,7 +18,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tiny_project import REPOSITORY, TINY_RESOLUTION, add_photos, tiny_values, write_params
 
-from dreambooth import tracking, trainer
+from dreambooth import comparison, tracking, trainer
 from dreambooth.beside import Side, lay_beside
 from dreambooth.errors import DivergedError, EvaluationError, PhotosError, SubjectError
 from dreambooth.folders import TornFolderError, content_hash, read_manifest, scratch_folder
@@ -78,6 +78,13 @@ def test_the_loss_curve_has_a_row_a_step_with_both_losses(done: Path) -> None:
     curve = pd.read_csv(done / "models/biscuit/loss.csv")
     assert curve["step"].tolist() == [0, 1, 2, 3]
     assert curve[["loss_instance", "loss_prior", "grad_norm"]].notna().all().all()
+
+
+def test_the_manifest_of_a_training_says_which_step_is_shipped_and_the_report_how_it_was_trained(done: Path) -> None:
+    assert read_manifest(done / "models/biscuit")["shipped_step"] == 4
+    page = (done / "reports/biscuit/index.html").read_text()
+    for name in ("train: seed", "train: method", "train: learning_rate", "step that is shipped", "class images of the"):
+        assert name in page
 
 
 def test_the_metrics_are_those_of_the_scores(done: Path) -> None:
@@ -172,6 +179,32 @@ def test_champion_and_challenger_are_asked_for_the_subject_by_the_word_that_they
     pictures = {path.name: path.read_bytes() for path in before.iterdir()}
     for name in ("champion", "personalised"):
         assert {path.name: path.read_bytes() for path in (tmp_path / "both" / name).iterdir()} == pictures
+
+
+@pytest.mark.fault(22)
+def test_pictures_that_are_not_finite_are_counted_and_nothing_is_promoted_by_their_scores(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(shutil.copytree(done, tmp_path / "copy"))
+    sound = json.loads((root / "metrics/biscuit.json").read_text())
+    assert sound["flat"] == {"base": 0, "personalised": 0}
+    monkeypatch.setenv("DREAMBOOTH_CACHE", str(done.parent / "cache"))  # has the pictures of the base
+
+    def overflowing(*arguments: Any, **named: Any) -> Any:
+        model = load_model(*arguments, **named)
+        torch.nn.init.constant_(model.vae.decoder.conv_out.bias, float("nan"))
+        return model
+
+    monkeypatch.setattr(comparison, "load_model", overflowing)
+    params = load_params(root / "params.yaml")
+    evaluate.run(params, "biscuit", root)
+    pictures = 3 * 2 + 4
+    assert json.loads((root / "metrics/biscuit.json").read_text())["flat"] == {"base": 0, "personalised": pictures}
+    assert f"black or of one colour: personalised {pictures};" in capsys.readouterr().out
+    report.run(params, "biscuit", root)
+    decision = json.loads((root / "reports/biscuit/report.json").read_text())["decision"]
+    assert decision["verdict"] == "inconclusive"
+    assert f"challenger {pictures};" in decision["line"]
 
 
 def test_two_evaluations_of_a_subject_at_one_moment_leave_each_other_their_drawings(
