@@ -160,13 +160,14 @@ def measures_of(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def recipes_of(results: Iterable[Result]) -> list[Recipe]:
     """Put the trainings of one subject that differ in train.seed alone together; what was not measured is left out."""
-    found: dict[str, Recipe] = {}
+    grouped: dict[str, list[Result]] = {}
     for one in results:
         if "identity_gain" in one.measures:
-            values = {path: value for path, value in one.values.items() if path != SEED}
-            recipe = found.setdefault(repr(values), Recipe(values, {}))
-            found[repr(values)] = Recipe(values, {**recipe.runs, one.values.get(SEED): one})
-    return list(found.values())
+            grouped.setdefault(repr(_without_seed(one.values)), []).append(one)
+    return [
+        Recipe(_without_seed(alike[0].values), {one.values.get(SEED): one for one in alike})
+        for alike in grouped.values()
+    ]
 
 
 def ranked(recipes: Iterable[Recipe], drop: float) -> list[Recipe]:
@@ -328,6 +329,10 @@ def _hydra(value: Any) -> str:
 
 def _escaped(found: re.Match[str]) -> str:
     return 2 * found[1] + ("\\'" if found[2] else "")
+
+
+def _without_seed(values: Mapping[str, Any]) -> Values:
+    return {path: value for path, value in values.items() if path != SEED}
 
 
 def _over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
