@@ -28,7 +28,9 @@ from dreambooth.sampling import SCHEDULERS, SamplerSettings, draw
 
 ARTIFACT = "pipeline"
 MAX_PICTURES = 64  # of one call
-MAX_STEPS = 100 * MAX_PICTURES  # of the sampler in one call, at the model's own size: twice what is usual of the most
+MAX_STEPS = (
+    100 * MAX_PICTURES
+)  # of the sampler in one call, counted at the model's own size: so many pictures of 100 steps
 PARAM_TYPES = {
     "seed": DataType.long,
     "num_inference_steps": DataType.long,

@@ -209,14 +209,11 @@ def certainty(ranking: Sequence[Recipe]) -> str:
     count = len(first.runs)
     seeds = f"{count} seed{'s' if count > 1 else ''}"
     alike = [str(one) for one in others if not is_above(first, one)]
+    found = f"not told apart from {' | '.join(alike)}" if alike else "told apart from the rest"
     if count >= ENOUGH_SEEDS:
-        return (
-            f"not told apart from {' | '.join(alike)} by {seeds}" if alike else f"told apart from the rest by {seeds}"
-        )
-    found = (
-        f"not told apart from {' | '.join(alike)}" if alike else "told apart from the rest as a model, not as a recipe"
-    )
-    return f"{found}: {seeds}, and {ENOUGH_SEEDS} are needed, -S {SEED}=0,1,2"
+        return f"{found} by {seeds}"
+    kind = "" if alike else " as a model, not as a recipe"
+    return f"{found}{kind}: {seeds}, and {ENOUGH_SEEDS} are needed, -S {SEED}=0,1,2"
 
 
 def with_seeds(recipe: Recipe) -> str:

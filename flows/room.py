@@ -18,6 +18,7 @@ SAME_SIZE = frozenset(
     )
 )  # fmt: skip
 """Parameters that are often changed and change the size of no output; after a change of others a size is a guess."""
+SIZING_FILES = (LOCAL_MODELS, "data/prompts")
 
 
 def require_room(root: Path, every: Graph, graph: Graph) -> None:
@@ -76,4 +77,4 @@ def _may_change_sizes(reason: str) -> bool:
     """Tell whether an output may have another size for this reason; where a file is gone DVC may still have it."""
     what, _, how = reason.rpartition(" ")
     is_parameter = what.partition(".")[0] in Params.model_fields
-    return how != "modified" or what == LOCAL_MODELS or (is_parameter and what not in SAME_SIZE)
+    return how != "modified" or what in SIZING_FILES or (is_parameter and what not in SAME_SIZE)

@@ -351,6 +351,8 @@ def test_of_a_large_export_the_parts_that_stand_alone_are_logged_beside_the_poin
     assert files_of(place) == expected
     assert load(root, BISCUIT).predict(CALL)[0].startswith(b"\x89PNG")  # from where the pointer leads
     assert not register(root, BISCUIT, max_logged_bytes=limit).created
+    assert not register(root, BISCUIT).created  # with the limit raised the version stays as it is
+    assert files_of(place) == expected
 
 
 @pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b"another"), lambda path: flip(path)])
