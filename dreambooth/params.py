@@ -390,7 +390,8 @@ class Registry(Section):
     """How exports are registered."""
 
     max_logged_bytes: Annotated[int, Field(ge=0)]
-    """A larger export is not copied into MLflow: the version points to where DVC keeps it. Bytes."""
+    """A larger export is not copied into MLflow: the version points to where DVC keeps it, and holds the small parts
+    that are of use alone (card, LoRA, word), up to so many together. Bytes."""
 
 
 class Params(Section):

@@ -1,6 +1,7 @@
 """Serve a pipeline that is too large to be copied into the registry from where DVC keeps it.
 
 The version holds pointer.json instead of the files: where the export lies, its content hash, and the cache of DVC.
+Small parts that are of use without the pipeline may lie beside it; it names them, and drawing does not read them.
 """
 
 import configparser
@@ -9,20 +10,28 @@ import os
 import re
 import shutil
 import tempfile
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from filelock import FileLock
 
 from dreambooth.errors import ModelError
-from dreambooth.folders import TornFolderError, content_hash, scratch_folder, write_file
+from dreambooth.folders import TornFolderError, content_hash, scratch_folder, sha256_of_file, write_file
 
 POINTER = "pointer.json"
 LAID_OUT = "pipelines"  # in the scratch folder: exports as links to the files in DVC's cache
 _HASH, _MD5 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{32}(\.dir)?")
 
 
-def write_pointer(folder: Path, root: Path, path: str, export_hash: str, md5: str | None) -> None:
+def write_pointer(
+    folder: Path,
+    root: Path,
+    path: str,
+    export_hash: str,
+    md5: str | None,
+    beside: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
     """Write pointer.json for <root>/<path>.
 
     Args:
@@ -31,9 +40,10 @@ def write_pointer(folder: Path, root: Path, path: str, export_hash: str, md5: st
         path: of the export, from the root.
         export_hash: content hash of the export.
         md5: of the folder in dvc.lock, "<32 digits>.dir"; None where DVC does not know this export.
+        beside: size and sha256 of the files of the export that lie beside the pointer, by name.
     """
     folder.mkdir(parents=True)
-    about = {"root": str(root.absolute()), "path": path, "hash": export_hash, "md5": md5}
+    about = {"root": str(root.absolute()), "path": path, "hash": export_hash, "md5": md5, "beside": dict(beside or {})}
     write_file(folder / POINTER, json.dumps(about, indent=1).encode() + b"\n")
 
 
@@ -60,17 +70,46 @@ def resolve(folder: Path) -> Path:
     return kept
 
 
+def named_beside(pointer: Path) -> dict[str, dict[str, Any]]:
+    """Return size and sha256 of the files that a pointer names beside itself; none for one of an older release."""
+    beside: dict[str, dict[str, Any]] = _read(pointer).get("beside", {})
+    return beside
+
+
+def require_beside(folder: Path) -> None:
+    """Refuse a folder in which files that its pointer names are missing or others; without a pointer there are none.
+
+    Raises:
+        TornFolderError: with the names.
+    """
+    if not (folder / POINTER).is_file():
+        return
+    if wrong := [name for name, entry in named_beside(folder / POINTER).items() if not _is_the(folder / name, entry)]:
+        raise TornFolderError(f"{folder}: missing or changed beside {POINTER}: {', '.join(wrong)}")
+
+
+def _is_the(path: Path, entry: Mapping[str, Any]) -> bool:
+    return path.is_file() and sha256_of_file(path) == entry["sha256"]
+
+
 def _read(path: Path) -> dict[str, Any]:
-    """Return what a pointer says; hashes become names of folders, and a registry may be anybody's."""
+    """Return what a pointer says; names become paths, hashes names of folders, and a registry may be anybody's."""
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         root, place, export_hash, md5 = (about[key] for key in ("root", "path", "hash", "md5"))
         good = isinstance(root, str) and isinstance(place, str) and _HASH.fullmatch(export_hash)
-        if good and (md5 is None or _MD5.fullmatch(md5)):
+        beside = about.get("beside", {}).items()
+        inside = all(_is_inside(name) and {"size", "sha256"} <= entry.keys() for name, entry in beside)
+        if good and inside and (md5 is None or _MD5.fullmatch(md5)):
             return dict(about)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     raise ModelError(f"{path} is no pointer to an export; register the export again: dreambooth register ID")
+
+
+def _is_inside(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not name.startswith("/") and ".." not in parts
 
 
 def dvc_cache(root: Path) -> Path:

@@ -4,6 +4,7 @@ A version is made only after its files were uploaded, listed, compared with the 
 """
 
 import json
+import shutil
 import subprocess
 import time
 import warnings
@@ -30,8 +31,8 @@ from dreambooth.folders import (
     sha256_of,
     work_folder,
 )
-from dreambooth.params import check_id
-from dreambooth.pointer import POINTER, resolve, write_pointer
+from dreambooth.params import METHODS_OF_FORMAT, check_id
+from dreambooth.pointer import POINTER, require_beside, resolve, write_pointer
 from dreambooth.redaction import redact
 from dreambooth.tracking import connect, database_file, ensure_run, paged, tracking_uri
 from dreambooth.versions import (
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 
 LOCK_SECONDS = 3600.0
 SCORES = ("evaluation.json", "prompts.csv", "class_images.csv", "scores.csv")  # what the gate reads of an evaluation
+ALONE = ("README.md", GENERATION, *METHODS_OF_FORMAT)  # parts of an export that are of use without its pipeline
 # What the shipped code of dreambooth imports to draw pictures; pinned to what the export was made with.
 SERVED_WITH = (
     "accelerate", "diffusers", "filelock", "mlflow", "numpy", "pandas", "peft", "pillow", "platformdirs", "pydantic",
@@ -78,13 +80,37 @@ class Export:
     generation: Mapping[str, Any]
     md5: str | None
     """Of the folder in dvc.lock; None where DVC does not know these files."""
-    is_pointed_to: bool
-    """Whether the version points to it, and holds no copy."""
+    max_logged_bytes: int | None
+    """A larger export stays where DVC keeps it; None for any size."""
 
     @property
     def size(self) -> int:
         """Bytes of all its files."""
-        return sum(entry["size"] for entry in self.files.values())
+        return _size(self.files)
+
+    @property
+    def is_pointed_to(self) -> bool:
+        """Whether the version points to it, and holds no copy of the whole."""
+        return self.max_logged_bytes is not None and self.size > self.max_logged_bytes
+
+    @property
+    def beside(self) -> Mapping[str, Any]:
+        """The files that lie beside a pointer: whole parts that are of use alone, the smallest first, as they fit."""
+        parts = [{name: one for name, one in self.files.items() if name.partition("/")[0] == part} for part in ALONE]
+        chosen: dict[str, Any] = {}
+        for part in sorted(parts, key=_size):
+            if self.max_logged_bytes is None or _size(chosen) + _size(part) <= self.max_logged_bytes:
+                chosen |= part
+        return chosen
+
+    @property
+    def logged(self) -> Mapping[str, Any]:
+        """The files of which the version holds a copy."""
+        return self.beside if self.is_pointed_to else self.files
+
+
+def _size(files: Mapping[str, Any]) -> int:
+    return sum(entry["size"] for entry in files.values())
 
 
 def register(root: Path, subject_id: str, max_logged_bytes: int | None = None) -> RegisteredVersion:
@@ -96,7 +122,8 @@ def register(root: Path, subject_id: str, max_logged_bytes: int | None = None) -
     Args:
         root: of the project.
         subject_id: of the subject.
-        max_logged_bytes: a larger export stays where DVC keeps it, and the version points there; None copies all.
+        max_logged_bytes: a larger export stays where DVC keeps it, and the version points there, with the small parts
+            beside that are of use alone; None copies all.
 
     Raises:
         TornFolderError: the export is not what its manifest says.
@@ -143,7 +170,6 @@ def _read_export(root: Path, subject_id: str, max_logged_bytes: int | None) -> E
     if GENERATION not in manifest["files"]:
         raise RegistryError(f"{folder} has no {GENERATION}; dreambooth run {subject_id} makes the export again")
     generation = json.loads((folder / GENERATION).read_text(encoding="utf-8"))
-    size = sum(entry["size"] for entry in manifest["files"].values())
     return Export(
         subject=subject_id,
         folder=folder,
@@ -152,7 +178,7 @@ def _read_export(root: Path, subject_id: str, max_logged_bytes: int | None) -> E
         manifest=manifest,
         generation=generation,
         md5=recorded_md5(root, f"export/{subject_id}"),
-        is_pointed_to=max_logged_bytes is not None and size > max_logged_bytes,
+        max_logged_bytes=max_logged_bytes,
     )
 
 
@@ -218,14 +244,13 @@ def _upload(client: "MlflowClient", root: Path, model: "LoggedModel", export: Ex
 
     from dreambooth import serving
 
-    if not export.is_pointed_to:
-        copies = 2 if database_file(tracking_uri(root)) else 1
-        require_space(scratch_folder(root), copies * export.size, f"registering {export.subject}")
+    copies = 1 + (database_file(tracking_uri(root)) is not None) + export.is_pointed_to
+    require_space(scratch_folder(root), copies * _size(export.logged), f"registering {export.subject}")
     with work_folder(root, "upload", export.subject) as staging:
         source = export.folder
         if export.is_pointed_to:
             source = Path(staging) / "pointer" / export.subject
-            write_pointer(source, root, f"export/{export.subject}", export.hash, export.md5)
+            _write_pointed(source, root, export)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*input example was not provided", category=UserWarning)
             mlflow.pyfunc.save_model(
@@ -239,15 +264,25 @@ def _upload(client: "MlflowClient", root: Path, model: "LoggedModel", export: Ex
         client.log_model_artifacts(model.model_id, f"{staging}/model")
 
 
+def _write_pointed(folder: Path, root: Path, export: Export) -> None:
+    """Fill a folder with the pointer to an export and the parts beside it: copies, for MLflow refuses links."""
+    write_pointer(folder, root, f"export/{export.subject}", export.hash, export.md5, export.beside)
+    for name in export.beside:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(export.folder / name, folder / name)
+
+
 def _faults(client: "MlflowClient", model: "LoggedModel", export: Export) -> list[str]:
     """Compare the names and sizes of what lies in MLflow with the manifest."""
     folder = f"artifacts/{export.folder.name}"
     present = dict(listing(client, model.model_id, folder))
-    if f"{folder}/{POINTER}" in present:
+    is_pointer = f"{folder}/{POINTER}" in present
+    if is_pointer and not export.is_pointed_to:  # the limit was raised since: the version stays as it is
         return []
     if export.is_pointed_to and not present:
         return [f"{folder}/{POINTER} is missing"]
-    sizes = {f"{folder}/{name}": entry["size"] for name, entry in export.files.items()}
+    files = export.beside if is_pointer else export.files
+    sizes = {f"{folder}/{name}": entry["size"] for name, entry in files.items()}
     return [
         f"{name} has {present.get(name, 'no')} bytes, not {size}"
         for name, size in sizes.items()
@@ -261,8 +296,10 @@ def _verify(client: "MlflowClient", root: Path, model: "LoggedModel", export: Ex
     try:
         if not faults:
             with downloaded(root, model.artifact_location, export.subject) as folder:
-                if content_hash(resolve(folder / "artifacts" / export.subject)) != export.hash:
+                stored = folder / "artifacts" / export.subject
+                if content_hash(resolve(stored)) != export.hash:
                     faults = ["the files are those of another export"]
+                require_beside(stored)
                 load_folder(folder)
     except Exception as error:  # whatever it is, nobody else should meet it first
         faults = [redact(" ".join(str(error).split()) or type(error).__name__)]

@@ -28,6 +28,9 @@ from dreambooth.sampling import SCHEDULERS, SamplerSettings, draw
 
 ARTIFACT = "pipeline"
 MAX_PICTURES = 64  # of one call
+MAX_STEPS = (
+    100 * MAX_PICTURES
+)  # of the sampler in one call, counted at the model's own size: so many pictures of 100 steps
 PARAM_TYPES = {
     "seed": DataType.long,
     "num_inference_steps": DataType.long,
@@ -82,6 +85,7 @@ class PictureModel(PythonModel):  # type: ignore[misc]  # mlflow has no types
         settings = _settings(wanted)
         prompts = list(_prompts(model_input))
         _require(1 <= len(prompts) <= MAX_PICTURES, f"prompt: give 1 to {MAX_PICTURES} (got {len(prompts)})")
+        self._require_work(len(prompts), settings)
         seeds = range(wanted["seed"], wanted["seed"] + len(prompts))
         _require(seeds.start >= 0 and seeds.stop <= 2**63, f"seed: should be in 0..2^63-1 (got {wanted['seed']})")
         asked = [
@@ -95,6 +99,17 @@ class PictureModel(PythonModel):  # type: ignore[misc]  # mlflow has no types
             drawn = draw(self._model, [prompt for prompt, _, _ in group], [seed for _, _, seed in group], own)
             pictures += [png_bytes(one, self._about(own, *how)) for one, how in zip(drawn, group, strict=True)]
         return pictures
+
+    def _require_work(self, pictures: int, settings: SamplerSettings) -> None:
+        """Refuse a call whose bounds are kept one by one and whose product is days of work."""
+        own, steps, size = self._defaults["resolution"], settings.num_inference_steps, settings.resolution
+        work = pictures * steps * (size / own) ** 2
+        _require(
+            work <= MAX_STEPS,
+            f"prompt, num_inference_steps, resolution: {pictures} pictures of {steps} steps at {size} px are "
+            f"{work:,.0f} steps at the {own} px of this model, and one call may ask for {MAX_STEPS:,}; lower the "
+            "number of pictures (batch_size, where the command asks), the steps, or the size",
+        )
 
     def _about(self, settings: SamplerSettings, prompt: str, negative_prompt: str, seed: int) -> dict[str, Any]:
         """Say how a picture is made, completely: with this the same one can be drawn again."""

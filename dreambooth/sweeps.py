@@ -1,10 +1,11 @@
-"""Lay out a sweep: the grid of its values, a name for each experiment, its results as rows, and the best of them."""
+"""Lay out a sweep: the grid of its values, a name for each experiment, its results as rows, its recipes compared."""
 
 import csv
 import io
 import itertools
 import json
 import re
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 from dreambooth.errors import ParamsError
 from dreambooth.folders import sha256_of
+from dreambooth.intervals import in_interval
 from dreambooth.params import parse_params, with_values
 from dreambooth.yaml12 import YamlError, load_yaml
 
@@ -21,6 +23,8 @@ BEFORE_QUOTE = r"(\\*)('|\Z)"  # where a backslash of Hydra escapes: before a qu
 MEASURES = (
     "identity_gain", "identity_low", "identity_high", "prompt_gain", "prompt_low", "prompt_high", "pres_rise", "copies",
 )  # fmt: skip
+SEED = "train.seed"
+ENOUGH_SEEDS = 3  # of each of two recipes; with fewer a lucky seed looks like a better recipe
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,35 @@ class Result:
     train_seconds: float | None = None
     """None where the training was restored from the cache, which notes no time."""
     error: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Values that are trained with, and what was measured of each training: these differ in train.seed alone."""
+
+    values: Mapping[str, Any]
+    """Without train.seed."""
+    runs: Mapping[Any, Result]
+    """By train.seed; None where the sweep does not change it."""
+
+    @property
+    def first(self) -> Result:
+        """The training that stands for the recipe: seeds are not chosen between, so it is that of the first seed."""
+        return next(iter(self.runs.values()))
+
+    @property
+    def identity(self) -> float:
+        """Mean gain over the seeds."""
+        return statistics.fmean(one.measures["identity_gain"] for one in self.runs.values())
+
+    @property
+    def prompt(self) -> float | None:
+        """Mean difference of the prompt fidelity over the seeds; None where one of them has none."""
+        found = [one.measures["prompt_gain"] for one in self.runs.values() if "prompt_gain" in one.measures]
+        return statistics.fmean(found) if len(found) == len(self.runs) else None
+
+    def __str__(self) -> str:
+        return in_words(self.values) or "params.yaml as it is"
 
 
 @dataclass(frozen=True)
@@ -125,17 +158,70 @@ def measures_of(metrics: Mapping[str, Any]) -> dict[str, float]:
     return found | {"copies": metrics["copying"]["rate"]}
 
 
-def best_of(results: Iterable[Result], drop: float) -> Result | None:
-    """Return the experiment with the most identity among those within `drop` of the best prompt fidelity.
+def recipes_of(results: Iterable[Result]) -> list[Recipe]:
+    """Put the trainings of one subject that differ in train.seed alone together; what was not measured is left out."""
+    grouped: dict[str, list[Result]] = {}
+    for one in results:
+        if "identity_gain" in one.measures:
+            grouped.setdefault(repr(_without_seed(one.values)), []).append(one)
+    return [
+        Recipe(_without_seed(alike[0].values), {one.values.get(SEED): one for one in alike})
+        for alike in grouped.values()
+    ]
 
-    Where the prompt fidelity was not measured everywhere, the identity alone decides. The first of equals; None if
-    nothing was measured.
+
+def ranked(recipes: Iterable[Recipe], drop: float) -> list[Recipe]:
+    """Return the recipes within `drop` of the best prompt fidelity, the most identity first, by means over seeds.
+
+    One with fewer measured seeds than another takes no part: what failed would have counted. Where the prompt fidelity
+    was not measured everywhere, the identity alone decides. Equals stay in their order.
     """
-    done = [one for one in results if "identity_gain" in one.measures]
-    if all("prompt_gain" in one.measures for one in done):
-        least = max((one.measures["prompt_gain"] for one in done), default=0.0) - drop
-        done = [one for one in done if one.measures["prompt_gain"] >= least]
-    return max(done, key=lambda one: one.measures["identity_gain"], default=None)
+    every = list(recipes)
+    most = max((len(one.runs) for one in every), default=0)
+    whole = [one for one in every if len(one.runs) == most]
+    prompts = [one.prompt for one in whole if one.prompt is not None]
+    if prompts and len(prompts) == len(whole):
+        least = max(prompts) - drop
+        whole = [one for one, prompt in zip(whole, prompts, strict=True) if prompt >= least]
+    return sorted(whole, key=lambda one: -one.identity)
+
+
+def is_above(one: Recipe, other: Recipe) -> bool:
+    """Tell whether one recipe gives more identity than another by more than chance.
+
+    With one seed each their intervals over prompts must not overlap, which tells these two models apart. With several
+    the seed is the unit, paired as noise and rows are: a 95 % t interval of the differences, over ENOUGH_SEEDS or more.
+    """
+    if len(one.runs) == 1:
+        return one.first.measures["identity_low"] > other.first.measures["identity_high"]
+    shared = [seed for seed in one.runs if seed in other.runs]
+    if len(shared) < ENOUGH_SEEDS:
+        return False
+    gains = [[recipe.runs[seed].measures["identity_gain"] for seed in shared] for recipe in (one, other)]
+    return _over_seeds([ours - theirs for ours, theirs in zip(*gains, strict=True)])[1] > 0
+
+
+def certainty(ranking: Sequence[Recipe]) -> str:
+    """Say whether the first recipe is told apart from those below it, and what would tell; empty where it is alone."""
+    first, *others = ranking
+    if not others:
+        return ""
+    count = len(first.runs)
+    seeds = f"{count} seed{'s' if count > 1 else ''}"
+    alike = [str(one) for one in others if not is_above(first, one)]
+    found = f"not told apart from {' | '.join(alike)}" if alike else "told apart from the rest"
+    if count >= ENOUGH_SEEDS:
+        return f"{found} by {seeds}"
+    kind = "" if alike else " as a model, not as a recipe"
+    return f"{found}{kind}: {seeds}, and {ENOUGH_SEEDS} are needed, -S {SEED}=0,1,2"
+
+
+def with_seeds(recipe: Recipe) -> str:
+    """Say what a recipe made over its seeds: the mean identity, its t interval if there are two or more, the prompt."""
+    gains = [one.measures["identity_gain"] for one in recipe.runs.values()]
+    identity = in_interval(*_over_seeds(gains)) if len(gains) > 1 else f"{gains[0]:+.3f}"
+    more = "" if recipe.prompt is None else f", prompt {recipe.prompt:+.3f}"
+    return f"{recipe}: identity gain {identity}{more}; seeds {', '.join(str(seed) for seed in recipe.runs)}"
 
 
 def csv_text(results: Sequence[Result]) -> str:
@@ -240,6 +326,19 @@ def _hydra(value: Any) -> str:
 
 def _escaped(found: re.Match[str]) -> str:
     return 2 * found[1] + ("\\'" if found[2] else "")
+
+
+def _without_seed(values: Mapping[str, Any]) -> Values:
+    return {path: value for path, value in values.items() if path != SEED}
+
+
+def _over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return mean and bounds of the 95 % t interval of two values or more, one a seed."""
+    import torch
+
+    from dreambooth.fidelity import paired_interval
+
+    return paired_interval(torch.tensor(values, dtype=torch.float64))[:3]
 
 
 def _label(one: Result, several: bool) -> str:

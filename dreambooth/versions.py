@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from dreambooth.errors import ModelError, ParamsError, RegistryError
 from dreambooth.folders import MANIFEST, TornFolderError, content_hash, sha256_of, work_folder
 from dreambooth.params import check_id
-from dreambooth.pointer import POINTER, resolve
+from dreambooth.pointer import POINTER, named_beside, require_beside, resolve
 from dreambooth.redaction import redact
 from dreambooth.tracking import connect, database_file, explain, paged, tracking_uri
 from dreambooth.yaml12 import YamlError, load_yaml
@@ -247,6 +247,7 @@ def check_files(root: Path, client: "MlflowClient", version: "ModelVersion", dee
         source = client.get_model_version_download_uri(name, str(version.version))
         if deep:
             with downloaded(root, source, name) as folder:
+                require_beside(folder / "artifacts" / name)
                 actual = content_hash(resolve(folder / "artifacts" / name))
         else:
             actual = _shallow_hash(root, client, version, source)
@@ -363,12 +364,18 @@ def _shallow_hash(root: Path, client: "MlflowClient", version: "ModelVersion", s
     folder = f"artifacts/{version.name}"
     present = {path.removeprefix(f"{folder}/"): size for path, size in listing(client, version.tags[MODEL_TAG], folder)}
     if POINTER in present:
-        with downloaded(root, source, version.name) as place:
-            return content_hash(resolve(place / folder))
+        with downloaded(root, f"{source}/{folder}/{POINTER}", version.name) as file:
+            _require_sizes(present, named_beside(file))
+            return content_hash(resolve(file.parent))
     if MANIFEST not in present:
         raise TornFolderError(f"{folder}/{MANIFEST} is missing")
     with downloaded(root, f"{source}/{folder}/{MANIFEST}", version.name) as file:
         files = json.loads(file.read_text(encoding="utf-8"))["files"]
+    _require_sizes(present, files)
+    return sha256_of({name: entry["sha256"] for name, entry in files.items()})
+
+
+def _require_sizes(present: Mapping[str, int], files: Mapping[str, Any]) -> None:
     wrong = [
         f"{name} has {present.get(name, 'no')} bytes, not {entry['size']}"
         for name, entry in files.items()
@@ -376,7 +383,6 @@ def _shallow_hash(root: Path, client: "MlflowClient", version: "ModelVersion", s
     ]
     if wrong:
         raise TornFolderError("; ".join(wrong))
-    return sha256_of({name: entry["sha256"] for name, entry in files.items()})
 
 
 def _row(root: Path, client: "MlflowClient", version: "ModelVersion", aliases: tuple[str, ...], deep: bool) -> Row:

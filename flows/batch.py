@@ -22,6 +22,11 @@ def generate(
     prompts: list[str],
     count: int = 4,
     seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative: str | None = None,
+    size: int | None = None,
+    batch_size: int = 1,
     version: int | None = None,
     folder: str | None = None,
     root: str | None = None,
@@ -33,18 +38,29 @@ def generate(
         prompts: sentences; {} stands for the subject.
         count: pictures a prompt; picture i has the seed `seed` + i.
         seed: of the first picture.
+        steps: of the sampler; None for the model's own, as of the next three.
+        guidance: weight of the prompt.
+        negative: what the pictures must not show.
+        size: side in pixels.
+        batch_size: pictures of a prompt at once, 1 to 64; more than 1 is faster on a GPU and changes their last bits.
         version: of the registered model; None for the champion, else the challenger, else the newest.
         folder: where the files go; None for build/<id>/generated.
         root: folder of the project; None looks in DREAMBOOTH_HOME, here, and above.
     """
+    options = {
+        "seed": seed,
+        "batch_size": batch_size,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "negative_prompt": negative,
+        "resolution": size,
+    }
     try:
         project = find_root(root)
         load_params(project / PARAMS).subject(subject)
         log, target = get_run_logger(), Path(folder) if folder else None
         with gpu("server" if has_limit() else "none", log.warning):
-            drawn = draw_registered(
-                project, subject, prompts, count, {"seed": seed}, log.info, log.warning, version, target
-            )
+            drawn = draw_registered(project, subject, prompts, count, options, log.info, log.warning, version, target)
     except DreamboothError as error:
         return failed(error)
     sheet = f"{drawn.sheet.parent}\n\n![sheet]({picture_uri(drawn.sheet)})"

@@ -233,7 +233,7 @@ def _apply_presets(root: Path, presets: list[str]) -> None:
     if not changes:
         say(f"{PARAMS} says what {', '.join(presets)} says already")
     for remark in remarks(root, presets):
-        _warn(remark)
+        warn(remark)
 
 
 def _way_back(root: Path, before: str) -> str:

@@ -242,7 +242,8 @@ class _Comparison:
         values = {path: _look_up(self._params[place], path) for path in dep.params}
         if _NOTHING in values.values():
             return dict(dep.status())  # gone, or in a list: DVC knows
-        changed = {path: "modified" for path in values if path in locked and values[path] != locked[path]}
+        both = [path for path in values if path in locked]
+        changed = {one: "modified" for path in both for one in _differing(path, locked[path], values[path])}
         changed |= {path: "new" for path in values if path not in locked}
         return {str(dep): changed} if changed else {}
 
@@ -254,6 +255,15 @@ def _look_up(content: Any, path: str) -> Any:
             return _NOTHING
         content = content[name]
     return content
+
+
+def _differing(path: str, before: Any, now: Any) -> Iterator[str]:
+    """Yield the path of each value that differs, inside of maps with the same keys."""
+    if isinstance(before, dict) and isinstance(now, dict) and before.keys() == now.keys():
+        for key in before:
+            yield from _differing(f"{path}.{key}", before[key], now[key])
+    elif before != now:
+        yield path
 
 
 def _is_writing(root: Path) -> bool:

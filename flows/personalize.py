@@ -30,6 +30,7 @@ from flows.leaving import heard_in_a_flow, leaving_when_told
 from flows.preflight import require_inputs
 from flows.program import exit_code, failed, has_server, left, states_of
 from flows.project import PARAMS, choose_subjects, find_root
+from flows.room import require_room
 from flows.turns import VARIABLE, Turn, gpu, has_limit, without_limit
 
 if TYPE_CHECKING:
@@ -89,8 +90,10 @@ def personalize(subject: str | list[str] | None = None, root: str | None = None)
             project = find_root(root)
             params = load_params(project / PARAMS)
             subjects = choose_subjects(params, subject)
-            graph = Graph.load(project).select(subjects)
+            every = Graph.load(project)
+            graph = every.select(subjects)
             require_inputs(project, params, graph)
+            require_room(project, every, graph)
         except DreamboothError as error:
             return failed(error)
         stages, versions = carry_out(params, subjects, graph, DvcRunner(project))
@@ -155,7 +158,7 @@ def _announce(root: Path, params: Params, graph: Graph, lanes: Lanes) -> None:
     if not graph.stale:
         logger.info("all %d stages are up to date", len(graph.stages))
     for line in plan.make_plan(root, params, graph, lanes).in_words(None) if graph.stale else ():
-        logger.info("plan: %s", line)
+        (logger.warning if line == plan.NO_ROOM else logger.info)("plan: %s", line)
     if lanes.count > 1 and has_gpu():
         logger.warning("%s", one_gpu(lanes.count))
 

@@ -37,6 +37,7 @@ AROUND_SECONDS = 30.0  # two cores and a server of Prefect of its own; 54 for a 
 PROMPTS = 25  # of Ruiz et al. 2022, where the user's own cannot be read
 PER_UNIT = frozenset({"prior", "validate", "evaluate"})  # whose outputs grow with their units
 DEFAULT_SIDE = 64
+NO_ROOM = "there is not enough room: make some, or move the project"
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Plan:
             said.append(f"not measured here yet, so by defaults that may be wrong tenfold: {', '.join(guessed)}")
         said += self.remarks
         if self.size > self.free:
-            said.append("there is not enough room: make some, or move the project")
+            said.append(NO_ROOM)
         return said
 
 

@@ -15,7 +15,7 @@ from dreambooth import sweeps
 from dreambooth.errors import ParamsError, PipelineError
 from dreambooth.folders import scratch_folder, write_file
 from dreambooth.params import Params
-from dreambooth.sweeps import Result, Tried, Values
+from dreambooth.sweeps import SEED, Recipe, Result, Tried, Values
 from dreambooth.yaml12 import load_yaml
 from flows.clones import ROBOT, git, share_folders
 from flows.dvcrun import DvcRunner
@@ -45,15 +45,25 @@ class Sweep:
         return list(lines.values())
 
     def in_words(self, drop: float) -> Iterator[str]:
-        """Yield how to take over the best experiment of each subject."""
+        """Yield what each recipe made over its seeds, and how to take over the best one of each subject."""
         for subject_id in dict.fromkeys(one.subject_id for one in self.results):
-            best = sweeps.best_of([one for one in self.results if one.subject_id == subject_id], drop)
-            if best is not None:
-                yield (
-                    f"{subject_id}: the most identity within {drop:g} of the best prompt: "
-                    f"{sweeps.in_words(best.values)}; "
-                    f"to take it over: dreambooth sweep --apply {best.experiment}, then dreambooth run {subject_id}"
-                )
+            recipes = sweeps.recipes_of(one for one in self.results if one.subject_id == subject_id)
+            if SEED in self.results[0].values:
+                yield from (f"{subject_id}: {sweeps.with_seeds(one)}" for one in recipes)
+            ranking = sweeps.ranked(recipes, drop)
+            if ranking and ranking[0].values:
+                yield f"{subject_id}: {_take_over(subject_id, ranking, drop)}"
+
+
+def _take_over(subject_id: str, ranking: Sequence[Recipe], drop: float) -> str:
+    """Say which recipe is the first, how sure that is, and the commands that take it over."""
+    best = ranking[0]
+    certainty = sweeps.certainty(ranking)
+    seed = f", with the first seed, {best.first.values[SEED]}" if SEED in best.first.values else ""
+    return (
+        f"the most identity within {drop:g} of the best prompt: {best}{f' ({certainty})' if certainty else ''}; "
+        f"to take it over{seed}: dreambooth sweep --apply {best.first.experiment}, then dreambooth run {subject_id}"
+    )
 
 
 @dataclass

@@ -1,6 +1,8 @@
 """Equality with the reference, and growth: the arithmetic by hand, and both programs at toy size."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,6 +87,27 @@ def test_each_one_more_is_told_from_the_row_before() -> None:
     assert lines[4] == "| train | 10 | 3.0 | 1.50 | 2.0 | 2.0 | 100 | - |"
     assert lines[5] == "| train | 100 | 4.0 | 1.60 | 2.5 | 6.5 | 110 | 50 |"
     assert lines[6] == "| plan | 10 | 1.0 | 0.50 | 2.0 | 1.0 | 50 | - |"
+
+
+@pytest.mark.parametrize("table", [growth.steps, growth.class_images, growth.versions])
+def test_growth_up_to_1000_measures_a_thousand_of_each(
+    table: Callable[[Any, int], Iterator[growth.Row]], tmp_path: Path
+) -> None:
+    class NothingRuns(growth.Place):
+        write = 1e9  # bytes a second
+
+        def imports(self, program: str) -> float:
+            return 1.0
+
+        def computing(self, steps: int = 0, images: int = 0) -> float:
+            return 1.0 + steps + images
+
+        def python(self, root: Path, *arguments: str) -> Usage:
+            return Usage(1.0, 1.0, 1.0)
+
+    rows = list(table(NothingRuns(tmp_path), 1000))
+    assert max(row.count for row in rows) == 1000
+    assert all(row.floor > 0 for row in rows)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -306,7 +306,7 @@ def test_a_large_export_stays_in_dvc_and_is_served_from_there(root: Path, tiny_m
     (stored,) = versions(root)
     assert (stored.tags["dvc.path"], stored.tags["dvc.md5"]) == (f"export/{BISCUIT}", md5)
     (place,) = places(root)
-    assert [path.name for path in (place / f"artifacts/artifacts/{BISCUIT}").iterdir()] == ["pointer.json"]
+    assert files_of(place) == TEXTS
     assert not list(place.rglob("*.safetensors"))
     (expected,) = load(root, BISCUIT).predict(CALL, params={"seed": 1})
     shutil.rmtree(root / "export" / BISCUIT)
@@ -315,6 +315,90 @@ def test_a_large_export_stays_in_dvc_and_is_served_from_there(root: Path, tiny_m
     shutil.rmtree(root / ".dvc/cache")
     with pytest.raises(RegistryError, match=r"neither does the cache of DVC .*dvc pull export/biscuit"):
         load(root, BISCUIT)
+
+
+def write_lora_export(root: Path, pipeline: Path) -> None:
+    """Write an export with the LoRA alone beside the pipeline, as two programs read it."""
+    write_export(root, pipeline)
+    with new_folder(root / "export" / "lora", {"base": "b" * 64, "model": "f" * 64}) as target:
+        shutil.copytree(root / "export" / BISCUIT, target, dirs_exist_ok=True)
+        for name, size in (("lora/pytorch_lora_weights.safetensors", 300), ("kohya/biscuit.safetensors", 50_000)):
+            (target / name).parent.mkdir()
+            (target / name).write_bytes(bytes(size))
+    shutil.rmtree(root / "export" / BISCUIT)
+    (root / "export" / "lora").rename(root / "export" / BISCUIT)
+
+
+def files_of(place: Path) -> set[str]:
+    folder = place / f"artifacts/artifacts/{BISCUIT}"
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+LORA = "lora/pytorch_lora_weights.safetensors"
+TEXTS = {"pointer.json", "README.md", "generation.json"}
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [(100_000, TEXTS | {LORA, "kohya/biscuit.safetensors"}), (10_000, TEXTS | {LORA}), (0, {"pointer.json"})],
+)
+def test_of_a_large_export_the_parts_that_stand_alone_are_logged_beside_the_pointer_as_they_fit(
+    root: Path, tiny_model_folder: Path, limit: int, expected: set[str]
+) -> None:
+    write_lora_export(root, tiny_model_folder)
+    register(root, BISCUIT, max_logged_bytes=limit)
+    (place,) = places(root)
+    assert files_of(place) == expected
+    assert load(root, BISCUIT).predict(CALL)[0].startswith(b"\x89PNG")  # from where the pointer leads
+    assert not register(root, BISCUIT, max_logged_bytes=limit).created
+    assert not register(root, BISCUIT).created  # with the limit raised the version stays as it is
+    assert files_of(place) == expected
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b"another"), lambda path: flip(path)])
+def test_a_part_beside_the_pointer_that_is_lost_is_found_and_comes_back(
+    root: Path, tiny_model_folder: Path, harm: Callable[[Path], object]
+) -> None:
+    write_lora_export(root, tiny_model_folder)
+    register(root, BISCUIT, max_logged_bytes=100_000)
+    (place,) = places(root)
+    lost = place / f"artifacts/artifacts/{BISCUIT}" / LORA
+    client = tracking.connect(root)[0]
+    (version,) = versions(root)
+    assert registered.check_files(root, client, version, deep=True) == []
+    size = lost.stat().st_size
+    harm(lost)
+    (fault,) = registered.check_files(root, client, version, deep=True)
+    assert LORA in fault
+    shallow = registered.check_files(root, client, version, deep=False)
+    if lost.exists() and lost.stat().st_size == size:
+        assert shallow == []  # names and sizes are looked at
+        return
+    assert LORA in shallow[0]
+    assert not register(root, BISCUIT, max_logged_bytes=100_000).created
+    assert registered.check_files(root, client, version, deep=True) == []
+
+
+def test_a_version_of_an_older_release_without_parts_beside_its_pointer_gets_them(
+    root: Path, tiny_model_folder: Path
+) -> None:
+    write_lora_export(root, tiny_model_folder)
+    register(root, BISCUIT, max_logged_bytes=0)
+    (place,) = places(root)
+    pointer = place / f"artifacts/artifacts/{BISCUIT}/pointer.json"
+    about = json.loads(pointer.read_text())
+    assert about.pop("beside") == {}
+    pointer.write_text(json.dumps(about))
+    assert registered.rows(root, BISCUIT, deep=True)[0].faults == ()
+    assert register(root, BISCUIT, max_logged_bytes=10_000).version == 1
+    assert files_of(place) == TEXTS | {LORA}
+    assert registered.rows(root, BISCUIT, deep=True)[0].faults == ()
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(content)
 
 
 @pytest.mark.fault(20)

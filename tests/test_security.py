@@ -28,7 +28,7 @@ from dreambooth.folders import (
 from dreambooth.images import read_prepared
 from dreambooth.models import check_model_folder
 from dreambooth.params import load_params, parse_params
-from dreambooth.pointer import resolve
+from dreambooth.pointer import require_beside, resolve
 from dreambooth.prompts import load_templates
 from flows.clones import cloned
 from flows.doctor import _scratch
@@ -298,3 +298,15 @@ def test_a_pointer_of_a_strange_registry_leads_to_no_other_folder(
     assert [path.name for path in precious.iterdir()] == ["file"]
     assert not Path("/tmp/planted").is_symlink()
     assert not [path for path in root.rglob("*") if path.is_symlink()]
+
+
+@pytest.mark.threat(12)
+@pytest.mark.parametrize(
+    "beside",
+    [{"../precious": {"size": 8, "sha256": "0"}}, {"/etc/hostname": {"size": 8, "sha256": "0"}}, {"x": {}}, ["x"]],
+)
+def test_a_pointer_of_a_strange_registry_names_no_file_beside_its_folder(tmp_path: Path, beside: Any) -> None:
+    about = {"root": str(tmp_path), "path": "export/biscuit", "hash": "c" * 64, "md5": None, "beside": beside}
+    (tmp_path / "pointer.json").write_text(json.dumps(about))
+    with pytest.raises(ModelError, match="is no pointer to an export"):
+        require_beside(tmp_path)

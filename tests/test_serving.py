@@ -141,6 +141,42 @@ def test_absurd_parameters_are_refused(model: PictureModel, params: dict[str, ob
         model.predict(["a dog"], params)
 
 
+@pytest.mark.threat(24)
+@pytest.mark.parametrize(
+    ("pictures", "params"),
+    [
+        (64, {"num_inference_steps": 101}),
+        (7, {"num_inference_steps": 999}),
+        (1, {"num_inference_steps": 999, "resolution": 96}),
+        (2, {"num_inference_steps": 1, "resolution": 2048}),
+    ],
+)
+def test_a_call_whose_bounds_are_kept_but_whose_work_is_days_is_refused_before_it_begins(
+    model: PictureModel, pictures: int, params: dict[str, int]
+) -> None:
+    with pytest.raises(MlflowException, match=r"at the 32 px of this model, and one call may ask for 6,400; lower"):
+        model.predict(["a dog"] * pictures, params)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "params"),
+    [
+        (64, {"num_inference_steps": 100}),
+        (4, {"num_inference_steps": 999}),
+        (64, {"num_inference_steps": 25, "resolution": 64}),
+        (8, {"num_inference_steps": 50, "resolution": 128}),
+    ],
+)
+def test_what_a_person_would_ask_for_is_drawn(
+    model: PictureModel, monkeypatch: pytest.MonkeyPatch, pictures: int, params: dict[str, int]
+) -> None:
+    def blank(_: object, prompts: list[str], __: object, settings: SamplerSettings) -> list[Image.Image]:
+        return [Image.new("RGB", (settings.resolution, settings.resolution))] * len(prompts)
+
+    monkeypatch.setattr(serving, "draw", blank)
+    assert len(model.predict(["a dog"] * pictures, params)) == pictures
+
+
 @pytest.mark.parametrize("model_input", [[], ["a dog"] * 65, {"prompt": 3}, {"text": "a dog"}, [3]])
 def test_what_is_no_prompt_is_refused(model: PictureModel, model_input: object) -> None:
     with pytest.raises(MlflowException, match="prompt: "):

@@ -1,5 +1,6 @@
 """The grid of a sweep, the names of its experiments, and what is made of their results."""
 
+import dataclasses
 import io
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,22 @@ from flows.sweep import Sweep, _table_name
 from flows.tables import sweep_table
 
 
-def result(experiment: str, gain: float, prompt: float | None, seconds: float | None = None) -> Result:
+def result(
+    experiment: str, gain: float, prompt: float | None, seconds: float | None = None, rate: float = 5e-5, seed: int = 1
+) -> Result:
     measures = {"identity_gain": gain, "identity_low": gain - 0.01, "identity_high": gain + 0.01, "copies": 0.0}
     if prompt is not None:
         measures |= {"prompt_gain": prompt, "prompt_low": prompt - 0.02, "prompt_high": prompt + 0.02}
-    return Result(experiment, "biscuit", {"train.learning_rate": 5e-5, "train.seed": 1}, measures, seconds)
+    return Result(experiment, "biscuit", {"train.learning_rate": rate, "train.seed": seed}, measures, seconds)
+
+
+def of_seeds(**gains: tuple[float, ...]) -> list[Result]:
+    """Return trainings of recipes by name, each with the seeds 0, 1, ... and these gains; the rate is the place."""
+    return [
+        result(f"{name}-{seed}", gain, 0.0, rate=rate, seed=seed)
+        for rate, (name, of_recipe) in enumerate(gains.items())
+        for seed, gain in enumerate(of_recipe)
+    ]
 
 
 def test_a_grid_holds_every_combination_and_the_last_parameter_changes_fastest() -> None:
@@ -132,18 +144,66 @@ def test_the_table_remembers_subjects_parameters_and_failures_of_an_experiment(t
 def test_the_best_has_the_most_identity_near_the_best_prompt(
     results: list[tuple[str, float, float | None]], best: str
 ) -> None:
-    found = sweeps.best_of([result(*one) for one in results], 0.03)
-    assert found is not None
-    assert found.experiment == best
+    trained = [result(*one, rate=number) for number, one in enumerate(results)]
+    assert sweeps.ranked(sweeps.recipes_of(trained), 0.03)[0].first.experiment == best
 
 
 def test_a_sweep_ends_with_the_command_that_takes_the_best_over() -> None:
-    (line,) = Sweep((result("sweep-1", 0.01, 0.0), result("sweep-2", 0.05, 0.0)), ()).in_words(0.03)
+    trained = (result("sweep-1", 0.01, 0.0, rate=1), result("sweep-2", 0.05, 0.0, rate=2))
+    without_seed = [dataclasses.replace(one, values={"train.rank": number}) for number, one in enumerate(trained)]
+    (line,) = Sweep(tuple(without_seed), ()).in_words(0.03)
     assert line.endswith("to take it over: dreambooth sweep --apply sweep-2, then dreambooth run biscuit")
 
 
+def test_a_recipe_is_the_mean_of_its_seeds_and_no_lucky_seed_is_recommended() -> None:
+    trained = of_seeds(lucky=(0.01, 0.00, 0.09), steady=(0.05, 0.04, 0.06))
+    first, second = sweeps.ranked(sweeps.recipes_of(trained), 0.03)
+    assert [one.experiment for one in first.runs.values()] == ["steady-0", "steady-1", "steady-2"]
+    assert second.identity == pytest.approx(0.1 / 3)
+    lines = list(Sweep(tuple(trained), ()).in_words(0.03))
+    assert lines[1] == "biscuit: learning_rate 1: identity gain +0.050 [+0.025, +0.075], prompt +0.000; seeds 0, 1, 2"
+    assert "learning_rate 1 (not told apart from learning_rate 0 by 3 seeds); to take it over" in lines[2]
+    assert "with the first seed, 0: dreambooth sweep --apply steady-0," in lines[2]  # seed 2 drew more identity
+
+
+@pytest.mark.parametrize(
+    ("gains", "said"),
+    [
+        ({"a": (0.01, 0.02, 0.03), "b": (0.05, 0.061, 0.07)}, "told apart from the rest by 3 seeds"),
+        ({"a": (0.01, 0.02, 0.03), "b": (0.05, 0.01, 0.04)}, "not told apart from learning_rate 0 by 3 seeds"),
+        ({"a": (0.01, 0.02), "b": (0.05, 0.06)}, "not told apart from learning_rate 0: 2 seeds, and 3 are needed"),
+        ({"a": (0.04,), "b": (0.05,)}, "not told apart from learning_rate 0: 1 seed, and 3 are needed, -S train.seed="),
+        ({"a": (0.01,), "b": (0.05,)}, "told apart from the rest as a model, not as a recipe: 1 seed, and 3 are"),
+        ({"a": (0.05,), "b": (0.05,), "c": (0.05,)}, "not told apart from learning_rate 1 | learning_rate 2: 1 seed"),
+        ({"a": (0.05, 0.06, 0.07)}, ""),
+    ],
+)
+def test_a_recipe_is_told_apart_by_three_seeds_and_a_sweep_says_how(
+    gains: dict[str, tuple[float, ...]], said: str
+) -> None:
+    found = sweeps.certainty(sweeps.ranked(sweeps.recipes_of(of_seeds(**gains)), 0.03))
+    assert found.startswith(said)
+    assert bool(found) == bool(said)
+
+
+def test_a_recipe_whose_seeds_failed_takes_no_part() -> None:
+    trained = of_seeds(a=(0.09,), b=(0.05, 0.06))
+    failed = Result("a-1", "biscuit", {"train.learning_rate": 0, "train.seed": 1}, {}, error="E_TRAIN: no")
+    (only,) = sweeps.ranked(sweeps.recipes_of([*trained, failed]), 0.03)
+    assert only.first.experiment == "b-0"
+
+
+def test_of_seeds_alone_none_is_the_best() -> None:
+    trained = [dataclasses.replace(one, values={"train.seed": seed}) for seed, one in enumerate(of_seeds(a=(0.1, 0.2)))]
+    (line,) = Sweep(tuple(trained), ()).in_words(0.03)
+    assert line.startswith("biscuit: params.yaml as it is: identity gain +0.150 [")
+    assert line.endswith("; seeds 0, 1")
+
+
 def test_of_failures_alone_none_is_the_best() -> None:
-    assert sweeps.best_of([Result("sweep-1", "biscuit", {"train.seed": 1}, {}, error="E_TRAIN: no")], 0.03) is None
+    failed = Result("sweep-1", "biscuit", {"train.seed": 1}, {}, error="E_TRAIN: no")
+    assert sweeps.ranked(sweeps.recipes_of([failed]), 0.03) == []
+    assert list(Sweep((failed,), ()).in_words(0.03)) == []
 
 
 def test_the_table_gives_back_how_long_trainings_took(tmp_path: Path) -> None:

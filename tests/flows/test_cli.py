@@ -1,3 +1,4 @@
+import inspect
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from PIL import Image
 from toy_project import REPOSITORY, dvc, make_photos, quiet, ran
 
 from dreambooth.errors import PipelineError
+from flows import batch, cli
 from flows.cli import _way_back
 from flows.generate import draw, full_prompts, read_prompts, slugs
 from flows.tables import undone_in_words, undone_stages
@@ -270,6 +272,11 @@ def test_as_many_pictures_are_asked_for_as_are_drawn_at_once_with_consecutive_se
         painter = Painter()
         draw(painter, ["sks dog"], 3, {"seed": 0, "batch_size": size}, tmp_path)
         assert painter.calls == [(count, {"seed": seed, "batch_size": size}) for seed, count in parts]
+
+
+def test_the_flow_takes_what_the_command_takes() -> None:
+    command, flow = (set(inspect.signature(one).parameters) for one in (cli.generate, batch.generate.fn))
+    assert command - {"context", "subject_id", "prompts_file"} <= flow
 
 
 def test_a_picture_is_written_when_it_is_drawn_and_the_bar_counts_it(

@@ -16,6 +16,7 @@ from toy_project import REPOSITORY, make_toy_project, post, prefect, quiet, work
 from waiting import await_true
 
 from dreambooth import versions
+from dreambooth.images import read_provenance
 from flows import prefectstore
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -125,6 +126,15 @@ def test_a_batch_draws_with_the_champion(site: tuple[Path, dict[str, str], str])
     run = start(environment, "generate/batch", subject="biscuit", prompts=["a photo of {} in space"], count=2)
     assert ended(api, run) == "Completed", state(api, run)
     assert len(list((root / "build/biscuit/generated").glob("a-photo*.png"))) == 2
+    options = {"steps": 1, "guidance": 2.5, "negative": "blur", "size": 40, "batch_size": 2}
+    run = start(environment, "generate/batch", subject="biscuit", prompts=["{} at home"], count=2, **options)
+    assert ended(api, run) == "Completed", state(api, run)
+    for number in range(2):
+        (picture,) = (root / "build/biscuit/generated").glob(f"sks-*at-home-v1-steps1-*-{number}.png")
+        about = read_provenance(picture.read_bytes())
+        found = {name: about[name] for name in ("num_inference_steps", "guidance_scale", "negative_prompt")}
+        assert found == {"num_inference_steps": 1, "guidance_scale": 2.5, "negative_prompt": "blur"}
+        assert (about["resolution"], about["batch_size"]) == (40, 2)
 
 
 @pytest.mark.fault(35)

@@ -80,7 +80,7 @@ def test_nothing_is_stale_after_dvc_repro_and_a_parameter_tells_which_stage_is(p
     params["train"]["learning_rate"] = 2.0e-4
     (project / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     graph = Graph.load(project)
-    assert graph["train@rex"].reasons == ("train modified",)
+    assert graph["train@rex"].reasons == ("train.learning_rate modified",)
     assert not graph["prior@dog"].stale
     assert not graph["validate@rex"].stale
     assert graph["evaluate@rex"].stale
