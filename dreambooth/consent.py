@@ -78,6 +78,6 @@ def require_lasting(consent: Consent, subject_id: str, today: date | None = None
     if not consent.given <= day <= consent.until:
         raise ConsentError(
             f"the consent of {subject_id} holds from {consent.given} until {consent.until}, today is {day}; ask for a "
-            f"new one and write it into data/subjects/{subject_id}/{RECORD}, or forget the subject: "
+            f"new one, write it into data/subjects/{subject_id}/{RECORD} and run the subject again, or forget it: "
             f"dreambooth forget {subject_id}"
         )

@@ -14,12 +14,15 @@ import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature, set_model
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 from mlflow.pyfunc import PythonModel
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import AnyType
 
 from dreambooth import __version__
-from dreambooth.folders import GENERATION, content_hash
+from dreambooth.consent import Consent, require_lasting
+from dreambooth.errors import ConsentError
+from dreambooth.folders import GENERATION, content_hash, read_manifest
 from dreambooth.images import png_bytes
 from dreambooth.models import DTYPES, load_model
 from dreambooth.params import GUIDANCE, SAMPLER_STEPS, SIDE, SIDE_UNIT
@@ -28,9 +31,7 @@ from dreambooth.sampling import SCHEDULERS, SamplerSettings, draw
 
 ARTIFACT = "pipeline"
 MAX_PICTURES = 64  # of one call
-MAX_STEPS = (
-    100 * MAX_PICTURES
-)  # of the sampler in one call, counted at the model's own size: so many pictures of 100 steps
+MAX_STEPS = 100 * MAX_PICTURES  # of the sampler in one call, counted at the model's own size
 PARAM_TYPES = {
     "seed": DataType.long,
     "num_inference_steps": DataType.long,
@@ -62,6 +63,8 @@ class PictureModel(PythonModel):  # type: ignore[misc]  # mlflow has no types
         folder = resolve(Path(context.artifacts[ARTIFACT]))
         self._export_hash = content_hash(folder)
         self._defaults = _generation(folder)
+        agreed = read_manifest(folder, verify=False).get("consent")  # just verified
+        self._consent = Consent.model_validate(agreed) if agreed else None
         self._model = load_model(folder, DTYPES[self._defaults.get("inference_dtype", "float32")])
 
     @property
@@ -80,7 +83,11 @@ class PictureModel(PythonModel):  # type: ignore[misc]  # mlflow has no types
 
         Returns:
             A PNG for each prompt, which says itself how it was made (`images.read_provenance`).
+
+        Raises:
+            MlflowException: INVALID_PARAMETER_VALUE; PERMISSION_DENIED where the consent of a person has ended.
         """
+        self._require_consent()
         wanted = self._defaults | CALL | {k: v for k, v in (params or {}).items() if v is not None}
         settings = _settings(wanted)
         prompts = list(_prompts(model_input))
@@ -99,6 +106,14 @@ class PictureModel(PythonModel):  # type: ignore[misc]  # mlflow has no types
             drawn = draw(self._model, [prompt for prompt, _, _ in group], [seed for _, _, seed in group], own)
             pictures += [png_bytes(one, self._about(own, *how)) for one, how in zip(drawn, group, strict=True)]
         return pictures
+
+    def _require_consent(self) -> None:
+        """Refuse to draw a person whose consent has ended since the export was made."""
+        if self._consent is not None:
+            try:
+                require_lasting(self._consent, self._defaults["subject"])
+            except ConsentError as error:
+                raise MlflowException(str(error), PERMISSION_DENIED) from None
 
     def _require_work(self, pictures: int, settings: SamplerSettings) -> None:
         """Refuse a call whose bounds are kept one by one and whose product is days of work."""

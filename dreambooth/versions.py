@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from dreambooth.errors import ModelError, ParamsError, RegistryError
+from dreambooth.errors import ConsentError, ModelError, ParamsError, RegistryError
 from dreambooth.folders import MANIFEST, TornFolderError, content_hash, sha256_of, work_folder
 from dreambooth.params import check_id
 from dreambooth.pointer import POINTER, named_beside, require_beside, resolve
@@ -169,12 +169,15 @@ def predict(model: "PyFuncModel", prompts: Sequence[str], options: Mapping[str, 
 
     Raises:
         ParamsError: an option that the model refuses.
+        ConsentError: the version shows a person whose consent has ended.
     """
     from mlflow.exceptions import MlflowException
 
     try:
         return list(model.predict({"prompt": list(prompts)}, params=dict(options)))
     except MlflowException as error:
+        if error.error_code == "PERMISSION_DENIED":
+            raise ConsentError(str(error.message)) from error
         if error.error_code != "INVALID_PARAMETER_VALUE":
             raise
         raise ParamsError(str(error.message).splitlines()) from error

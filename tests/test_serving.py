@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+from datetime import date, timedelta
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +16,13 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from dreambooth import registry, serving
+from dreambooth.errors import ConsentError
 from dreambooth.folders import TornFolderError, content_hash, new_folder
 from dreambooth.images import read_provenance
 from dreambooth.models import load_model
 from dreambooth.sampling import SamplerSettings, draw
 from dreambooth.serving import PictureModel
+from dreambooth.versions import predict
 
 DEFAULTS = {
     "subject": "biscuit", "identifier": "sks", "class_noun": "dog", "instance_prompt": "a photo of sks dog",
@@ -189,6 +192,24 @@ def test_a_damaged_export_is_not_loaded(export: Path, tmp_path: Path) -> None:
     (copy / "model_index.json").write_text("{}")
     with pytest.raises(TornFolderError, match=r"model_index\.json has 2 bytes"):
         loaded(copy)
+
+
+@pytest.mark.threat(21)
+def test_a_person_is_drawn_only_while_the_consent_lasts(export: Path, tmp_path: Path) -> None:
+    today = date.today()
+
+    def of_a_person(until: date) -> PictureModel:
+        agreed = {"who": "file 12", "given": str(today - timedelta(days=9)), "purpose": "a poster", "until": str(until)}
+        with new_folder(tmp_path / str(until) / "rex", {"consent": agreed}) as target:
+            shutil.copytree(export, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+        return loaded(tmp_path / str(until) / "rex")
+
+    assert len(of_a_person(today).predict(pd.DataFrame({"prompt": ["a dog"]}))) == 1
+    with pytest.raises(MlflowException, match=r"the consent of biscuit holds from .*, today is") as refused:
+        of_a_person(today - timedelta(days=1)).predict(pd.DataFrame({"prompt": ["a dog"]}))
+    assert refused.value.get_http_status_code() == 403
+    with pytest.raises(ConsentError, match="run the subject again"):
+        predict(of_a_person(today - timedelta(days=1)), ["a dog"], {"seed": 0})
 
 
 def test_the_signature_holds_the_defaults_of_the_export(export: Path) -> None:
