@@ -28,9 +28,7 @@ from dreambooth.sampling import SCHEDULERS, SamplerSettings, draw
 
 ARTIFACT = "pipeline"
 MAX_PICTURES = 64  # of one call
-MAX_STEPS = (
-    100 * MAX_PICTURES
-)  # of the sampler in one call, counted at the model's own size: so many pictures of 100 steps
+MAX_STEPS = 100 * MAX_PICTURES  # of the sampler in one call, counted at the model's own size
 PARAM_TYPES = {
     "seed": DataType.long,
     "num_inference_steps": DataType.long,
