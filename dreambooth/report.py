@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,8 @@ def make_report(title: str, sources: Sources, metrics: Mapping[str, Any], decisi
         title=title,
         decision=decision,
         summary=summary_table(metrics),
-        summary_note=_summary_note(metrics),
+        summary_note=_summary_note(metrics)
+        + rehearsal_note(tables["prompts"], models, sources.training.get("class_prompts", ())),
         models=models,
         photos=photos,
         photo_table=photo_table(sources.instance),
@@ -170,6 +171,23 @@ def summary_table(metrics: Mapping[str, Any]) -> Table:
     return Table(["measure", "base", "personalised", difference], rows, numbers=(1, 2, 3))
 
 
+def rehearsal_note(prompts: pd.DataFrame, models: Sequence[str], class_prompts: Collection[str]) -> str:
+    """Say what the prompt fidelity is over prompts that the class rows of the training had too, and over the others.
+
+    Such a prompt is rehearsed, by the class in place of the subject. Empty where none is, or nothing was measured.
+    """
+    base, model = _of_each(prompts, models)
+    gain = model["prompt_fidelity"] - base["prompt_fidelity"]
+    rehearsed = model["prompt"].isin(class_prompts)
+    if not rehearsed.any() or gain.isna().any():
+        return ""
+    told = f" {rehearsed.sum()} of the {len(gain)} prompts were rehearsed by class images (prior.prompts)"
+    if rehearsed.all():
+        return f"{told}: how others fare was not measured."
+    over = [f"{gain[which].mean():+.3f}" for which in (rehearsed, ~rehearsed)]
+    return f"{told}: prompt fidelity against the base is {over[0]} over these, {over[1]} over the others."
+
+
 def grid_rows(evaluation: Path, scores: pd.DataFrame, models: Sequence[str]) -> Iterable[dict[str, Any]]:
     """Yield a row a prompt: for each seed the pictures of all models side by side, the identity under each."""
     parts = {model: scores[scores["model"] == model].reset_index(drop=True) for model in models}
@@ -186,7 +204,7 @@ def grid_rows(evaluation: Path, scores: pd.DataFrame, models: Sequence[str]) -> 
 
 def prompt_tables(prompts: pd.DataFrame, models: Sequence[str]) -> list[dict[str, Any]]:
     """Return the tables by prompt kind, the worst five of those that count for the identity first."""
-    base, model = (prompts[prompts["model"] == name].reset_index(drop=True) for name in (models[0], models[-1]))
+    base, model = _of_each(prompts, models)
     table = model.assign(gain=model["identity"] - base["identity"])
     if model["prompt_fidelity"].notna().all():
         table = table.assign(prompt_gain=model["prompt_fidelity"] - base["prompt_fidelity"])
@@ -354,6 +372,12 @@ def read_cost(evaluation: Path) -> dict[str, float]:
     path = evaluation / COST
     found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found
+
+
+def _of_each(prompts: pd.DataFrame, models: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the rows of the base and those of the personalised model, prompt beside prompt."""
+    base, model = (prompts[prompts["model"] == name].reset_index(drop=True) for name in (models[0], models[-1]))
+    return base, model
 
 
 def _base_and_model(found: Mapping[str, Any]) -> list[str]:

@@ -91,6 +91,7 @@ def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = 
     instance = _instance_samples(params, subject_id, root, model, model_hash(base, ["vae"]))
     prior = _prior_samples(params, subject_id, root, instance) if params.has_prior else []
     about["class_images"] = sum(not sample.taught for sample in prior)
+    about["class_prompts"] = sorted({sample.prompt for sample in prior})
     methods.add_token(model, params.train, about["inputs"]["identifier"], about["inputs"]["class_noun"])
     checkpoints = _checkpoints(subject_id, root, about["inputs"], resume_from)
     if params.train.preview_steps is None or processes.rank() > 0:  # the first process alone draws previews

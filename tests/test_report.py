@@ -36,6 +36,7 @@ from dreambooth.report import (
     make_report,
     provenance,
     read_points,
+    rehearsal_note,
     summary_table,
     write_report,
 )
@@ -231,6 +232,24 @@ def test_what_was_not_measured_says_so(sources: tuple[Sources, dict[str, Any]]) 
     assert ["prompt", "", "", "not measured"] in [list(row) for row in report.summary.rows]
     assert report.tradeoff == ""
     assert "Not measured" in report.prior
+
+
+def test_prompts_that_class_images_had_too_are_told_from_those_that_nothing_rehearsed() -> None:
+    rows = [("in space", 0.5, 0.6), ("on a beach", 0.5, 0.8), ("in a park", 0.5, 0.3)]
+    table = pd.DataFrame(
+        {"prompt": prompt, "prompt_fidelity": score, "model": model}
+        for prompt, *scores in rows
+        for model, score in zip(("base", "personalised"), scores, strict=True)
+    )
+    models = ["base", "personalised"]
+    assert rehearsal_note(table, models, ["in space", "on a beach", "elsewhere"]) == (
+        " 2 of the 3 prompts were rehearsed by class images (prior.prompts): prompt fidelity against the base is "
+        "+0.200 over these, -0.200 over the others."
+    )
+    assert "3 of the 3 prompts" in (every := rehearsal_note(table, models, [prompt for prompt, *_ in rows]))
+    assert every.endswith("how others fare was not measured.")
+    assert rehearsal_note(table, models, ["elsewhere"]) == ""
+    assert rehearsal_note(table.assign(prompt_fidelity=float("nan")), models, ["in space"]) == ""
 
 
 @pytest.mark.fault(43)
