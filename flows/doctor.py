@@ -132,6 +132,10 @@ def _dvc(root: Path) -> Iterator[Finding]:
     for name, fault in known.items():
         remedy = f"dvc remote list; mend {name}, or sign in" if fault else ""
         yield Finding("broken" if fault else "good", f"DVC remote {name}", fault or "answers", remedy)
+    if linked := sorted({path.parent.name for path in (root / "data" / "subjects").glob("*/*") if path.is_symlink()}):
+        found = f"photos of {', '.join(map(shown, linked))} are symbolic links, which no stage follows"
+        remedy = "dvc config cache.type reflink,hardlink,copy; dvc checkout --relink"
+        yield Finding("broken", "DVC links", found, remedy)
 
 
 def _prefect() -> Iterator[Finding]:

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -6,10 +8,12 @@ from typing import Any
 import pytest
 import yaml
 from registered import write_project
+from tiny_project import add_photos, tiny_values
 
 from dreambooth import health, models, tracking
 from dreambooth.locks import only_one
 from dreambooth.params import parse_params
+from dreambooth.photos import check_photos
 from flows.doctor import Finding, _copies, _device, _libraries, _program, _servers, examine, installed
 
 
@@ -205,3 +209,21 @@ def test_what_is_left_behind_is_counted_on_every_page(
         monkeypatch.setattr(MlflowClient, name, lambda *a, _search=search, **b: _search(*a, **b | {"max_results": 2}))
     monkeypatch.setattr(health, "DAY", -1)
     assert about(examine(tmp_path / "project"), what).found.startswith(f"{count} ")
+
+
+def test_photos_that_dvc_made_links_are_named_and_the_remedy_makes_them_files(root: Path) -> None:
+    add_photos(root / "data/subjects/rex", 2)
+
+    def dvc(*arguments: str) -> None:
+        subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=root, check=True, capture_output=True)
+
+    dvc("init", "--no-scm", "--quiet")
+    dvc("config", "cache.type", "symlink")
+    dvc("add", "--quiet", "data/subjects/rex")
+    found = about(examine(root), "DVC links")
+    assert found.is_broken
+    assert "photos of rex are symbolic links" in found.found
+    for command in found.remedy.split("; "):
+        dvc(*command.split()[1:])
+    assert "DVC links" not in [one.what for one in examine(root)]
+    assert len(check_photos(root / "data/subjects/rex", parse_params(tiny_values()).photos)) == 2
