@@ -2,8 +2,9 @@
 
     python -m benchmarks.checkpoints [--steps 100] [--rounds 5]
 
-A round is a number of steps, with a checkpoint begun after the first half of them in every second round. Wall time is
-what a person waits for; CPU time, of the training and of the writer, hardly depends on what else the machine does.
+A round is a number of steps, with a checkpoint begun after the first half of them in every second round. The first one
+of a training is not counted: it gets the memory that the next ones take again. Wall time is what a person waits for;
+CPU time, of the training and of the writer, hardly depends on what else the machine does.
 """
 
 import argparse
@@ -67,7 +68,7 @@ def take_round(
             checkpoints.begin_save(capture(trainer, step + 1, {}))
             pause = time.perf_counter() - began
     if checkpoints:
-        checkpoints.finish()
+        checkpoints.wait()
     return Round(time.perf_counter() - wall, time.process_time() - cpu, pause)
 
 
@@ -78,11 +79,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="of each kind")
     given = parser.parse_args()
     trainer, instance, prior = make_trainer(load_params(ROOT / "params.yaml").train)
-    take_round(trainer, instance, prior, range(2), None)  # memory and moments are there afterwards
+    take_round(trainer, instance, prior, range(2), None)  # moments are there afterwards
     without, with_one = [], []
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(Path(folder))
         megabytes = capture(trainer, 0, {}).size / 1e6
+        take_round(trainer, instance, prior, range(2), checkpoints)
         for number in range(given.rounds):
             first = 2 + 2 * number * given.steps
             without.append(take_round(trainer, instance, prior, range(first, first + given.steps), None))

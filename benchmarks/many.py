@@ -39,8 +39,6 @@ def make_project(root: Path, count: int) -> list[str]:
     ignored = shutil.ignore_patterns("__pycache__")
     for name in ("dreambooth", "stages", "data/prompts", "data/classes"):
         shutil.copytree(ROOT / name, root / name, ignore=ignored)
-    (root / "data/base").mkdir()
-    (root / "data/base/model.txt").write_text("a base model")
     shutil.copy(ROOT / "dvc.yaml", root)
     subjects = [f"subject-{number:04d}" for number in range(count)]
     values = load_yaml((ROOT / "params.yaml").read_text(encoding="utf-8"))
@@ -49,6 +47,9 @@ def make_project(root: Path, count: int) -> list[str]:
         name: {"class_id": f"class-{number % CLASSES}", "identifier": "sks", "kind": "live"}
         for number, name in enumerate(subjects)
     }
+    base = root / values["base"]["pretrained_model_name_or_path"]
+    base.mkdir(parents=True)
+    (base / "model.txt").write_text("a base model")
     (root / "params.yaml").write_text(dump_yaml(values), encoding="utf-8")
     for name in subjects:
         folder = root / "data/subjects" / name

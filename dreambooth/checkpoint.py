@@ -63,12 +63,17 @@ class State:
         """Bytes of its tensors."""
         return sum(tensor.nbytes for tensor in [*self.weights.values(), *self.moments.values()])
 
-    def copied(self) -> "State":
-        """Return it in the memory of the CPU, apart from what the next steps change."""
-        weights, moments = (
-            {name: _apart(tensor) for name, tensor in tensors.items()} for tensors in (self.weights, self.moments)
+    def copied(self, place: "State | None" = None) -> "State":
+        """Return it in the memory of the CPU, apart from what the next steps change.
+
+        Args:
+            place: an earlier copy, whose memory is taken again: to get and to clear new memory costs the training more
+                than the copying.
+        """
+        earlier = place or State(self.step, {})
+        return replace(
+            self, weights=_apart(self.weights, earlier.weights), moments=_apart(self.moments, earlier.moments)
         )
-        return replace(self, weights=weights, moments=moments)
 
 
 class Checkpoints:
@@ -95,6 +100,8 @@ class Checkpoints:
         self._say = say
         self._writer = ThreadPoolExecutor(1, "checkpoints", initializer=_step_back)
         self._written: Future[Path] | None = None
+        self._copy: State | None = None
+        """The newest copy; the next one takes its memory."""
 
     @property
     def size(self) -> int:
@@ -102,7 +109,7 @@ class Checkpoints:
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
     def begin_save(self, state: State, score: float | None = None) -> None:
-        """Write a checkpoint beside the training, from a copy; `finish`, and the next call, raise what went wrong.
+        """Write a checkpoint beside the training, from a copy; `wait`, and the next call, raise what went wrong.
 
         Where the memory has no room for a copy, it is written before this returns.
 
@@ -113,18 +120,26 @@ class Checkpoints:
         Raises:
             DiskFullError: no room, now or for the one before.
         """
-        self.finish()
+        self.wait()
         self._require_space(state)
-        if state.size + _SPARE > (free := free_memory()):
+        held = self._copy.size if self._copy else 0
+        if state.size + _SPARE > (free := free_memory() + held):
+            self._copy = None
             self._say(
                 f"the training stands still for a checkpoint: a copy of {state.size / 1e9:.1f} GB to write beside it "
                 f"does not fit into {free / 1e9:.1f} GB of free memory"
             )
             self._write(state, score)
         else:
-            self._written = self._writer.submit(self._write, state.copied(), score)
+            self._copy = state.copied(self._copy)
+            self._written = self._writer.submit(self._write, self._copy, score)
 
     def finish(self) -> None:
+        """Wait as `wait` does, and let the memory of the copy go: no other one comes."""
+        self._copy = None
+        self.wait()
+
+    def wait(self) -> None:
         """Wait for the checkpoint that is being written; raise what went wrong with it."""
         if self._written is not None:
             written, self._written = self._written, None
@@ -338,11 +353,15 @@ def _in_order_of_files(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous()
 
 
-def _apart(tensor: Tensor) -> Tensor:
-    """Return a copy on the CPU that no step changes."""
-    if tensor.device.type == "cpu":
-        return tensor.detach().clone(memory_format=torch.contiguous_format)
-    return _in_order_of_files(tensor)
+def _apart(tensors: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies on the CPU, row after row, that no step changes; in the places of those of the same kind."""
+    copies = {}
+    for name, tensor in tensors.items():
+        place = places.get(name)
+        if place is None or (place.shape, place.dtype) != (tensor.shape, tensor.dtype):
+            place = torch.empty(tensor.shape, dtype=tensor.dtype)
+        copies[name] = place.copy_(tensor.detach())
+    return copies
 
 
 def _differences(one: Mapping[str, Any], two: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any, Any]]:

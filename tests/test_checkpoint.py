@@ -132,6 +132,20 @@ def test_a_checkpoint_of_other_parameters_is_refused_with_the_difference(tmp_pat
         Checkpoints(tmp_path, INPUTS | {"processes": 2}).newest()
 
 
+def test_the_second_one_is_copied_into_the_memory_of_the_first_which_is_whole_by_then(tmp_path: Path) -> None:
+    checkpoints, weight, places = Checkpoints(tmp_path), torch.tensor([1.0, 2.0]), []
+    for step in (1, 2):
+        checkpoints.begin_save(state(step, weights={"unet.w": weight}))
+        weight += 1
+        assert checkpoints._copy is not None
+        places.append(checkpoints._copy.weights["unet.w"].data_ptr())
+    checkpoints.finish()
+    assert places[0] == places[1]
+    assert checkpoints._copy is None  # no memory is held for a checkpoint that does not come
+    saved = [checkpoints.load_step(step).weights["unet.w"].tolist() for step in (1, 2)]
+    assert saved == [[1.0, 2.0], [2.0, 3.0]]
+
+
 def test_a_training_that_begins_anew_beside_a_state_of_other_values_says_which_differ(tmp_path: Path) -> None:
     other = save(Checkpoints(tmp_path / "rex-0123abcd", INPUTS), state(1))
     save(Checkpoints(tmp_path / "rex-2-0123abcd", INPUTS), state(1))  # of another subject
