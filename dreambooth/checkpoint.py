@@ -121,7 +121,7 @@ class Checkpoints:
             DiskFullError: no room, now or for the one before.
         """
         self.wait()
-        self._require_space(state)
+        self.require_space(state.size + _MARGIN, "a checkpoint")
         held = self._copy.size if self._copy else 0
         if state.size + _SPARE > (free := free_memory() + held):
             self._copy = None
@@ -276,9 +276,10 @@ class Checkpoints:
             self._say(f"warning: {line}: what follows may differ in the last bits from a straight training")
         return list(differences.values())
 
-    def _require_space(self, state: State) -> None:
+    def require_space(self, needed: int, what: str) -> None:
+        """Refuse what needs more bytes than are free where they lie."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        require_space(self.folder, state.size + _MARGIN, "a checkpoint")
+        require_space(self.folder, needed, what)
 
     def _disk_full(self, state: State) -> DiskFullError:
         whole = next((path for path in self._newest_first() if _is_whole(path)), None)

@@ -188,6 +188,11 @@ def wants_traceback() -> bool:
     return bool(os.environ.get("DREAMBOOTH_DEBUG"))
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, its kind where it says nothing, as a MemoryError does."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def shown(text: object) -> str:
     """Return a name or a path that strangers chose as one printable line: no line breaks, no escape sequences."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
@@ -211,9 +216,9 @@ def machine_fault(error: BaseException) -> str:
     if isinstance(error, OSError):
         return _file_fault(error)
     if is_out_of_memory(error):
-        first_line = str(error).splitlines()[0]
         return (
-            f"E_OUT_OF_MEMORY: {first_line}; lower batch_size of the stage, or set train.gradient_checkpointing: true"
+            f"E_OUT_OF_MEMORY: {first_line(error)}; lower batch_size of the stage, or set "
+            "train.gradient_checkpointing: true"
         )
     return ""
 

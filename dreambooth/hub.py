@@ -8,7 +8,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dreambooth.errors import ModelError
+from dreambooth.errors import ModelError, first_line
 
 SIGN_IN = "sign in with a token that may read it: HF_TOKEN, or hf auth login"
 
@@ -36,7 +36,7 @@ def from_hub(repo_id: str, revision: str, what: str, remedy: str) -> Iterator[No
                 raise cause from None
         told = _no(causes, repo_id, revision, what)
         if told is None:
-            told = f"{what} is neither on this machine nor to be had from the hub ({_first_line(causes[-1])}); {remedy}"
+            told = f"{what} is neither on this machine nor to be had from the hub ({first_line(causes[-1])}); {remedy}"
         raise ModelError(told) from error
 
 
@@ -56,7 +56,7 @@ def _no(causes: list[BaseException], repo_id: str, revision: str, what: str) -> 
     if status in (401, 403):
         return f"the hub refuses {what} ({status}); look at {page}, and {SIGN_IN}"
     if status == 404:
-        return f"{what} lacks a file on the hub ({_first_line(causes[0])}); take another commit or model: {page}"
+        return f"{what} lacks a file on the hub ({first_line(causes[0])}); take another commit or model: {page}"
     return None
 
 
@@ -66,7 +66,3 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     while cause is not None:
         yield cause
         cause = cause.__cause__ or cause.__context__
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

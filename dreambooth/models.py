@@ -20,7 +20,7 @@ import torch
 from dreambooth import adapters, lora, processes
 from dreambooth.adapters import EMBEDDINGS_FILE, LORA_FILE
 from dreambooth.bases import locate
-from dreambooth.errors import ModelError
+from dreambooth.errors import ModelError, first_line
 from dreambooth.families import FAMILIES, SD, SDXL, Family
 from dreambooth.folders import sha256_of, sha256_of_file
 from dreambooth.hub import from_hub
@@ -162,8 +162,7 @@ def load_model(
     try:
         loaded = {name: _load_part(name, parts[name], dtype) for name in family.components if name != "scheduler"}
     except Exception as error:  # safetensors, json, OS and value errors alike: a file is missing or torn
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{folder} cannot be loaded ({first_line}); fetch it again") from error
+        raise ModelError(f"{folder} cannot be loaded ({first_line(error)}); fetch it again") from error
     model = Model(
         **loaded,
         scheduler_config=_read_json(parts["scheduler"] / "scheduler_config.json"),

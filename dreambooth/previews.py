@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from dreambooth import rng
-from dreambooth.errors import is_out_of_memory
+from dreambooth.errors import first_line, is_out_of_memory
 from dreambooth.models import Model
 from dreambooth.params import Train
 from dreambooth.sampling import SamplerSettings, draw
@@ -48,7 +48,7 @@ class Previews:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            self.say(f"warning: no previews after step {step}: {str(error).splitlines()[0]}")
+            self.say(f"warning: no previews after step {step}: {first_line(error)}")
         else:
             self.keep(step, images)
         finally:

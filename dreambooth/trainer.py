@@ -19,7 +19,7 @@ from dreambooth import dataset, loss, methods
 from dreambooth.averaging import Average
 from dreambooth.checkpoint import State, named_weights, restore_weights
 from dreambooth.dataset import Batch, Row, Sample
-from dreambooth.errors import OutOfMemoryError, TrainingError, is_out_of_memory
+from dreambooth.errors import OutOfMemoryError, TrainingError, first_line, is_out_of_memory
 from dreambooth.families import SDXL, condition
 from dreambooth.models import Model
 from dreambooth.optimizers import make_optimizer
@@ -163,7 +163,7 @@ def take_step(trainer: Trainer, rows: Sequence[Row], step: int, learning_rate: f
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
         # Not in the except block: the traceback would keep alive what has to be freed. What the failed parts left too.
         trainer.optimizer.zero_grad(set_to_none=True)
         _save_memory(trainer, reason, step)
@@ -202,7 +202,7 @@ def _update(trainer: Trainer, step: int) -> Tensor:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise OutOfMemoryError(f"{reason} in the optimizer at step {step}; {_ADVICE_OPTIMIZER}") from error
     trainer.optimizer.zero_grad(set_to_none=True)
     return grad_norm

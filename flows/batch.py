@@ -9,7 +9,7 @@ from prefect.states import Completed
 
 from dreambooth.errors import DreamboothError
 from dreambooth.params import load_params
-from flows.generate import draw_registered
+from flows.generate import call_options, draw_registered
 from flows.program import failed, left
 from flows.project import PARAMS, find_root
 from flows.summary import picture_uri
@@ -47,14 +47,7 @@ def generate(
         folder: where the files go; None for build/<id>/generated.
         root: folder of the project; None looks in DREAMBOOTH_HOME, here, and above.
     """
-    options = {
-        "seed": seed,
-        "batch_size": batch_size,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "negative_prompt": negative,
-        "resolution": size,
-    }
+    options = call_options(seed, steps, guidance, negative, size, batch_size)
     try:
         project = find_root(root)
         load_params(project / PARAMS).subject(subject)

@@ -172,21 +172,14 @@ def generate(
     folder: Annotated[Path | None, typer.Option("--out", help="Else build/ID/generated.")] = None,
 ) -> None:
     """Draw pictures of a subject with its champion: files, a contact sheet; each PNG says how it was made."""
-    from flows.generate import draw_registered, read_prompts
+    from flows.generate import call_options, draw_registered, read_prompts
 
     root = find_root(context.obj)
     wanted = [*(prompts or []), *(read_prompts(prompts_file) if prompts_file else [])]
     if not wanted:
         raise PipelineError(f'no prompt; dreambooth generate {subject_id} "a photo of {{}} in space"')
     _params(root).subject(subject_id)
-    options = {
-        "seed": seed,
-        "batch_size": batch_size,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "negative_prompt": negative,
-        "resolution": size,
-    }
+    options = call_options(seed, steps, guidance, negative, size, batch_size)
     drawn = draw_registered(root, subject_id, wanted, count, options, _tell, warn, version, folder)
     for path in [*drawn.pictures, drawn.sheet]:
         say(from_here(path))

@@ -47,6 +47,20 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
+def call_options(
+    seed: int, steps: int | None, guidance: float | None, negative: str | None, size: int | None, batch_size: int
+) -> dict[str, Any]:
+    """Return what the command and the flow are told by the names that the model has for it."""
+    return {
+        "seed": seed,
+        "batch_size": batch_size,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "negative_prompt": negative,
+        "resolution": size,
+    }
+
+
 def draw_registered(
     root: Path,
     subject_id: str,

@@ -23,7 +23,6 @@ from dreambooth.folders import (
     new_folder,
     read_manifest,
     remove_leftovers,
-    require_space,
     scratch_folder,
     sha256_of,
     write_file,
@@ -193,8 +192,7 @@ def _require_room(params: Params, model: Model, checkpoints: Checkpoints) -> Non
     settings = params.train
     kept = KEEP + settings.load_best_model_at_end if settings.checkpointing_steps is not None else 0
     needed = (kept + 1) * state_bytes(settings) * methods.count_weights(model, settings)
-    checkpoints.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    require_space(checkpoints.folder, needed - checkpoints.size, "training with checkpoints")
+    checkpoints.require_space(needed - checkpoints.size, "training with checkpoints")
 
 
 def _open_trackers(params: Params, subject_id: str, root: Path, fingerprint: str) -> AbstractContextManager[Trackers]:
