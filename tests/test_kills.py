@@ -209,7 +209,7 @@ def test_a_disk_that_fills_up_in_between_leaves_the_last_checkpoint_and_no_half_
     save(checkpoints, megabytes(1, 1))
     checkpoints.begin_save(megabytes(2, 1))
     checkpoints.finish()
-    monkeypatch.setattr(Checkpoints, "_require_space", lambda self, state: None)  # another program is faster
+    monkeypatch.setattr(Checkpoints, "require_space", lambda self, needed, what: None)  # another program is faster
     checkpoints.begin_save(megabytes(3, 2))
     with pytest.raises(DiskFullError, match=r"needs 2,\d+,\d+ bytes, [\d,]+ are free; step-0000002 is whole"):
         checkpoints.finish()
