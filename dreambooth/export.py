@@ -189,7 +189,9 @@ def _cut_vocabulary(weights: Mapping[str, torch.Tensor], base: Path) -> dict[str
 
 def _write_lora(work: _Work) -> None:
     lora, adapter = read_lora(work.trained / LORA_FILE)
-    weights = lora_formats.to_diffusers(lora_formats.cast(lora, work.dtype))
+    weights = cast_weights(lora_formats.to_diffusers(lora), work.dtype)
+    for part in {module.partition(".")[0] for module in lora}:  # the weights hold alpha: see `to_diffusers`
+        adapter[f"{part}.lora_alpha"] = adapter[f"{part}.r"]
     header = work.spec("lora") | {METADATA: json.dumps(adapter, sort_keys=True)}
     write_weights(work.folder / "lora" / LORA_FILE, weights, header)
 
@@ -198,7 +200,7 @@ def _write_kohya(work: _Work) -> None:
     lora, _ = read_lora(work.trained / LORA_FILE)
     family, first = family_of(work.folder), next(iter(lora.values()))
     shape = UNetShape.of(_config(work.folder, "unet")) if family == "sdxl" else None
-    weights = lora_formats.to_kohya(lora_formats.cast(lora, work.dtype), shape)
+    weights = cast_weights(lora_formats.to_kohya(lora, shape), work.dtype)
     header = work.spec("kohya")
     counts = (work.photos, work.class_images)
     header |= kohya_header(family, first.rank, first.alpha, work.subject_id, work.params, *counts, work.about)

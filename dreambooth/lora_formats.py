@@ -3,8 +3,6 @@
 Names of kohya-ss/sd-scripts, networks/lora.py: SD1 and SD2 by the modules of diffusers, SDXL by the original layout.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -13,10 +11,14 @@ from dreambooth.lora import ENCODERS, Lora
 
 
 def to_diffusers(lora: Lora) -> dict[str, Tensor]:
-    """Return the weights by the names that every version of diffusers and ComfyUI reads: those of peft."""
+    """Return the weights by the names that every version of diffusers and ComfyUI reads: those of peft.
+
+    They have no place for alpha, which the up weights hold (diffusers reads it in the header, ComfyUI does not).
+    """
     weights: dict[str, Tensor] = {}
     for module, layer in lora.items():
-        weights |= {f"{module}.lora_A.weight": layer.down, f"{module}.lora_B.weight": layer.up}
+        up = layer.up.float() * (layer.alpha / layer.rank)
+        weights |= {f"{module}.lora_A.weight": layer.down, f"{module}.lora_B.weight": up}
         if layer.magnitude is not None:  # without .weight diffusers drops that of a text encoder
             weights[f"{module}.lora_magnitude_vector.weight"] = layer.magnitude
     return weights
@@ -46,16 +48,3 @@ def kohya_name(module: str, sdxl: UNetShape | None = None) -> str:
         return "lora_unet_" + (unet_name(inner, sdxl) if sdxl else inner).replace(".", "_")
     prefix = f"lora_te{1 + ENCODERS.index(part)}_" if sdxl else "lora_te_"
     return prefix + inner.replace(".", "_")
-
-
-def cast(lora: Lora, dtype: torch.dtype) -> Lora:
-    """Return the layers in another precision."""
-    return {
-        module: replace(
-            layer,
-            down=layer.down.to(dtype).contiguous(),
-            up=layer.up.to(dtype).contiguous(),
-            magnitude=None if layer.magnitude is None else layer.magnitude.to(dtype),
-        )
-        for module, layer in lora.items()
-    }
