@@ -97,7 +97,7 @@ class Checkpoints:
         self._inputs = json.loads(json.dumps(inputs or {}))
         self.changes: list[str] = []
         """What changed between a stop and a resume though the training went on."""
-        self._say = say
+        self.say = say
         self._writer = ThreadPoolExecutor(1, "checkpoints", initializer=_step_back)
         self._written: Future[Path] | None = None
         self._copy: State | None = None
@@ -125,7 +125,7 @@ class Checkpoints:
         held = self._copy.size if self._copy else 0
         if state.size + _SPARE > (free := free_memory() + held):
             self._copy = None
-            self._say(
+            self.say(
                 f"the training stands still for a checkpoint: a copy of {state.size / 1e9:.1f} GB to write beside it "
                 f"does not fit into {free / 1e9:.1f} GB of free memory"
             )
@@ -213,7 +213,7 @@ class Checkpoints:
             aside = path.with_name(f"{_TORN}{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-        self._say(f"warning: a torn checkpoint was put aside: {error}")
+        self.say(f"warning: a torn checkpoint was put aside: {error}")
 
     def _name_others(self) -> None:
         """Name the states of other trainings of the subject: a value that was changed by mistake costs all of them."""
@@ -223,13 +223,13 @@ class Checkpoints:
                 newest = max(folder.glob("step-*"))
                 saved = read_manifest(newest, verify=False)["inputs"]
                 differing = ", ".join(name for name, _, _ in _differences(saved, self._inputs))
-                self._say(
+                self.say(
                     f"warning: begins anew: {newest} is of another training, which differs in {differing}; take these "
                     "values back to go on with that one"
                 )
 
     def _continue_with(self, state: State) -> State:
-        self._say(f"continues after step {state.step}")
+        self.say(f"continues after step {state.step}")
         return state
 
     def _write(self, state: State, score: float | None) -> Path:
@@ -246,11 +246,19 @@ class Checkpoints:
             if _is_disk_full(error):
                 raise self._disk_full(state) from error
             raise
-        best = (self._pointer() or {}).get("checkpoint")
-        for old in self._newest_first()[KEEP:]:
-            if old.name != best:
-                shutil.rmtree(old, ignore_errors=True)
+        self._remove_others(path)
         return path
+
+    def _remove_others(self, written: Path) -> None:
+        """Keep the newest ones and the best; later ones are of a way that the training left by `resume_from`."""
+        left = [path for path in self._newest_first() if path.name > written.name]
+        if left:
+            self.say(f"removed {', '.join(path.name for path in left)}: the training went back to before them")
+        best = (self._pointer() or {}).get("checkpoint")
+        if best in [path.name for path in left]:
+            (self.folder / BEST).unlink()
+        for path in left + [old for old in self._newest_first()[len(left) + KEEP :] if old.name != best]:
+            shutil.rmtree(path, ignore_errors=True)
 
     def _about(self, state: State, score: float | None) -> dict[str, Any]:
         return {"step": state.step, "inputs": self._inputs, "changes": self.changes, "score": score}
@@ -273,7 +281,7 @@ class Checkpoints:
                 f"{path} is of another training: {'; '.join(faults)}; take these values back, or start without it"
             )
         for line in differences.values():
-            self._say(f"warning: {line}: what follows may differ in the last bits from a straight training")
+            self.say(f"warning: {line}: what follows may differ in the last bits from a straight training")
         return list(differences.values())
 
     def require_space(self, needed: int, what: str) -> None:

@@ -201,13 +201,18 @@ def _ship(trainer: Trainer, history: History, checkpoints: Checkpoints | None) -
         restore_weights(trainer.trained, trainer.average.values)
         return None
     ships_best = trainer.settings.load_best_model_at_end and not _ends_with_best(history)
-    best = None
     if checkpoints and ships_best and trainer.accelerator.is_main_process:  # who alone reads them, and what is made
         best = checkpoints.best()
-    if best is None:  # also where its checkpoint is torn: the last ones stay
-        return len(history.steps)
-    restore_weights(trainer.trained, best.weights)
-    return best.step
+        if best is not None:
+            restore_weights(trainer.trained, best.weights)
+            return best.step
+        if history.evaluations:
+            lowest = min(history.evaluations, key=lambda record: record.score)
+            checkpoints.say(
+                f"warning: ships the last weights: the checkpoint of the best step {lowest.step} is not in "
+                f"{checkpoints.folder}"
+            )
+    return len(history.steps)
 
 
 def _shared(trainer: Trainer, record: EvaluationRecord) -> EvaluationRecord:

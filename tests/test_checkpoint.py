@@ -132,6 +132,23 @@ def test_a_checkpoint_of_other_parameters_is_refused_with_the_difference(tmp_pat
         Checkpoints(tmp_path, INPUTS | {"processes": 2}).newest()
 
 
+def test_a_training_that_went_back_keeps_what_it_writes_and_lets_the_way_it_left_go(tmp_path: Path) -> None:
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path / "own", say=said.append)
+    earlier = save(Checkpoints(tmp_path / "earlier"), state(1))
+    for step, score in ((2, None), (3, 0.5)):
+        save(checkpoints, state(step), score)
+    back = Checkpoints(tmp_path / "own", say=said.append, resume_from=earlier)
+    found = back.newest()
+    assert found is not None
+    assert found.step == 1
+    assert names(tmp_path / "own") == ["best.json", "step-0000002", "step-0000003"]  # until there is something newer
+    save(back, state(2), None)
+    assert names(tmp_path / "own") == ["step-0000002"]
+    assert said[-1] == "removed step-0000003: the training went back to before them"
+    assert back.best() is None
+
+
 def test_the_second_one_is_copied_into_the_memory_of_the_first_which_is_whole_by_then(tmp_path: Path) -> None:
     checkpoints, weight, places = Checkpoints(tmp_path), torch.tensor([1.0, 2.0]), []
     for step in (1, 2):
