@@ -21,6 +21,7 @@ from dreambooth.yaml12 import YamlError, load_yaml
 RESERVED_IDS = ("classes",)  # build/classes has the class images
 ID_PATTERN = r"^[a-z0-9][a-z0-9-]{0,40}$"
 MAX_BYTES = 1 << 20
+MAX_AUTOMATIC_STEPS = 1200  # of a training whose length follows from the number of photos
 MIN_PROMPTS = 6  # under this an interval over prompts says little, and no model is promoted on it
 # What a sampler may be told, here and by whoever asks a registered model for pictures.
 SAMPLER_STEPS = (1, 999)  # at 1000 DPM-Solver++ has a timestep twice, and divides by their distance
@@ -410,14 +411,9 @@ class Params(Section):
     registry: Registry
 
     @property
-    def wants_prior(self) -> bool:
-        """Whether the parameters ask for class rows."""
-        return self.prior.kind != "none" and self.train.prior_loss_weight > 0
-
-    @property
     def has_prior(self) -> bool:
         """Whether class rows are trained on: they are asked for, and the method can learn from them."""
-        return self.wants_prior and self.train.reads_class_rows
+        return self.prior.kind != "none" and self.train.prior_loss_weight > 0 and self.train.reads_class_rows
 
     @property
     def idle(self) -> list[str]:
@@ -582,13 +578,11 @@ def _contradictions(params: Params) -> Iterator[str]:
             f"photos.prepared_side: should be at least base.resolution {params.base.resolution} "
             f"(got {photos.prepared_side})"
         )
-    if params.train.prior_loss_weight > 0 and params.prior.kind == "images" and params.prior.num_class_images == 0:
+    if params.has_prior and params.prior.kind == "images" and params.prior.num_class_images == 0:
         yield "prior.num_class_images: 0 leaves train.prior_loss_weight without images; draw some, or write weight 0"
-    if params.train.max_train_steps is not None and params.train.lr_warmup_steps >= params.train.max_train_steps:
-        yield (
-            f"train.lr_warmup_steps: {params.train.lr_warmup_steps} leave none of the {params.train.max_train_steps} "
-            "steps at the full rate"
-        )
+    steps = params.train.max_train_steps or MAX_AUTOMATIC_STEPS
+    if params.train.lr_warmup_steps >= steps:
+        yield f"train.lr_warmup_steps: {params.train.lr_warmup_steps} leave none of the {steps} steps at the full rate"
     yield from _needs_evaluation(params.train)
     if params.train.ema_decay is not None and params.train.load_best_model_at_end:
         yield "train.ema_decay: replaces the last weights, and load_best_model_at_end does too; choose one"

@@ -2,14 +2,14 @@
 
 import math
 
-from dreambooth.params import Train
+from dreambooth.params import MAX_AUTOMATIC_STEPS, Train
 
 
 def max_train_steps(settings: Train, num_photos: int) -> int:
     """Return the optimizer steps: as set, or 100 a photo between 400 and 1200."""
     if settings.max_train_steps is not None:
         return settings.max_train_steps
-    return min(max(100 * num_photos, 400), 1200)
+    return min(max(100 * num_photos, 400), MAX_AUTOMATIC_STEPS)
 
 
 def learning_rate_at(step: int, settings: Train, steps: int) -> float:

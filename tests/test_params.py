@@ -190,11 +190,20 @@ def test_every_parameter_says_what_it_is() -> None:
         ({"gradient_checkpointing": "sometimes"}, "train.gradient_checkpointing"),
         ({"method": "hypernetwork"}, "train.method: should be 'full', 'lora', 'textual_inversion' or 'pivotal'"),
         ({"preview_prompts": ["a dog"]}, "train.preview_prompts.0: should hold {}"),
+        ({"max_train_steps": 50, "lr_warmup_steps": 50}, "train.lr_warmup_steps: 50 leave none of the 50 steps"),
+        ({"max_train_steps": None, "lr_warmup_steps": 1200}, "train.lr_warmup_steps: 1200 leave none of the 1200"),
     ],
 )
 def test_what_cannot_work_together_is_refused(values: dict[str, Any], changes: dict[str, Any], said: str) -> None:
     values["train"] |= changes
     assert said in problems_of(values)[0]
+
+
+def test_no_class_images_are_wanted_where_nothing_reads_them(values: dict[str, Any]) -> None:
+    values["prior"]["num_class_images"] = 0
+    assert "prior.num_class_images: 0 leaves train.prior_loss_weight without images" in problems_of(values)[0]
+    values["train"]["method"] = "textual_inversion"
+    assert not parse_params(values).has_prior
 
 
 @pytest.mark.fault(12, 13)
