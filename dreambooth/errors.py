@@ -208,7 +208,8 @@ _NO_MEMORY = (  # plain RuntimeErrors
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the memory of the device, or of the machine, ran out; by name, for torch is not imported here."""
-    return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in _NO_MEMORY)
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or any(words in str(error) for words in _NO_MEMORY)
 
 
 def machine_fault(error: BaseException) -> str:

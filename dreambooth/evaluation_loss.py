@@ -80,11 +80,11 @@ def patience_is_out(records: Sequence[EvaluationRecord], patience: int | None) -
 @torch.no_grad()
 def _mean_loss(trainer: Trainer, samples: Sequence[Sample], role: str) -> float:
     """Return the mean over rows; NaN without samples."""
-    model, settings = trainer.model, trainer.settings
+    model, timesteps, seed = trainer.model, len(trainer.alphas_cumprod), trainer.settings.seed
+    batches = fixed_batches(samples, role, timesteps, seed, trainer.rows_per_pass)
     modules = [module for module in trainer.trained.values()]
     for module in modules:
         module.eval()
-    batches = fixed_batches(samples, role, len(trainer.alphas_cumprod), settings.seed, 2 * settings.train_batch_size)
     own = {"unet": model.unet, **model.encoders}  # without the wrapper of several processes: each measures all
     losses = [row_losses(trainer, batch.on(trainer.accelerator.device), own) for batch in batches]
     for module in modules:

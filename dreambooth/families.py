@@ -22,7 +22,6 @@ Sizes = tuple[int, int, int, int, int, int]
 class Family:
     """A kind of pipeline: its class in diffusers, and its text encoders with their tokenizers."""
 
-    name: str
     pipeline_class: str
     encoders: tuple[str, ...]
     tokenizers: tuple[str, ...]
@@ -39,8 +38,8 @@ class Family:
         return ("unet", "vae", *self.encoders)
 
 
-SD = Family("sd", "StableDiffusionPipeline", ("text_encoder",), ("tokenizer",))
-SDXL = Family("sdxl", "StableDiffusionXLPipeline", ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2"))
+SD = Family("StableDiffusionPipeline", ("text_encoder",), ("tokenizer",))
+SDXL = Family("StableDiffusionXLPipeline", ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2"))
 FAMILIES = {family.pipeline_class: family for family in (SD, SDXL)}
 
 
@@ -59,6 +58,12 @@ class Text:
     def rows(self, numbers: Sequence[int]) -> "Text":
         """Take rows, in this order, some of them several times."""
         return Text(take(self.embeds, numbers), None if self.pooled is None else take(self.pooled, numbers))
+
+    @classmethod
+    def joined(cls, texts: "Sequence[Text]") -> "Text":
+        """Put the rows of several behind each other."""
+        pooled = [text.pooled for text in texts if text.pooled is not None]
+        return cls(torch.cat([text.embeds for text in texts]), torch.cat(pooled) if pooled else None)
 
 
 def take(tensor: Tensor, numbers: Sequence[int]) -> Tensor:

@@ -4,7 +4,7 @@ The mean and the standard deviation are kept, not one draw, so that training dra
 would without a cache. N pictures, C latent channels, h and w height and width of the latents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +17,21 @@ from dreambooth.dataset import Posterior
 from dreambooth.folders import sha256_of, write_file
 from dreambooth.models import Model
 
-TRANSFORM = "to_square lanczos; [-1, 1]"
+TRANSFORM = "[-1, 1]"
 
 
 def encode_images(
-    model: Model, images: Sequence[Image.Image], vae_hash: str, cache: Path
+    load: Callable[[], Model], images: Sequence[Image.Image], vae_hash: str, device: torch.device, cache: Path
 ) -> tuple[list[Posterior], int]:
     """Return the posterior of each picture, from the cache where it is known.
 
     One picture is encoded at a time: then its latents do not depend, to the last bit, on which others came along.
 
     Args:
-        model: its autoencoder encodes what the cache lacks.
+        load: returns a model in float32, whose autoencoder encodes what the cache lacks; is called for that alone.
         images: N RGB pictures, each of the size that it is trained at: squares, but for `train.aspect_buckets`.
         vae_hash: sha256 of the autoencoder's files.
+        device: of the model.
         cache: folder of the cache; photos of people leave traces here, so it belongs to the project.
 
     Returns:
@@ -39,11 +40,11 @@ def encode_images(
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     posteriors, reused = [], 0
     for image in images:
-        path = cache / f"{cache_key(image, vae_hash, model)}.safetensors"
+        path = cache / f"{cache_key(image, vae_hash, device)}.safetensors"
         posterior = _read(path)
         reused += posterior is not None
         if posterior is None:
-            posterior = encode_image(model, image)
+            posterior = encode_image(load(), image)
             write_file(path, safetensors.torch.save({"mean": posterior.mean, "std": posterior.std}))
         posteriors.append(posterior)
     return posteriors, reused
@@ -59,10 +60,10 @@ def encode_image(model: Model, image: Image.Image) -> Posterior:
     return Posterior(mean[0].cpu().contiguous().clone(), std[0].cpu().contiguous().clone())
 
 
-def cache_key(image: Image.Image, vae_hash: str, model: Model) -> str:
+def cache_key(image: Image.Image, vae_hash: str, device: torch.device) -> str:
     """Return the sha256 of all that the latents depend on."""
     pixels = sha256_of([image.size, image.tobytes().hex()])
-    return sha256_of([pixels, TRANSFORM, vae_hash, str(model.dtype), model.device.type, torch.__version__])
+    return sha256_of([pixels, TRANSFORM, vae_hash, str(torch.float32), device.type, torch.__version__])
 
 
 def _read(path: Path) -> Posterior | None:

@@ -20,7 +20,7 @@ import torch
 from dreambooth import adapters, lora, processes
 from dreambooth.adapters import EMBEDDINGS_FILE, LORA_FILE
 from dreambooth.bases import locate
-from dreambooth.errors import ModelError, first_line
+from dreambooth.errors import ModelError, first_line, machine_fault
 from dreambooth.families import FAMILIES, SD, SDXL, Family
 from dreambooth.folders import sha256_of, sha256_of_file
 from dreambooth.hub import from_hub
@@ -140,6 +140,7 @@ def load_model(
     device: str | torch.device | None = None,
     trained: str | Path | None = None,
     unet_dtype: torch.dtype | None = None,
+    parts: Sequence[str] | None = None,
 ) -> Model:
     """Load the parts of a pipeline folder in evaluation mode.
 
@@ -150,22 +151,29 @@ def load_model(
         trained: a folder of a training (models/<subject>): parts that stand in for those of `path`, or a LoRA that
             is merged into them and an embedding that extends the vocabulary.
         unet_dtype: of the weights of the UNet, before they are moved to the device; None: the same.
+        parts: names of those that are loaded, the others are None; None: all of them.
 
     Raises:
         ModelError: not a folder of a Stable Diffusion pipeline, or a part is missing or torn.
     """
     folder = Path(path)
     family = check_model_folder(folder)
-    parts = {part: folder / part for part in family.components}
-    parts |= {part: Path(trained) / part for part in family.components if trained and (Path(trained) / part).is_dir()}
+    places = {part: folder / part for part in family.components}
+    places |= {part: Path(trained) / part for part in family.components if trained and (Path(trained) / part).is_dir()}
     place = torch.device(device) if device is not None else default_device()
     try:
-        loaded = {name: _load_part(name, parts[name], dtype) for name in family.components if name != "scheduler"}
+        loaded = {
+            name: _load_part(name, places[name], dtype) if parts is None or name in parts else None
+            for name in family.components
+            if name != "scheduler"
+        }
     except Exception as error:  # safetensors, json, OS and value errors alike: a file is missing or torn
+        if machine_fault(error):  # to fetch it again would not help
+            raise
         raise ModelError(f"{folder} cannot be loaded ({first_line(error)}); fetch it again") from error
     model = Model(
         **loaded,
-        scheduler_config=_read_json(parts["scheduler"] / "scheduler_config.json"),
+        scheduler_config=_read_json(places["scheduler"] / "scheduler_config.json"),
         device=place,
         dtype=dtype,
         family=family,
@@ -176,7 +184,9 @@ def load_model(
     if unet_dtype is not None:
         cast_module(model.unet, unet_dtype)
     for name in family.weighted:
-        module = getattr(model, name).requires_grad_(False).eval()
+        if (module := getattr(model, name)) is None:
+            continue
+        module.requires_grad_(False).eval()
         module.to(place, memory_format=_memory_format(name, place, family))
     return model
 

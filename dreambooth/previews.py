@@ -37,7 +37,7 @@ class Previews:
             NUM_INFERENCE_STEPS,
             settings.preview_guidance_scale,
             self.resolution,
-            batch_size=len(self.prompts),
+            batch_size=1,  # beside the optimizer there may be no room for all of them
         )
         seeds = [rng.derive_seed(settings.seed, "preview", number) for number in range(len(self.prompts))]
         trained = [module for module in (model.unet, *model.encoders.values()) if module.training]

@@ -68,6 +68,11 @@ class Trainer:
         """Instance rows of a step, over all of its forward passes and processes."""
         return self.settings.train_batch_size * self.settings.gradient_accumulation_steps * self.processes
 
+    @property
+    def rows_per_pass(self) -> int:
+        """Instance rows of a forward pass of this process: it is known that so many fit, with their gradients."""
+        return self.rows_per_step // (self.parts * self.processes)
+
 
 def prepare(model: Model, samples: Sequence[Sample], settings: Train) -> Trainer:
     """Put optimizer, precision and processes around a model's trainable parts.

@@ -59,9 +59,7 @@ def views_of(
     room = max(picture.width - wide, picture.height - high)
     generator = rng.generator(seed, "crop", number)
     places = [room / 2, *(room * torch.rand(crops, generator=generator)).tolist()] if room else [0.0]
-    middle = ImageOps.fit(picture, size, method=Image.Resampling.LANCZOS)
-    views = [(middle, sizes_of(picture, size, places[0]))]
-    views += [(_cut(picture, size, place), sizes_of(picture, size, place)) for place in places[1:]]
+    views = [(_cut(picture, size, place), sizes_of(picture, size, place)) for place in places]
     if not flip:
         return views
     # The mirror image of a view lies as far from the left of the mirrored picture as the view does from the right.

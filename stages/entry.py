@@ -46,7 +46,7 @@ def main(run: Run, options: Sequence[str] = ()) -> None:
             _show_traceback(error)
             sys.stderr.writelines(f"{error.code}: {line}\n" for line in redact(str(error)).splitlines())
             raise SystemExit(error.exit_code) from None
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, MemoryError) as error:
             if not (told := machine_fault(error)):
                 raise
             _show_traceback(error)

@@ -1,5 +1,6 @@
 """Turn a class noun into what keeps the class as it is: drawn class images, which all subjects share, or own photos."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from dreambooth.images import png_bytes, to_square
 from dreambooth.latents import encode_images
 from dreambooth.models import DTYPES, default_device, device_name, load_model, model_hash, resolve_model
 from dreambooth.params import Params
-from dreambooth.photos import check_photos, require_usable
+from dreambooth.photos import PhotoReport, check_photos, require_usable
 from dreambooth.priors import ensure_class_images, prior_key, read_class_images, save_class_latents
 from dreambooth.prompts import class_prompt, class_prompts
 from dreambooth.views import sizes_of
@@ -65,19 +66,24 @@ def _drawn(params: Params, class_id: str, root: Path, about: dict[str, Any]) -> 
 def _own(params: Params, class_id: str, root: Path, about: dict[str, Any]) -> Pictures:
     """Check the user's photos of the class as those of a subject, and encode them."""
     folder, resolution = root / params.prior.folder / class_id, params.base.resolution
-    pictures: list[Image.Image] = []
-    reports = check_photos(folder, params.photos, use=lambda report, picture: pictures.append(picture))
+    side = (resolution, resolution)
+    squares: list[Image.Image] = []
+    sizes: list[Sizes] = []
+
+    def keep(report: PhotoReport, picture: Image.Image) -> None:
+        squares.append(to_square(picture, resolution))
+        sizes.append(sizes_of(picture, side, (max(picture.size) - min(picture.size)) / 2))
+
+    reports = check_photos(folder, params.photos, use=keep)
     usable = require_usable(reports, folder.relative_to(root), params.photos)
     base = resolve_model(params.base.pretrained_model_name_or_path, params.base.revision, root)
-    squares = [to_square(picture, resolution) for picture in pictures]
-    cache = scratch_folder(root) / "latents" / f"class-{class_id}"
-    posteriors, reused = encode_images(load_model(base), squares, model_hash(base, ["vae"]), cache)
+    cache, device = scratch_folder(root) / "latents" / f"class-{class_id}", default_device()
+    load = functools.cache(lambda: load_model(base, device=device, parts=["vae"]))
+    posteriors, reused = encode_images(load, squares, model_hash(base, ["vae"]), device, cache)
     about["prompts"] = [class_prompt(params.classes[class_id].class_noun)]
     about["photos"] = [{"file": report.file, "sha256": sha256_of_file(folder / report.file)} for report in usable]
     dropped = len(reports) - len(usable)
     say(f"prior {class_id}: {len(usable)} photos of your own, {dropped} dropped; latents: {reused} reused")
-    side = (resolution, resolution)
-    sizes = [sizes_of(picture, side, (max(picture.size) - min(picture.size)) / 2) for picture in pictures]
     return [png_bytes(square) for square in squares], posteriors, sizes
 
 

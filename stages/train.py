@@ -44,11 +44,12 @@ from dreambooth.optimizers import state_bytes
 from dreambooth.params import Params, Train
 from dreambooth.previews import Previews
 from dreambooth.priors import read_class_latents
+from dreambooth.progress import progress_bar
 from dreambooth.schedule import max_train_steps
 from dreambooth.trackers import Trackers, open_trackers, require_trackers
 from dreambooth.tracking import open_run
 from dreambooth.training import History, Listeners, StepRecord, train
-from dreambooth.views import buckets, nearest, views_of
+from dreambooth.views import Size, buckets, nearest, views_of
 from stages.entry import main, say
 
 INPUTS = ("build/{id}/instance", "build/classes/{class_id}", "data/base")
@@ -60,8 +61,9 @@ MODULES = (
     "images", "latents", "lora", "loss", "memory", "methods", "models", "optimizers", "previews", "priors", "prompts",
     "rng", "sampling", "schedule", "teacher", "texts", "trainer", "training", "views",
 )  # fmt: skip
-WITHOUT_EFFECT = {  # on the weights: they say how often something is looked at or kept
+WITHOUT_EFFECT = {  # on the weights: they say how often something is looked at or kept, and how memory is spared
     "checkpointing_steps",
+    "gradient_checkpointing",
     "halve_batch_on_out_of_memory",
     "preview_steps",
     "preview_prompts",
@@ -99,7 +101,7 @@ def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = 
         train(model, instance, prior, params.train, None, checkpoints)
         return
     _require_room(params, model, checkpoints)
-    _say_remarks(params, subject_id, model)
+    _say_remarks(params, subject_id, model, len(instance))
     _say_rows(params.train, subject_id, len(instance), about["class_images"], model.device)
     target = root / OUTPUTS[0].format(id=subject_id)
     with only_one(scratch_folder(root) / "locks", f"train-{subject_id}", f"the training of {subject_id}"):
@@ -155,12 +157,15 @@ def _say_rows(settings: Train, subject_id: str, photos: int, class_images: int, 
         say(f"train {subject_id}: warning: {class_images - rows} class images are never seen; fewer are enough")
 
 
-def _say_remarks(params: Params, subject_id: str, model: Model) -> None:
+def _say_remarks(params: Params, subject_id: str, model: Model, photos: int) -> None:
     word, tokenizer = params.subject(subject_id).identifier, model.tokenizer
     ids = tokenizer(word, add_special_tokens=False)["input_ids"]
     known = COMMON | set(params.class_of(subject_id).class_noun.casefold().split())
+    steps, warmup = max_train_steps(params.train, photos), params.train.lr_warmup_steps
     pieces = tokenizer.convert_ids_to_tokens(ids)
     remarks = [*identifier_remarks(word, ids, pieces, len(tokenizer), known), *params.idle]
+    if warmup >= steps:
+        remarks.append(f"train.lr_warmup_steps: {warmup} leave none of the {steps} steps at the full rate")
     if params.train.mixed_precision == "bf16" and gpu_lacks_bfloat16():
         remarks.append("this GPU only emulates bfloat16; train.mixed_precision: fp16 is many times faster here")
     for remark in remarks:
@@ -252,30 +257,34 @@ def _inputs(params: Params, subject_id: str, root: Path, base_hash: str, device:
 
 
 def _instance_samples(params: Params, subject_id: str, root: Path, model: Model, vae_hash: str) -> list[Sample]:
+    """Encode the views of each picture, which alone is in memory with them."""
     settings, resolution = params.train, params.base.resolution
-    folder = root / INPUTS[0].format(id=subject_id)
-    pictures = list(read_prepared(folder))
+    folder, cache = root / INPUTS[0].format(id=subject_id), scratch_folder(root) / "latents" / subject_id
+    identifier, class_noun = params.subject(subject_id).identifier, params.class_of(subject_id).class_noun
     known = buckets(resolution, model.whole_side) if settings.aspect_buckets else [(resolution, resolution)]
-    sizes = [nearest(picture.size, known) for _, picture in pictures]
-    if small := sum(p.width < wide or p.height < high for (_, p), (wide, high) in zip(pictures, sizes, strict=True)):
+    captions = read_captions(folder)
+    samples: list[Sample] = []
+    sizes: Counter[Size] = Counter()
+    small = encoded = reused = 0
+    shown = "encode" if processes.rank() == 0 else None
+    with progress_bar(len(captions), shown, unit="photo", delay=5.0) as bar:
+        for number, (name, picture) in enumerate(read_prepared(folder)):
+            wide, high = size = nearest(picture.size, known)
+            views = views_of(picture, size, settings.random_crops, settings.random_flip, settings.seed, number)
+            posteriors, found = encode_images(lambda: model, [view for view, _ in views], vae_hash, model.device, cache)
+            (posterior, told), *others = [(one, told) for one, (_, told) in zip(posteriors, views, strict=True)]
+            prompt = prompts.instance_prompt(identifier, class_noun, captions[name])
+            samples.append(Sample(name, posterior, prompt, "instance", told, variants=tuple(others)))
+            sizes[size] += 1
+            small += picture.width < wide or picture.height < high
+            encoded, reused = encoded + len(views) - found, reused + found
+            bar.update()
+    if small:
         say(f"train {subject_id}: warning: {small} photos are smaller than {resolution} pixels and were enlarged")
     if settings.aspect_buckets:
-        counted = (f"{count} of {wide} x {high}" for (wide, high), count in Counter(sizes).items())
+        counted = (f"{count} of {wide} x {high}" for (wide, high), count in sizes.items())
         say(f"train {subject_id}: buckets: {', '.join(counted)} pixels")
-    views = [
-        views_of(picture, size, settings.random_crops, settings.random_flip, settings.seed, number)
-        for number, ((_, picture), size) in enumerate(zip(pictures, sizes, strict=True))
-    ]
-    images = [image for views_of_photo in views for image, _ in views_of_photo]
-    posteriors, reused = encode_images(model, images, vae_hash, scratch_folder(root) / "latents" / subject_id)
-    say(f"train {subject_id}: latents: {reused} reused, {len(images) - reused} encoded")
-    identifier, class_noun = params.subject(subject_id).identifier, params.class_of(subject_id).class_noun
-    captions, encoded = read_captions(folder), iter(posteriors)
-    samples = []
-    for (name, _), views_of_photo in zip(pictures, views, strict=True):
-        (posterior, told), *others = [(next(encoded), told) for _, told in views_of_photo]
-        prompt = prompts.instance_prompt(identifier, class_noun, captions[name])
-        samples.append(Sample(name, posterior, prompt, "instance", told, variants=tuple(others)))
+    say(f"train {subject_id}: latents: {reused} reused, {encoded} encoded")
     return samples
 
 

@@ -61,6 +61,38 @@ def test_the_evaluation_changes_nothing_of_the_training_and_repeats_itself(tiny_
     assert again.evaluations == seen
 
 
+def test_the_evaluation_needs_no_more_rows_at_once_than_a_step_does(tiny_model_folder: Path, tmp_path: Path) -> None:
+    rows: list[int] = []
+
+    def room_for_one(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        rows.append(len(inputs[0]))
+        if rows[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    model = load_model(tiny_model_folder, device="cpu")
+    model.unet.register_forward_pre_hook(room_for_one)
+    instance = make_samples(model, 2, "instance", "a photo of sks dog")
+    values = settings(max_train_steps=2, train_batch_size=2, prior_loss_weight=0.0, evaluation_steps=1)
+    history = train(model, instance, [], values, checkpoints=Checkpoints(tmp_path))
+    assert [record.step for record in history.evaluations] == [1, 2]
+    assert rows == [2, *[1] * (len(rows) - 1)]  # the first step was taken again in halves, and then all did fit
+
+
+def test_a_best_step_whose_checkpoint_was_left_behind_is_named(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed_scores(monkeypatch, [1, 2, 3, 4, 5, 6])
+    how = {"evaluation_steps": 1, "load_best_model_at_end": True, "checkpointing_steps": 2}
+    first, said = Checkpoints(tmp_path / "there"), list[str]()
+    run(load_model(tiny_model_folder, device="cpu"), first, **how)
+    here = Checkpoints(tmp_path / "here", say=said.append, resume_from=tmp_path / "there/step-0000004")
+    history = run(load_model(tiny_model_folder, device="cpu"), here, **how)
+    assert history.shipped_step == 6
+    assert said[-1] == (
+        f"warning: ships the last weights: the checkpoint of the best step 1 is not in {tmp_path / 'here'}"
+    )
+
+
 def test_the_best_is_below_all_before_and_patience_counts_from_it() -> None:
     assert is_best(scores(3, 2, 1))
     assert not is_best(scores(3, 1, 1))
@@ -135,7 +167,8 @@ def test_where_the_checkpoint_of_the_best_is_torn_the_last_weights_are_shipped_a
             next(best.glob("*.safetensors")).write_bytes(b"torn")
 
     history = run(model, checkpoints, Listeners(evaluation=tear), evaluation_steps=1, load_best_model_at_end=True)
-    assert "torn" in said[-1]
+    assert "torn" in said[-2]
+    assert "ships the last weights: the checkpoint of the best step 2" in said[-1]
     assert history.shipped_step == 6
     run(plain)
     assert largest_difference(weights(model), weights(plain)) == 0
@@ -152,6 +185,15 @@ def test_previews_show_the_training_and_do_not_disturb_it(tiny_model_folder: Pat
     assert list(kept) == [3, 6]
     assert kept[3][0].tobytes() != kept[6][0].tobytes()
     assert kept[3][0].tobytes() != kept[3][1].tobytes()
+
+
+def test_a_preview_is_drawn_alone_beside_the_training(model: Model) -> None:
+    rows: list[int] = []
+    model.vae.decoder.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    model.unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    previews = Previews(["sks dog"] * 5, 32, lambda step, images: None, pytest.fail)
+    previews.draw(model, 1, settings(preview_guidance_scale=4.0))
+    assert set(rows) == {1, 2}  # a picture; with guidance the UNet sees it twice
 
 
 def test_previews_that_find_no_memory_cost_nothing_but_themselves(

@@ -20,6 +20,7 @@ from dreambooth.families import condition
 from dreambooth.latents import encode_image
 from dreambooth.models import load_model
 from dreambooth.sampling import SamplerSettings, draw, encode_prompts
+from dreambooth.texts import AT_ONCE, TextSource
 from dreambooth.training import train
 
 FAMILIES = ("sd2-epsilon", "sd2-v", "sdxl")
@@ -34,6 +35,23 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -
         "sd2-v": write_sd2(folder / "v", tiny_model_folder, "v_prediction"),
         "sdxl": write_sdxl(folder / "sdxl", tiny_model_folder),
     }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_prompts_are_encoded_a_few_at_a_time(folders: dict[str, Path], family: str) -> None:
+    model = load_model(folders[family], device="cpu")
+    seen: list[int] = []
+    for encoder in model.encoders.values():
+        encoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    prompts = [f"a photo of {number} dogs" for number in range(AT_ONCE + 3)]
+    source = TextSource(model, prompts, trained=False)
+    assert seen == [AT_ONCE] * len(model.encoders) + [3] * len(model.encoders)
+    some = source.encode(prompts[-2:], ())
+    alone = encode_prompts(model, prompts[-2:])
+    assert torch.allclose(some.embeds, alone.embeds, atol=1e-6)
+    assert (some.pooled is None) == (alone.pooled is None) == (family != "sdxl")
+    if some.pooled is not None and alone.pooled is not None:
+        assert torch.allclose(some.pooled, alone.pooled, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

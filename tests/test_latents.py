@@ -7,7 +7,6 @@ import pytest
 import torch
 from tiny_project import make_photo
 
-from dreambooth import latents
 from dreambooth.latents import cache_key, encode_image, encode_images
 from dreambooth.models import Model, load_model
 
@@ -28,12 +27,11 @@ def test_mean_and_std_are_those_of_the_autoencoder(model: Model) -> None:
     assert torch.allclose(posterior.std, expected.std[0] * scale, atol=1e-6)
 
 
-def test_the_second_time_nothing_is_encoded(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_time_nothing_is_encoded(model: Model, tmp_path: Path) -> None:
     photos = [make_photo(i, 32) for i in range(3)]
-    first, reused = encode_images(model, photos, "vae", tmp_path)
+    first, reused = encode_images(lambda: model, photos, "vae", model.device, tmp_path)
     assert reused == 0
-    monkeypatch.setattr(latents, "encode_image", lambda *_: pytest.fail("encoded again"))
-    second, reused = encode_images(model, photos[::-1], "vae", tmp_path)
+    second, reused = encode_images(lambda: pytest.fail("loaded"), photos[::-1], "vae", model.device, tmp_path)
     assert reused == 3
     for one, two in zip(first, second[::-1], strict=True):
         assert torch.equal(one.mean, two.mean)
@@ -42,19 +40,19 @@ def test_the_second_time_nothing_is_encoded(model: Model, tmp_path: Path, monkey
 
 def test_a_torn_file_is_encoded_again(model: Model, tmp_path: Path) -> None:
     photos = [make_photo(0, 32)]
-    first, _ = encode_images(model, photos, "vae", tmp_path)
+    first, _ = encode_images(lambda: model, photos, "vae", model.device, tmp_path)
     file = next(tmp_path.iterdir())
     file.write_bytes(file.read_bytes()[:50])
-    second, reused = encode_images(model, photos, "vae", tmp_path)
+    second, reused = encode_images(lambda: model, photos, "vae", model.device, tmp_path)
     assert reused == 0
     assert torch.equal(first[0].mean, second[0].mean)
 
 
 def test_another_picture_or_autoencoder_has_another_key(model: Model) -> None:
     keys = {
-        cache_key(make_photo(0, 32), "vae", model),
-        cache_key(make_photo(1, 32), "vae", model),
-        cache_key(make_photo(0, 32), "other", model),
-        cache_key(make_photo(0, 64), "vae", model),
+        cache_key(make_photo(0, 32), "vae", model.device),
+        cache_key(make_photo(1, 32), "vae", model.device),
+        cache_key(make_photo(0, 32), "other", model.device),
+        cache_key(make_photo(0, 64), "vae", model.device),
     }
     assert len(keys) == 4

@@ -4,7 +4,9 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -68,6 +70,21 @@ def test_a_folder_that_is_no_pipeline_is_refused(copy: Path, damage: Callable[[P
     damage(copy)
     with pytest.raises(ModelError, match=said):
         load_model(copy)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("[enforce fail at alloc_cpu.cpp:117] . can't allocate memory"), PermissionError(13, "no")]
+)
+def test_what_the_machine_lacks_is_not_taken_for_a_torn_file(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*given: Any, **named: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(diffusers.UNet2DConditionModel, "from_pretrained", fail)
+    with pytest.raises(type(error)) as raised:
+        load_model(tiny_model_folder)
+    assert raised.value is error
 
 
 @pytest.mark.fault(27)

@@ -120,6 +120,7 @@ def test_a_row_takes_each_view_at_times_the_same_one_in_every_split() -> None:
 def test_a_lack_of_memory_is_known_by_the_words_of_every_library(words: str, expected: bool) -> None:
     assert is_out_of_memory(RuntimeError(words)) == expected
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert is_out_of_memory(MemoryError("std::bad_alloc"))
 
 
 def test_the_average_by_hand() -> None:

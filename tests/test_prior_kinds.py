@@ -1,5 +1,6 @@
 """What keeps the class: drawn images, the base itself as a teacher, own photos, or nothing."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,41 @@ def test_own_photos_are_encoded_with_their_spread_and_their_sizes(project: Path,
     assert latents["std"].min() > 0
     assert latents["sizes"].tolist()[-1] == [80, 120, 0, 8, 32, 32]
     assert len(read_manifest(project / "build/classes/dog")["photos"]) == 3
+
+
+def test_of_own_photos_one_is_in_memory_at_full_size_and_only_new_ones_need_a_model_of_which_the_autoencoder(
+    project: Path, params_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = project / "data/classes/dog"
+    add_photos(folder, 3, first=200)
+    params_values["prior"]["kind"] = "folder"
+    loaded: list[Model] = []
+    load, photos = prior_stage.load_model, prior_stage.check_photos
+    alive: list[weakref.ref[Any]] = []
+
+    def check(*arguments: Any, use: Any) -> Any:
+        def watch(report: Any, picture: Any) -> None:
+            assert not [one for one in alive if one() is not None]
+            alive.append(weakref.ref(picture))
+            use(report, picture)
+
+        return photos(*arguments, use=watch)
+
+    def note(*arguments: Any, **named: Any) -> Model:
+        loaded.append(load(*arguments, **named))
+        return loaded[-1]
+
+    monkeypatch.setattr(prior_stage, "check_photos", check)
+    monkeypatch.setattr(prior_stage, "load_model", note)
+    run_stages(project, params_values, prior_stage)
+    assert len(alive) == 3
+    assert len(loaded) == 1
+    assert (loaded[0].unet, loaded[0].text_encoder) == (None, None)
+    add_photos(folder, 1, first=300)
+    run_stages(project, params_values, prior_stage)
+    assert len(loaded) == 2
+    run_stages(project, params_values, prior_stage)
+    assert len(loaded) == 2
 
 
 def test_own_photos_are_checked_as_those_of_a_subject(project: Path, params_values: dict[str, Any]) -> None:

@@ -20,13 +20,13 @@ from tiny_project import REPOSITORY, TINY_RESOLUTION, add_photos, tiny_values, w
 
 from dreambooth import comparison, tracking, trainer
 from dreambooth.beside import Side, lay_beside
-from dreambooth.errors import DivergedError, EvaluationError, PhotosError, SubjectError
+from dreambooth.errors import DivergedError, EvaluationError, OutOfMemoryError, PhotosError, SubjectError
 from dreambooth.folders import TornFolderError, content_hash, read_manifest, scratch_folder
 from dreambooth.gate import decide, read_scorecard
 from dreambooth.locks import only_one
 from dreambooth.models import load_model
 from dreambooth.params import load_params, parse_params
-from stages import evaluate, export, prior, report, train, validate
+from stages import entry, evaluate, export, prior, report, train, validate
 
 
 def run_all(root: Path, subject: str = "biscuit") -> None:
@@ -353,6 +353,73 @@ def test_a_training_of_a_subject_that_is_trained_already_says_by_whom(project: P
     assert f"E_RUNNING: the training of biscuit is already running: {who}; wait for it" in finished.stderr
     assert not (project / "models").exists()
     assert run_program(project, "train", "biscuit").returncode == 0
+
+
+def test_who_sets_gradient_checkpointing_because_a_step_did_not_fit_goes_on_where_it_stopped(
+    project: Path, params_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params_values["train"] |= {"checkpointing_steps": 1, "gradient_checkpointing": False, "train_batch_size": 1}
+    write_params(project, params_values)
+    params = load_params(project / "params.yaml")
+    validate.run(params, "biscuit", project)
+    prior.run(params, "dog", project)
+    straight = shutil.copytree(project, project.with_name("straight"))
+    train.run(params, "biscuit", straight)
+    step_of = trainer.train_step
+
+    def no_memory(self: Any, rows: Any, step: int, rate: float) -> Any:
+        if step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return step_of(self, rows, step, rate)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_step", no_memory)
+        with pytest.raises(OutOfMemoryError, match="or set gradient_checkpointing"):
+            train.run(params, "biscuit", project)
+    params_values["train"]["gradient_checkpointing"] = True
+    write_params(project, params_values)
+    train.run(load_params(project / "params.yaml"), "biscuit", project)
+    assert "continues after step 2" in capsys.readouterr().out
+    for name in ("unet/diffusion_pytorch_model.safetensors", "loss.csv"):
+        assert (project / "models/biscuit" / name).read_bytes() == (straight / "models/biscuit" / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("photos", [3, 5])
+def test_pictures_are_encoded_one_after_the_other_with_their_views(
+    project: Path, params_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, photos: int
+) -> None:
+    shutil.rmtree(project / "data/subjects/biscuit")
+    add_photos(project / "data/subjects/biscuit", photos)
+    params_values["train"] |= {"random_crops": 1, "random_flip": True}
+    write_params(project, params_values)
+    params = load_params(project / "params.yaml")
+    validate.run(params, "biscuit", project)
+    prior.run(params, "dog", project)
+    encoded: list[int] = []
+    encode = train.encode_images
+
+    def count(load: Any, images: Any, *rest: Any) -> Any:
+        encoded.append(len(images))
+        return encode(load, images, *rest)
+
+    monkeypatch.setattr(train, "encode_images", count)
+    train.run(params, "biscuit", project)
+    assert encoded == [2] * photos  # squares have no other crop than the middle one, and a mirror image
+
+
+def test_a_stage_without_memory_ends_with_a_line(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*given: Any) -> None:
+        raise MemoryError("std::bad_alloc")
+
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(sys, "argv", ["stages/validate.py", "biscuit"])
+    with pytest.raises(SystemExit) as ended:
+        entry.main(run)
+    assert ended.value.code == 71
+    assert capsys.readouterr().err.startswith("E_OUT_OF_MEMORY: std::bad_alloc; lower")
 
 
 @pytest.mark.slow
