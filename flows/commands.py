@@ -19,7 +19,7 @@ Force = Annotated[str | None, typer.Option("--force", metavar="REASON", help="Ov
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands to the dreambooth command."""
-    for command in (promote, rollback, versions, doctor, forget, plan, sweep, automations):
+    for command in (promote, rollback, versions, doctor, forget, plan, accept, sweep, automations):
         app.command()(command)
 
 
@@ -113,6 +113,25 @@ def plan(
     if made.lines and made.at_once > 1 and (gpus or has_gpu()):
         say(one_gpu(made.at_once))
     require_inputs(root, params, graph)
+
+
+def accept(
+    context: typer.Context,
+    subject_ids: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Subjects; all if none.")] = None,
+) -> None:
+    """After an upgrade: take what older code of this program made as up to date, where nothing else changed."""
+    from dreambooth.params import load_params
+    from flows.graph import Graph, accept_code
+    from flows.project import choose_subjects
+
+    root = find_root(context.obj)
+    subjects = choose_subjects(load_params(root / PARAMS), subject_ids)
+    graph = Graph.load(root).select(subjects)
+    accepted = accept_code(root, graph)
+    for name in accepted:
+        say(f"{name}: {', '.join(graph[name].reasons)}")
+    left = Graph.load(root).select(subjects).stale if accepted else graph.stale
+    say(f"{len(accepted)} accepted, {len(left)} left: {', '.join(stage.name for stage in left) or 'all up to date'}")
 
 
 def sweep(

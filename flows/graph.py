@@ -8,7 +8,7 @@ import heapq
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ PRIOR = "prior"
 GPU_ENTRIES = frozenset({PRIOR, "train", "evaluate"})
 DATA_SUFFIX = ".dvc"
 MISSING = frozenset({"deleted", "not in cache"})  # what DVC says of a file that is not here
+CODE_FOLDERS = frozenset({"dreambooth", "stages"})  # of this program, whose modules stages depend on
 _NOTHING = object()  # a parameter
 
 
@@ -59,6 +60,12 @@ class Stage:
     def is_data(self) -> bool:
         """Whether it is a .dvc file, which has no command."""
         return self.name.endswith(DATA_SUFFIX)
+
+    @property
+    def is_changed_by_code(self) -> bool:
+        """Whether other code of this program is all that changed since it last ran: an upgrade does that."""
+        whats = [reason.rpartition(" ") for reason in self.reasons]
+        return bool(whats) and all(how == "modified" and _is_code(path) for path, _, how in whats)
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,38 @@ class Graph:
         return Graph(tuple(stage for stage in self.stages if stage.name in wanted))
 
 
+def accept_code(root: Path, graph: Graph) -> list[str]:
+    """After an upgrade: take what older code of this program made as made by the code that is here, without running it.
+
+    The hashes of code alone are written into dvc.lock: a parameter or a photo that changes meanwhile still makes its
+    stage run.
+
+    Args:
+        root: of the project.
+        graph: the stages to look at; those that nothing but code makes out of date are taken.
+
+    Returns:
+        The stages, as DVC addresses them.
+
+    Raises:
+        PipelineError: dvc.yaml or the checkout is at fault.
+    """
+    if not (names := [stage.name for stage in graph.stages if stage.is_changed_by_code]):
+        return []
+    with chdir(root), _one_line_errors(root):  # DVC takes what it writes from the current folder
+        from dvc.repo import Repo, lock_repo
+
+        with Repo(str(root), _wait_for_lock=True) as repo, lock_repo(repo):
+            nodes = [node for node in repo.index.stages if _address(node) in names]
+            for node in nodes:
+                for dep in node.deps:
+                    if _is_code(_from_root(str(dep.fs_path), root)):
+                        dep.save()
+                repo.stage_cache.save(node)  # what was made can be restored, as if it had run
+            nodes[0].dvcfile.dump_stages(nodes, update_pipeline=False)
+    return names
+
+
 def _in_order(upstream: Mapping[str, Iterable[str]]) -> Iterator[str]:
     """Yield every stage after all that it waits for; of those that could come next the least by rank."""
     waiting = {name: len(set(above)) for name, above in upstream.items()}
@@ -168,6 +207,11 @@ def _with_ancestors(names: Iterable[str], upstream: Mapping[str, Iterable[str]])
             found.add(name)
             open_ += upstream[name]
     return found
+
+
+def _is_code(path: str) -> bool:
+    """Whether a file, as it stands from the root, is code of this program."""
+    return path.partition("/")[0] in CODE_FOLDERS
 
 
 def _address(node: Any) -> str:

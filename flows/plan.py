@@ -9,7 +9,7 @@ import json
 import shutil
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -198,7 +198,7 @@ def make_plan(root: Path, params: Params, graph: Graph, lanes: Lanes) -> Plan:
         shutil.disk_usage(root).free,
         longest_row(graph, seconds),
         _around(known[AROUND, ""]),
-        [*(params.idle if "train" in by_entry else ()), *remarks(root, params, graph)],
+        [*(params.idle if "train" in by_entry else ()), *remarks(root, params, graph), *_by_code(graph)],
     )
 
 
@@ -267,6 +267,12 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _by_code(graph: Graph) -> Iterator[str]:
+    """Name the way around the work that nothing but an upgrade asks for."""
+    if count := sum(stage.is_changed_by_code for stage in graph.stale):
+        yield f"{count} stages are out of date by this program's code alone; to keep what they made: dreambooth accept"
 
 
 def _around(measurements: Sequence[Measurement]) -> Line:
