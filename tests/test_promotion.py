@@ -18,7 +18,7 @@ from dreambooth.folders import new_folder, read_manifest, sha256_of
 from dreambooth.params import Params, load_params
 from dreambooth.promotion import beside_champion, promote, rollback
 from dreambooth.registry import register
-from dreambooth.versions import CHAMPION, aliases_of, find_version, rows
+from dreambooth.versions import CHAMPION, CONSENT_TAG, aliases_of, find_version, rows
 from flows import promote as flow
 
 # Version 1 is as good as version 3; version 2 is better than both.
@@ -428,6 +428,35 @@ def test_a_person_is_promoted_only_while_the_consent_lasts(root: Path, person: P
         assert promote(root, person, BISCUIT, 2).champion == 2
     finally:
         shutil.rmtree(root / "data", ignore_errors=True)
+
+
+@pytest.mark.threat(21)
+def test_an_ended_consent_of_a_version_is_not_passed_by_calling_the_subject_something_else(
+    root: Path, params: Params
+) -> None:
+    assert params.subjects[BISCUIT].kind != "person"
+    client, ended = tracking.connect(root)[0], date.today() - timedelta(days=1)
+    consent = {"who": "file 12", "given": "2020-01-31", "purpose": "a poster", "until": str(ended)}
+    for number in (1, 2):
+        promote(root, params, BISCUIT, number)
+        client.set_model_version_tag(BISCUIT, str(number), CONSENT_TAG, json.dumps(consent))
+    aliases.move(client, BISCUIT, "promote", CHAMPION, 2, 3)
+    try:
+        write_consent(root, ended)
+        for refused in (
+            lambda: promote(root, params, BISCUIT, 2),
+            lambda: promote(root, params, BISCUIT, 2, force="please"),
+            lambda: rollback(root, params, BISCUIT),
+        ):
+            with pytest.raises(ConsentError, match=f"the consent of biscuit holds from .* until {ended}, today is"):
+                refused()
+        assert champion(root) == 3
+        write_consent(root, date.today())  # a new one, which is the newest word
+        assert rollback(root, params, BISCUIT).champion == 2
+    finally:
+        shutil.rmtree(root / "data", ignore_errors=True)
+        for number in (1, 2):
+            client.delete_model_version_tag(BISCUIT, str(number), CONSENT_TAG)
 
 
 # Each program below is one process that imports MLflow once and then forks, so that a child is killed for real and a
