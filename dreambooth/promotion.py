@@ -253,10 +253,14 @@ def _require_files(root: Path, client: "MlflowClient", version: "ModelVersion") 
 
 
 def _require_champion(root: Path, client: "MlflowClient", name: str, champion: int) -> None:
-    """Refuse to go on from a champion whose files are gone: whoever asks should know, and say so."""
+    """Refuse to go on from a champion that was deleted, or whose files are gone: who asks should know, and say so."""
     found = find_version(client, name, champion, None)
-    faults = check_files(root, client, found) if found else ["the version was deleted"]
-    if faults:
+    if found is None:
+        raise RegistryError(
+            f"the champion, version {champion} of {name}, was deleted: nothing can be held against it; to go on "
+            'without it, say why: --force "WHY"'
+        )
+    if faults := check_files(root, client, found):
         raise RegistryError(
             f"the champion, version {champion} of {name}, is not whole: {'; '.join(faults)}; its files come back when "
             f"the same export is registered again: dreambooth register {name}; to go on without them, say why: "

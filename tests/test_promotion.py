@@ -213,6 +213,48 @@ def test_with_the_files_of_the_champion_gone_promote_and_rollback_refuse_and_doc
     assert rollback(root, params, BISCUIT, force="the files are lost").champion == champion(root) == 1
 
 
+@pytest.mark.fault(31)
+@pytest.mark.parametrize("remedy", ["promote", "rollback"])
+def test_a_champion_that_somebody_deleted_is_named_and_either_remedy_of_doctor_works(
+    root: Path, params: Params, tiny_model_folder: Path, remedy: str
+) -> None:
+    client = tracking.connect(root)[0]
+
+    def seen() -> list[health.Fact]:
+        return [fact for fact in health.examine(root, [BISCUIT]) if fact[0] != "good"]
+
+    try:
+        write_export(root, tiny_model_folder, "4" * 64)
+        write_evaluation(root, "4" * 64, 0.7)
+        promote(root, params, BISCUIT, 1)
+        number = register(root, BISCUIT).version
+        promote(root, params, BISCUIT)
+        client.delete_model_version(BISCUIT, str(number))
+        champion_gone, challenger_gone = sorted(seen())
+        assert champion_gone[:3] == ("broken", "biscuit @champion", f"version {number} was deleted")
+        assert champion_gone[3] == (
+            'promote another one: dreambooth promote biscuit --version N --force "WHY"; '
+            'or go back: dreambooth rollback biscuit --force "WHY"'
+        )
+        assert challenger_gone[:3] == ("warning", "biscuit @challenger", f"version {number} was deleted")
+        for refused in (lambda: promote(root, params, BISCUIT, 2), lambda: rollback(root, params, BISCUIT)):
+            with pytest.raises(RegistryError, match=rf"the champion, version {number} of biscuit, was deleted: .*WHY"):
+                refused()
+        if remedy == "promote":
+            assert promote(root, params, BISCUIT, 2, force="it was deleted").champion == champion(root) == 2
+        else:
+            assert rollback(root, params, BISCUIT, force="it was deleted").champion == champion(root) == 1
+        assert seen() == [challenger_gone]
+        assert challenger_gone[3].endswith("dreambooth register biscuit")
+        again = register(root, BISCUIT)
+        assert (again.created, seen()) == (True, [])
+    finally:
+        for version in [row.version for row in rows(root, BISCUIT) if row.version not in IDENTITIES]:
+            client.delete_model_version(BISCUIT, str(version))
+        write_export(root, tiny_model_folder, "3" * 64)
+        write_evaluation(root, "3" * 64, IDENTITIES[3])
+
+
 def test_a_version_whose_files_are_gone_is_not_promoted_even_by_force(root: Path, params: Params) -> None:
     lose_files(root, 2)
     with pytest.raises(RegistryError, match="version 2 of biscuit cannot be served"):
