@@ -183,7 +183,11 @@ def read_manifest(folder: Path, verify: bool = True) -> dict[str, Any]:
 
 def content_hash(folder: Path) -> str:
     """Return one sha256 for all files of a folder and their names, from its verified manifest."""
-    files = read_manifest(folder)["files"]
+    return hash_of_files(read_manifest(folder)["files"])
+
+
+def hash_of_files(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the content hash of a folder with these files, as its manifest has them."""
     return sha256_of({name: entry["sha256"] for name, entry in files.items()})
 
 
