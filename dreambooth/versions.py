@@ -221,9 +221,9 @@ def rows(root: Path, subject_id: str, limit: int | None = 20, deep: bool = False
 
 
 def in_words(root: Path, subjects: Iterable[str]) -> dict[str, str]:
-    """Return the versions of each subject in words, the newest first: "v2 @champion, v1"; none where there is none."""
+    """Return the versions of each subject in words, the newest first: "v2 @champion, v1", or "none"."""
     if not is_there(root):
-        return dict.fromkeys(subjects, "")
+        return dict.fromkeys(subjects, "none")
     with explained(root, "list the versions", "try again when it answers"):
         client = client_of(root)
         return {subject_id: _in_words(client, check_id(subject_id)) for subject_id in subjects}
@@ -233,7 +233,8 @@ def _in_words(client: "MlflowClient", subject_id: str) -> str:
     named: dict[int, str] = {}
     for alias, number in sorted(aliases_of(client, subject_id).items()):
         named[number] = f"{named.get(number, '')} @{alias}"
-    return ", ".join(f"v{one.version}{named.get(int(one.version), '')}" for one in all_versions(client, subject_id))
+    found = all_versions(client, subject_id)
+    return ", ".join(f"v{one.version}{named.get(int(one.version), '')}" for one in found) or "none"
 
 
 def check_files(root: Path, client: "MlflowClient", version: "ModelVersion", deep: bool = True) -> list[str]:

@@ -40,6 +40,7 @@ from dreambooth.report import (
     summary_table,
     write_report,
 )
+from dreambooth.versions import in_words
 from flows import summary
 
 MARGINS = parse_params(yaml.safe_load((REPOSITORY / "params.yaml").read_text())).gate
@@ -469,6 +470,18 @@ def test_the_index_lists_every_subject_with_its_versions(page: Path, tmp_path: P
     assert [one["href"] for one in seen.all("a")] == ["biscuit/index.html", "rex/index.html"]
     assert "1, 2 @champion" in "".join(seen.text)
     assert seen.all("script") == []
+
+
+def test_the_index_lists_no_folder_of_a_writer_and_says_none_of_those_that_were_asked_about_alone(
+    page: Path, tmp_path: Path
+) -> None:
+    for name in ("biscuit", "rex", "tom", ".rex.1a2b3c4d"):
+        shutil.copytree(page.parent, tmp_path / name)
+    found = in_words(tmp_path, ["rex"])
+    write_index(tmp_path, found | {"tom": "v1"})
+    seen = Seen(tmp_path / "index.html")
+    assert [one["href"] for one in seen.all("a")] == [f"{name}/index.html" for name in ("biscuit", "rex", "tom")]
+    assert re.findall(r"<td>(\w*)</td></tr>", (tmp_path / "index.html").read_text()) == ["", "none", "v1"]
 
 
 @pytest.mark.slow
