@@ -30,8 +30,10 @@ from dreambooth.pages import picture_of, write_index
 from dreambooth.params import parse_params
 from dreambooth.prompts import Template
 from dreambooth.report import (
+    MEASURES,
     Sources,
     _advice,
+    _summary_note,
     _tradeoff_note,
     make_report,
     provenance,
@@ -230,7 +232,7 @@ def test_what_was_not_measured_says_so(sources: tuple[Sources, dict[str, Any]]) 
     less = {name: value for name, value in metrics.items() if name not in ("prompt", "prior")}
     decision = decide(*(read_scorecard(where.evaluation, name) for name in ("personalised", "base")), MARGINS)
     report = make_report("biscuit", where, less, decision, 0.03)
-    assert ["prompt", "", "", "not measured"] in [list(row) for row in report.summary.rows]
+    assert ["prompt", "", "", "not measured", ""] in [list(row) for row in report.summary.rows]
     assert report.tradeoff == ""
     assert "Not measured" in report.prior
 
@@ -307,7 +309,7 @@ def test_the_second_opinion_on_the_identity_stands_beside_the_first_and_says_tha
 ) -> None:
     second = sources[1]["identity_second"]
     difference = f"{second['gain']:+.3f} [{second['low']:+.3f}, {second['high']:+.3f}]"
-    told = dict(zip(("measure", "base", "model", "difference"), summary_table(sources[1]).rows[1], strict=True))
+    told = dict(zip(("measure", "base", "model", "difference", "over"), summary_table(sources[1]).rows[1], strict=True))
     assert told["measure"] == "identity, second opinion (decides nothing)"
     assert (told["model"], told["difference"]) == (f"{second['personalised']:.3f}", difference)
     text = " ".join("".join(Seen(page).text).split())
@@ -320,15 +322,34 @@ def test_the_second_opinion_on_the_identity_stands_beside_the_first_and_says_tha
     assert "second opinion" not in str(summary_table(first).rows)
 
 
+def test_each_measure_says_over_how_many_prompts_it_is_and_those_of_a_property_count_for_all_but_the_identity() -> None:
+    encoders = Encoders(PatchEncoder(), PatchEncoder())
+    kinds = [("recontextualisation", 8), ("property", 4)]
+    todo = cases([Template(kind, f"a {kind} {i} of {{}}") for kind, count in kinds for i in range(count)], "dog", [1, 2])
+    seen, texts = reference([make_photo(i, 64) for i in range(3)], encoders), PatchEncoder().embed_texts(range(12))
+    pictures = [[make_photo(number + i, 64) for i in range(30)] for number in (100, 200)]
+    base, ours = (score(todo, images[:24], images[24:], seen, encoders, texts) for images in pictures)
+    metrics = summarise(base, ours, seen, 0.95) | encoders.describe()
+    table = summary_table(metrics)
+    assert {row[0]: row[4] for row in table.rows} == {
+        "identity": "8 prompts", "identity, second opinion (decides nothing)": "8 prompts", "prompt": "12 prompts",
+        "diversity": "12 prompts", "copies": "", "PRES (less is better)": "6 class images",
+    }  # fmt: skip
+    assert "8" not in "".join([*table.columns, _summary_note(metrics).partition("The photos")[0]])
+    identity, prompt = (line for line in _scores(metrics).splitlines() if "prompts |" in line)
+    assert "interval over 8 prompts" in identity
+    assert "prompt fidelity against the base, over 12 prompts" in prompt
+
+
 @pytest.mark.parametrize(("prompts", "has_interval"), [(5, False), (6, True)])
 def test_over_fewer_than_six_prompts_scores_are_shown_without_an_interval(
     sources: tuple[Sources, dict[str, Any]], prompts: int, has_interval: bool
 ) -> None:
     where, metrics = sources
-    metrics = metrics | {"prompts": prompts}
-    table = summary_table(metrics)
-    assert ("too few for an interval" in table.columns[3]) != has_interval
-    differences = {row[0]: row[3] for row in table.rows}
+    few = {name: metrics[name] | {"prompts": prompts} for name in MEASURES}
+    metrics = metrics | few | {"prompts": prompts}
+    assert ("an interval says little" in _summary_note(metrics)) != has_interval
+    differences = {row[0]: row[3] for row in summary_table(metrics).rows}
     assert ["[" in differences[name] for name in ("identity", "prompt", "diversity")] == [has_interval] * 3
     points = read_points(where.evaluation, metrics)
     assert points is not None
