@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import platformdirs
 
-from dreambooth.errors import DreamboothError
+from dreambooth.errors import MACHINE_FAULT, DreamboothError
 
 MANIFEST = "manifest.json"
 GENERATION = "generation.json"  # of an export: whose it is, in which words, how it is drawn
@@ -37,14 +37,14 @@ class DiskFullError(DreamboothError):
     """Refuse to begin what the disk has no room for."""
 
     code = "E_DISK_FULL"
-    exit_code = 71  # EX_OSERR of sysexits.h
+    exit_code = MACHINE_FAULT
 
 
 class HomelessError(DreamboothError):
     """Refuse to guess where the files of a user without a home may lie."""
 
     code = "E_HOME"
-    exit_code = 71  # EX_OSERR of sysexits.h
+    exit_code = MACHINE_FAULT
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:

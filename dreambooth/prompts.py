@@ -14,7 +14,7 @@ PLACEHOLDER = "{}"
 INSTANCE_TEMPLATE = "a photo of {}"
 MAX_CAPTION = 1000  # characters; CLIP reads 77 tokens
 ARTICLE = re.compile(r"\b(?:an?|the) ", re.IGNORECASE)
-# After these a new noun phrase begins; not in "a see-through {}". Those that are adjectives too ("a round {}") are none.
+# After these a new noun phrase begins; not in "a see-through {}". Those that are adjectives too are left out.
 BREAK = re.compile(
     r"(?<![\w-])(?:about|above|across|after|against|along|alongside|amid|among|and|are|around|as|at|atop|before|behind"
     r"|below|beneath|beside|besides|between|beyond|but|by|during|except|for|from|had|has|have|in|inside|into|is|like"

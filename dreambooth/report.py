@@ -329,9 +329,9 @@ def photo_table(instance: Path) -> Table:
     for photo in found.get("photos", ()):
         quality = photo["quality"] or {}
         measured = [f"{quality[name]:.0f}" if quality else "-" for name in ("sharpness", "brightness", "contrast")]
-        remarks = [*photo["remarks"], *([f"the same as {photo['duplicate_of']}"] if photo["duplicate_of"] else [])]
+        twin = [f"the same as {shown(photo['duplicate_of'])}"] if photo["duplicate_of"] else []
         picture, size = photo["prepared"] or "left out", f"{photo['width']} x {photo['height']}"
-        rows.append([picture, shown(photo["file"]), size, *measured, "; ".join(remarks) or "good"])
+        rows.append([picture, shown(photo["file"]), size, *measured, "; ".join([*photo["remarks"], *twin]) or "good"])
     rows += [["", "", "", "", "", "", remark] for remark in found.get("remarks", ())]
     columns = ["picture", "file", "pixels", "sharpness", "brightness", "contrast", "found"]
     return Table(columns, rows, numbers=(3, 4, 5))
@@ -396,16 +396,17 @@ def _summary_note(metrics: Mapping[str, Any]) -> str:
     identity, calibrated = metrics["identity"], metrics["identity"]["calibrated"]
     scale = f" On the scale from base (0) to photos (1): {calibrated:.2f}." if calibrated is not None else ""
     return (
-        f"Means over prompts, {metrics['seeds']} seeds each, against {metrics['photos']} photos; those of a property do "
-        f"not count for the identity.{_few_note(metrics)} The photos among themselves reach an identity of {identity['ceiling']:.3f}."
+        f"Means over prompts, {metrics['seeds']} seeds each, against {metrics['photos']} photos; prompts of a property "
+        f"do not count for the identity.{_few_note(metrics)} The photos among themselves reach an identity of "
+        f"{identity['ceiling']:.3f}."
         f"{scale} Only differences between models mean something: another encoder has another scale."
         f"{_second_note(metrics)}{_flat_note(metrics)}"
     )
 
 
 def _few_note(metrics: Mapping[str, Any]) -> str:
-    counts = [metrics[name]["prompts"] for name in MEASURES if name in metrics]
-    return f" Over fewer than {MIN_PROMPTS} an interval says little and is left out." if min(counts) < MIN_PROMPTS else ""
+    fewest = min(metrics[name]["prompts"] for name in MEASURES if name in metrics)
+    return f" Over fewer than {MIN_PROMPTS} an interval says little and is left out." if fewest < MIN_PROMPTS else ""
 
 
 def _flat_note(metrics: Mapping[str, Any]) -> str:

@@ -264,8 +264,7 @@ class Run:
         if self._off:
             return
         try:
-            kept = Path(tempfile.mkdtemp(dir=self._own_folder())) / path.name
-            shutil.copyfile(path, kept)
+            kept = self._copy(path)
         except OSError as error:  # a disk that is full: what the run makes is worth more than its copy in MLflow
             self._not_kept.append(f"{path.name}: {explain(error)}")
             return
@@ -290,13 +289,26 @@ class Run:
             except OSError as error:
                 lost = (self._parcel.name, self._parcel, explain(error))
                 _log.warning("MLflow did not take all of %r, and %s cannot be kept for the next run: %s", *lost)
-        elif self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
+                self._remove_folder()
+        else:
+            self._remove_folder()
         if self._not_kept:
             lost_files = (len(self._not_kept), self._parcel.name, self._not_kept[0])
             _log.warning("%d files of %r were not sent to MLflow: no copy could be made (%s)", *lost_files)
         if self._lost:
             _log.warning("%d metrics of %r were dropped: MLflow did not answer", self._lost, self._parcel.name)
+
+    def _copy(self, path: Path) -> Path:
+        place = Path(tempfile.mkdtemp(dir=self._own_folder()))
+        try:
+            return shutil.copyfile(path, place / path.name)
+        except OSError:
+            shutil.rmtree(place)  # half a copy would keep the disk full
+            raise
+
+    def _remove_folder(self) -> None:
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _own_folder(self) -> Path:
         if self._folder is None:

@@ -135,6 +135,7 @@ def test_a_run_on_a_full_disk_goes_on_and_says_in_one_line_what_mlflow_does_not_
     assert "'train biscuit'" in line
     assert "No space left on device" in line
     assert ("1 files of" if answers else "1 metrics") in line
+    assert not list((small_disk / ".scratch/unsent").iterdir())
     if answers:
         (stored,) = tracking.connect(small_disk)[0].search_runs(["1"])
         assert (stored.info.status, stored.data.metrics) == ("FINISHED", {"loss": 1.0})

@@ -61,9 +61,7 @@ def write_export(root: Path, pipeline: Path, note: str = "") -> None:
 
 
 def write_evaluation(root: Path, model: str = "f" * 64, fingerprint: str = "e" * 64, **more: Any) -> None:
-    with new_folder(
-        root / "build" / BISCUIT / "evaluation", {"model": model, "fingerprint": fingerprint}
-    ) as target:
+    with new_folder(root / "build" / BISCUIT / "evaluation", {"model": model, "fingerprint": fingerprint}) as target:
         Image.new("RGB", (4, 4)).save(target / "grid.png")
         for name in SCORES:
             (target / name).touch()
@@ -306,6 +304,7 @@ def test_what_is_not_there_is_none(root: Path) -> None:
     assert find(root, "rex") is None
     assert find(root, BISCUIT, version=7) is None
     assert find(root, BISCUIT, alias="champion") is None
+    assert registered.in_words(root, [BISCUIT, "rex"]) == {BISCUIT: "v1 @challenger", "rex": "none"}
 
 
 @pytest.mark.fault(28)

@@ -325,7 +325,8 @@ def test_the_second_opinion_on_the_identity_stands_beside_the_first_and_says_tha
 def test_each_measure_says_over_how_many_prompts_it_is_and_those_of_a_property_count_for_all_but_the_identity() -> None:
     encoders = Encoders(PatchEncoder(), PatchEncoder())
     kinds = [("recontextualisation", 8), ("property", 4)]
-    todo = cases([Template(kind, f"a {kind} {i} of {{}}") for kind, count in kinds for i in range(count)], "dog", [1, 2])
+    templates = [Template(kind, f"a {kind} {i} of {{}}") for kind, count in kinds for i in range(count)]
+    todo = cases(templates, "dog", [1, 2])
     seen, texts = reference([make_photo(i, 64) for i in range(3)], encoders), PatchEncoder().embed_texts(range(12))
     pictures = [[make_photo(number + i, 64) for i in range(30)] for number in (100, 200)]
     base, ours = (score(todo, images[:24], images[24:], seen, encoders, texts) for images in pictures)

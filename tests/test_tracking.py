@@ -233,7 +233,8 @@ def test_an_address_that_is_none_of_mlflow_is_one_line(
     root: Path, monkeypatch: pytest.MonkeyPatch, ssh_port: int, address: str
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{address.format(ssh_port=ssh_port)}")
-    with pytest.raises(RegistryError, match=r"^cannot find biscuit in http://.*: MLFLOW_TRACKING_URI names no HTTP") as refused:
+    line = r"^cannot find biscuit in http://.*: MLFLOW_TRACKING_URI names no HTTP server: "
+    with pytest.raises(RegistryError, match=line) as refused:
         find(root, "biscuit")
     assert "\n" not in str(refused.value)
 
