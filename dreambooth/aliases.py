@@ -145,6 +145,14 @@ def disagreement(client: "MlflowClient", name: str, alias: str) -> str | None:
     return None if wanted == points_to else f"{alias} is version {points_to or 'none'}, the log says {wanted or 'none'}"
 
 
+def deleted(client: "MlflowClient", name: str, alias: str) -> int | None:
+    """Return the version that the log ends with if somebody has deleted it, and with it the alias; else None."""
+    moves = counted(read_log(client, name), alias)
+    wanted = moves[-1].after if moves else None
+    is_gone = wanted is not None and find_version(client, name, wanted, None) is None
+    return wanted if is_gone and alias not in aliases_of(client, name) else None
+
+
 def recover(root: Path, subject_id: str) -> list[Entry]:
     """Finish what was interrupted: make the aliases of a subject what the log says; return the log."""
     with explained(root, f"read the log of {subject_id}", "try again when it answers"):

@@ -125,20 +125,22 @@ def _filled(how: str, names: Mapping[str, str]) -> str:
 
 
 def _scores(metrics: dict[str, Any]) -> str:
-    identity, prompts = metrics["identity"], metrics["prompts"]
+    identity = metrics["identity"]
+    counted = identity["prompts"]
     lines = [
         "| measured | value |",
         "|---|---|",
         f"| identity (mean cosine with the photos) | {identity['personalised']:.3f} |",
         f"| identity of the base model, same prompts and seeds | {identity['base']:.3f} |",
-        f"| {name_difference(prompts, metrics['confidence'])} | {over_prompts(identity, prompts)} |",
+        f"| {name_difference(counted, metrics['confidence'])} | {over_prompts(identity, counted)} |",
         f"| photos against each other | {identity['ceiling']:.3f} |",
     ]
     if second := metrics.get("identity_second"):
-        name, difference = metrics["scorer"]["name"], over_prompts(second, prompts)
+        name, difference = metrics["scorer"]["name"], over_prompts(second, second["prompts"])
         lines.append(f"| identity by {name}, which decided nothing | {second['personalised']:.3f}, {difference} |")
     if prompt := metrics.get("prompt"):
-        lines.append(f"| prompt fidelity against the base | {over_prompts(prompt, prompts)} |")
+        count = prompt["prompts"]
+        lines.append(f"| prompt fidelity against the base, over {count} prompts | {over_prompts(prompt, count)} |")
     if copying := metrics.get("copying"):
         lines.append(f"| pictures that repeat a photo | {copying['rate']:.0%} |")
     lines.append(f"| encoder | {metrics['encoder']['name']} {metrics['encoder']['revision']} |")

@@ -28,7 +28,6 @@ from dreambooth.models import (
     device_name,
     library_versions,
     load_model,
-    model_hash,
     peak_megabytes,
 )
 from dreambooth.prompts import fill
@@ -132,7 +131,7 @@ def compare_models(
     seconds["seconds_per_image_scored"] = (time.monotonic() - begin) / (len(models) * len(plan.noise_seeds))
     cost = seconds | {"megabytes_of_memory_at_the_peak": peak_megabytes()}
     flat = {name: [is_flat(image) for image in images] for name, images in drawn.items()}
-    how = fingerprint(plan, encoders, photos_hash)
+    how = fingerprint(plan, models[BASE].fingerprint, encoders, photos_hash)
     return Comparison(plan, models, squares, photos, drawn, flat, scores, how, cost)
 
 
@@ -154,10 +153,10 @@ def write_comparison(target: Path, found: Comparison) -> None:
     (target / "grid.png").write_bytes(png_bytes(sheet))
 
 
-def fingerprint(plan: Plan, encoders: Encoders, photos_hash: str) -> dict[str, Any]:
+def fingerprint(plan: Plan, base_hash: str, encoders: Encoders, photos_hash: str) -> dict[str, Any]:
     """Say what scores depend on besides the model: only those with the same hash may be compared."""
     return {
-        "base": model_hash(plan.base),
+        "base": base_hash,
         "cases": [asdict(case) for case in plan.cases],
         "class_prompt": plan.class_prompt,
         "class_seeds": plan.class_seeds,

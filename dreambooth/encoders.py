@@ -25,6 +25,8 @@ WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
 BLOCK_STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)
 BATCH_NORM_EPS = 1e-3  # TensorFlow's value, with which these weights were trained; torch's own is 1e-5
 RESOLUTION = 224  # pixels, the training resolution of Lite0
+# Of the pictures, for all that stands on Lite0; part of what makes scores comparable.
+LITE0_TRANSFORM = f"RGB, PIL bicubic resize to {RESOLUTION}x{RESOLUTION} (aspect not kept), (x - 0.5) / 0.5"
 GEM_POWER = 3.0  # Radenovic et al. 2018, section 3.2
 # Above it two pictures are one: no pair of 156 different photos is, nearly all re-saved, mirrored and blurred ones are.
 LITE0_COPY_COSINE = 0.92
@@ -114,7 +116,7 @@ class Lite0Encoder:
     def __init__(self) -> None:
         self._weights, self.revision = load_lite0()
         self.name = f"efficientnet-lite0-gem{GEM_POWER:g}"
-        self.transform = f"RGB, PIL bicubic resize to {RESOLUTION}x{RESOLUTION} (aspect not kept), (x - 0.5) / 0.5"
+        self.transform = LITE0_TRANSFORM
 
     def embed(self, images: Sequence[Image.Image], batch_size: int = 16) -> torch.Tensor:
         """Embed `images` in their order: (N, 1280), float32, each row of L2 norm 1, all entries >= 0.

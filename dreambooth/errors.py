@@ -119,7 +119,7 @@ class OutOfMemoryError(TrainingError):
     """Stop a training whose step does not fit into the memory of the device."""
 
     code = "E_OUT_OF_MEMORY"
-    exit_code = 71  # EX_OSERR of sysexits.h
+    exit_code = MACHINE_FAULT
 
 
 class EvaluationError(DreamboothError):
@@ -144,8 +144,6 @@ class UnknownWordError(EvaluationError):
             f"the image-text scorer does not know {', '.join(map(repr, words))} in {prompt!r}; use the words of its "
             "vocabulary.json, or another scorer"
         )
-        self.prompt = prompt
-        self.words = tuple(words)
 
 
 class ExportError(DreamboothError):

@@ -449,7 +449,8 @@ def _interval(differences: NDArray[np.float64], confidence: float) -> dict[str, 
 
 
 def _gain(interval: dict[str, Any]) -> dict[str, Any]:
-    return {"gain": interval["mean"], "low": interval["low"], "high": interval["high"], "sd": interval["sd"]}
+    bounds = {name: interval[name] for name in ("low", "high", "sd")}
+    return {"gain": interval["mean"], **bounds, "prompts": interval["n"]}
 
 
 def _by_kind(base: Scores, personalised: Scores, column: str) -> dict[str, dict[str, float]]:

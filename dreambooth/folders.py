@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import platformdirs
 
-from dreambooth.errors import DreamboothError
+from dreambooth.errors import MACHINE_FAULT, DreamboothError
 
 MANIFEST = "manifest.json"
 GENERATION = "generation.json"  # of an export: whose it is, in which words, how it is drawn
@@ -37,14 +37,14 @@ class DiskFullError(DreamboothError):
     """Refuse to begin what the disk has no room for."""
 
     code = "E_DISK_FULL"
-    exit_code = 71  # EX_OSERR of sysexits.h
+    exit_code = MACHINE_FAULT
 
 
 class HomelessError(DreamboothError):
     """Refuse to guess where the files of a user without a home may lie."""
 
     code = "E_HOME"
-    exit_code = 71  # EX_OSERR of sysexits.h
+    exit_code = MACHINE_FAULT
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
@@ -183,7 +183,11 @@ def read_manifest(folder: Path, verify: bool = True) -> dict[str, Any]:
 
 def content_hash(folder: Path) -> str:
     """Return one sha256 for all files of a folder and their names, from its verified manifest."""
-    files = read_manifest(folder)["files"]
+    return hash_of_files(read_manifest(folder)["files"])
+
+
+def hash_of_files(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the content hash of a folder with these files, as its manifest has them."""
     return sha256_of({name: entry["sha256"] for name, entry in files.items()})
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
@@ -18,8 +19,7 @@ from dreambooth.evaluation import compare, counted, flat_remark
 from dreambooth.intervals import in_interval
 from dreambooth.params import Gate
 
-# z of a two-sided 95 % interval and of a power of 80 %: 1.96 + .84 standard errors between the gain and the bound.
-POWER = 2.8
+POWER = 0.8  # with which the number of prompts that is named decides
 State = Literal["shown", "open", "refused"]
 Verdict = Literal["promote", "keep", "inconclusive"]
 
@@ -94,25 +94,27 @@ def decide(challenger: Scorecard, other: Scorecard, margins: Gate, confidence: f
         return _decision(against, [*checks, Check("identity", "refused", str(error))], {})
     if other.is_base:
         checks += [
-            judge("identity", found, 0),
+            judge("identity", found, 0, confidence),
             _small_drop(found, margins),
             _few_copies(challenger, margins.first_copy_rate),
         ]
     else:
-        checks += [_better(found, margins), *_guards(challenger, found, margins)]
+        checks += [_better(found, margins, confidence), *_guards(challenger, found, margins, confidence)]
     return _decision(against, checks, found)
 
 
-def judge(name: str, found: Mapping[str, Any], bound: float, sign: int = 1) -> Check:
+def judge(name: str, found: Mapping[str, Any], bound: float, confidence: float, sign: int = 1) -> Check:
     """Tell whether sign * difference is above `bound`: shown by its interval, open, or not even in the mean.
 
     Args:
         name: measure in `found`.
         found: intervals by measure, see `evaluation.compare`.
         bound: cosine.
+        confidence: of the intervals.
         sign: -1 where less is better.
 
-    Source of the number that would decide: the normal approximation n = ((z.975 + z.80) sd / gain)^2.
+    Source of the number that would decide: the normal approximation n = ((z.975 + z.80) sd / gain)^2, z.975 at a
+    confidence of 95 %.
     """
     interval = found.get(name)
     if interval is None:
@@ -124,7 +126,9 @@ def judge(name: str, found: Mapping[str, Any], bound: float, sign: int = 1) -> C
     if low > bound:
         return Check(name, "shown", text)
     if mean > bound:
-        return Check(name, "open", text, max(math.ceil((POWER * sd / (mean - bound)) ** 2), interval["n"] + 1))
+        z = NormalDist().inv_cdf
+        errors = z((1 + confidence) / 2) + z(POWER)  # standard errors between the gain and the bound: 2.8 at 95 %
+        return Check(name, "open", text, max(math.ceil((errors * sd / (mean - bound)) ** 2), interval["n"] + 1))
     return Check(name, "refused", text)
 
 
@@ -195,14 +199,15 @@ def _comparable(challenger: Scorecard, other: Scorecard, margins: Gate) -> Itera
         yield Check("prompts", "open", text)
 
 
-def _better(found: Mapping[str, Any], margins: Gate) -> Check:
+def _better(found: Mapping[str, Any], margins: Gate, confidence: float) -> Check:
     """Ask for a better identity and no worse prompt fidelity, or for the mirrored case; report the more hopeful."""
     ways = (
-        _both(judge("identity", found, margins.min_gain), judge("prompt", found, -margins.prompt_margin)),
-        _both(judge("prompt", found, margins.prompt_min_gain), judge("identity", found, -margins.identity_margin)),
+        {"identity": margins.min_gain, "prompt": -margins.prompt_margin},
+        {"prompt": margins.prompt_min_gain, "identity": -margins.identity_margin},
     )
+    checks = [_both(*(judge(name, found, bound, confidence) for name, bound in way.items())) for way in ways]
     order: tuple[State, ...] = ("shown", "open", "refused")
-    return min(ways, key=lambda check: order.index(check.state))  # the first of equals
+    return min(checks, key=lambda check: order.index(check.state))  # the first of equals
 
 
 def _both(*checks: Check) -> Check:
@@ -214,10 +219,10 @@ def _both(*checks: Check) -> Check:
     return Check("better", state, "; ".join(check.text for check in decisive), needed)
 
 
-def _guards(challenger: Scorecard, found: Mapping[str, Any], margins: Gate) -> Iterator[Check]:
+def _guards(challenger: Scorecard, found: Mapping[str, Any], margins: Gate, confidence: float) -> Iterator[Check]:
     """Ask that nothing else got worse."""
-    yield judge("diversity", found, -margins.diversity_margin)
-    yield judge("pres_rise", found, -margins.pres_margin, sign=-1)
+    yield judge("diversity", found, -margins.diversity_margin, confidence)
+    yield judge("pres_rise", found, -margins.pres_margin, confidence, sign=-1)
     yield _few_copies(challenger, margins.copy_rate)
 
 

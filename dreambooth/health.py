@@ -21,13 +21,15 @@ from dreambooth.versions import (
     explained,
     find_version,
     is_there,
+    next_step,
 )
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 DAY = 86_400_000  # milliseconds
-Fact = tuple[Literal["good", "warning", "broken"], str, str, str]
+State = Literal["good", "warning", "broken"]
+Fact = tuple[State, str, str, str]
 
 
 def examine(root: Path, subjects: list[str]) -> Iterator[Fact]:
@@ -80,8 +82,12 @@ def _subject(root: Path, client: "MlflowClient", name: str) -> Iterator[Fact]:
         else:
             yield "broken" if faults else "good", what, "; ".join(faults) or "whole", remedy if faults else ""
     for alias in (CHALLENGER, CHAMPION):
-        if difference := aliases.disagreement(client, name, alias):
-            yield "broken", f"{name} @{alias}", f"{difference}: interrupted", f"dreambooth versions {name} finishes it"
+        what = f"{name} @{alias}"
+        if (gone := aliases.deleted(client, name, alias)) is not None:
+            state: State = "broken" if alias == CHAMPION else "warning"  # without a challenger nothing waits
+            yield state, what, f"version {gone} was deleted", _after_deletion(root, client, name, alias)
+        elif difference := aliases.disagreement(client, name, alias):
+            yield "broken", what, f"{difference}: interrupted", f"dreambooth versions {name} finishes it"
     if foreign := aliases.foreign(client, name):
         log = aliases.log_name(name)
         told = f"no entries, and passed over: version {', '.join(map(str, foreign))}"
@@ -91,6 +97,15 @@ def _subject(root: Path, client: "MlflowClient", name: str) -> Iterator[Fact]:
             told,
             f"somebody made them by hand: look at {log} in MLflow, delete them there",
         )
+
+
+def _after_deletion(root: Path, client: "MlflowClient", name: str, alias: str) -> str:
+    """Return what moves an alias away from a version that was deleted."""
+    if alias == CHALLENGER:
+        return f"the next one is what is registered next: {next_step(root, name)}"
+    remedy = f'promote another one: dreambooth promote {name} --version N --force "WHY"'
+    *earlier, _ = aliases.history(aliases.read_log(client, name), alias)
+    return f'{remedy}; or go back: dreambooth rollback {name} --force "WHY"' if earlier else remedy
 
 
 def _left_behind(client: "MlflowClient", experiment: str, names: list[str]) -> Iterator[Fact]:

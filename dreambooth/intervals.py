@@ -15,7 +15,7 @@ def over_prompts(gain: Mapping[str, float], prompts: int) -> str:
 
     Args:
         gain: gain, low, high.
-        prompts: that count for the identity.
+        prompts: that it is a mean over.
     """
     if prompts < MIN_PROMPTS:
         return f"{gain['gain']:+.3f}"
@@ -23,7 +23,7 @@ def over_prompts(gain: Mapping[str, float], prompts: int) -> str:
 
 
 def name_difference(prompts: int, confidence: float) -> str:
-    """Name a column of `over_prompts`."""
+    """Name a line of `over_prompts`."""
     if prompts < MIN_PROMPTS:
         return f"difference over {prompts} prompts, too few for an interval"
     return f"difference, {confidence:.0%} interval over {prompts} prompts"

@@ -48,15 +48,16 @@ def write_index(reports: Path, versions: Mapping[str, str]) -> None:
 
     Args:
         reports: folder with a folder a subject.
-        versions: by subject, in words.
+        versions: by subject, in words; blank for those of whom nobody knows.
     """
     rows = [
         {
             "link": f"{path.parent.name}/index.html",
-            "versions": versions.get(path.parent.name, "none"),
+            "versions": versions.get(path.parent.name, ""),
             **_in_index(path),
         }
         for path in sorted(reports.glob("*/report.json"))
+        if not path.parent.name.startswith(".")  # of a writer that was killed, or has not ended
     ]
     write_file(reports / "index.html", render("index.html", subjects=rows).encode())
 

@@ -17,7 +17,15 @@ from typing import Any
 from filelock import FileLock
 
 from dreambooth.errors import ModelError
-from dreambooth.folders import TornFolderError, content_hash, scratch_folder, sha256_of_file, write_file
+from dreambooth.folders import (
+    TornFolderError,
+    content_hash,
+    hash_of_files,
+    read_manifest,
+    scratch_folder,
+    sha256_of_file,
+    write_file,
+)
 
 POINTER = "pointer.json"
 LAID_OUT = "pipelines"  # in the scratch folder: exports as links to the files in DVC's cache
@@ -68,6 +76,17 @@ def resolve(folder: Path) -> Path:
             f"dvc pull {about['path']}; or name the folder of the project: DREAMBOOTH_HOME"
         )
     return kept
+
+
+def resolve_whole(folder: Path) -> tuple[Path, str]:
+    """Return what `resolve` does, and the content hash of that folder, whose files were read once to know it.
+
+    Raises:
+        ModelError: see `resolve`.
+        TornFolderError: there is no pointer, and the folder is not what its manifest says.
+    """
+    place, pointer = resolve(folder), folder / POINTER
+    return place, _read(pointer)["hash"] if pointer.is_file() else content_hash(place)
 
 
 def named_beside(pointer: Path) -> dict[str, dict[str, Any]]:
@@ -121,8 +140,10 @@ def dvc_cache(root: Path) -> Path:
 
 
 def _is_whole(folder: Path, export_hash: str) -> bool:
+    """Tell whether a folder is this export: another one is told by its manifest, before its files are read."""
     try:
-        return content_hash(folder) == export_hash
+        told = hash_of_files(read_manifest(folder, verify=False)["files"])
+        return told == export_hash and content_hash(folder) == export_hash
     except TornFolderError:
         return False
 

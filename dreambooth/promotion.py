@@ -11,7 +11,7 @@ from PIL import Image
 
 from dreambooth import aliases
 from dreambooth.beside import Beside, Side, lay_beside
-from dreambooth.consent import PERSON, Consent, require_consent, require_lasting
+from dreambooth.consent import RECORD, Consent, read_consent, require_consent, require_lasting
 from dreambooth.errors import DreamboothError, EvaluationError, GateError, RegistryError
 from dreambooth.folders import TornFolderError, read_manifest, sha256_of, work_folder
 from dreambooth.gate import decide, differing, read_scorecard
@@ -232,16 +232,16 @@ def _candidate(root: Path, client: "MlflowClient", name: str, version: int | Non
 
 
 def _require_consent_of(params: Params, root: Path, version: "ModelVersion") -> None:
-    """Ask for the consent beside the photos, which is the newest word; where they are not, for that in the tags."""
-    name = version.name
-    subject, recorded = params.subjects.get(name), consent_of(version)
-    is_person = recorded is not None or (subject is not None and subject.kind == PERSON)
-    if not is_person:
-        return
-    if recorded is None or (root / "data" / "subjects" / name).is_dir():
+    """Ask for the consent beside the photos, which is the newest word; where there is none, for that in the tags.
+
+    A version that was made with a consent shows a person, whatever params.yaml calls the subject by now.
+    """
+    name, recorded = version.name, consent_of(version)
+    photos = root / "data" / "subjects" / name
+    if recorded is None or photos.is_dir():
         require_consent(params, name, root)
-    else:
-        require_lasting(recorded, name)
+    if recorded is not None:
+        require_lasting(read_consent(photos / RECORD) or recorded, name)
 
 
 def _require_files(root: Path, client: "MlflowClient", version: "ModelVersion") -> None:
@@ -253,10 +253,14 @@ def _require_files(root: Path, client: "MlflowClient", version: "ModelVersion") 
 
 
 def _require_champion(root: Path, client: "MlflowClient", name: str, champion: int) -> None:
-    """Refuse to go on from a champion whose files are gone: whoever asks should know, and say so."""
+    """Refuse to go on from a champion that was deleted, or whose files are gone: who asks should know, and say so."""
     found = find_version(client, name, champion, None)
-    faults = check_files(root, client, found) if found else ["the version was deleted"]
-    if faults:
+    if found is None:
+        raise RegistryError(
+            f"the champion, version {champion} of {name}, was deleted: nothing can be held against it; to go on "
+            'without it, say why: --force "WHY"'
+        )
+    if faults := check_files(root, client, found):
         raise RegistryError(
             f"the champion, version {champion} of {name}, is not whole: {'; '.join(faults)}; its files come back when "
             f"the same export is registered again: dreambooth register {name}; to go on without them, say why: "

@@ -14,10 +14,17 @@ PLACEHOLDER = "{}"
 INSTANCE_TEMPLATE = "a photo of {}"
 MAX_CAPTION = 1000  # characters; CLIP reads 77 tokens
 ARTICLE = re.compile(r"\b(?:an?|the) ", re.IGNORECASE)
-# after these a new noun phrase begins
-PREPOSITION = re.compile(
-    r"\b(?:and|at|behind|beside|by|for|from|in|like|near|of|on|over|to|under|with) ", re.IGNORECASE
+# After these a new noun phrase begins; not in "a see-through {}". Those that are adjectives too are left out.
+BREAK = re.compile(
+    r"(?<![\w-])(?:about|above|across|after|against|along|alongside|amid|among|and|are|around|as|at|atop|before|behind"
+    r"|below|beneath|beside|besides|between|beyond|but|by|during|except|for|from|had|has|have|in|inside|into|is|like"
+    r"|near|of|on|onto|or|outside|over|past|per|than|that|through|to|toward|towards|under|underneath|until|upon|versus"
+    r"|via|was|were|which|while|who|whose|with|within|without) ",
+    re.IGNORECASE,
 )
+# What ends a noun phrase right before the {}: a comma, or a verb in -ing ("a child gently holding {}"), which is an
+# adjective where nothing but adverbs stands before it ("a brightly glowing {}", "a red, glowing {}").
+END = re.compile(r",\s*$|(?:^|,)\s*(?:\w+ly )*+[^\s,]+ [^,]*?[aeiouy]\w*ing\s*$", re.IGNORECASE)
 # Beginnings whose first letter misleads: the h of hour is silent, an x-ray begins as an egg does ...
 VOWEL_SOUND = re.compile(r"hour|heir|honest|honou?r|x-?ray", re.IGNORECASE)
 # ... a unicorn (not an unidentified bird), a user (not an usher), a euphonium as a yacht does, and a onesie as a wand.
@@ -85,10 +92,15 @@ def fill(template: str, words: str) -> str:
     "a photo of {} in space" with "sks dog" is the prompt of the subject, with "a dog" that of the base model. Where the
     template has an article for them, the words lose theirs: "a photo of a red {}" becomes "a photo of a red dog".
     """
-    phrase = PREPOSITION.split(template.partition(PLACEHOLDER)[0])[-1]
-    if ARTICLE.search(phrase):
+    if _awaits_noun(template.partition(PLACEHOLDER)[0]):
         words = re.sub(r"^(?:an?|the) ", "", words, flags=re.IGNORECASE)
     return template.replace(PLACEHOLDER, words)
+
+
+def _awaits_noun(text: str) -> bool:
+    """Tell whether a text ends in a noun phrase that has no noun yet: an article, and maybe adjectives."""
+    *before, adjectives = ARTICLE.split(BREAK.split(text)[-1])
+    return bool(before) and not END.search(adjectives)
 
 
 def load_templates(path: Path) -> list[Template]:

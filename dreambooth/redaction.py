@@ -26,9 +26,9 @@ def secrets_of(environment: Mapping[str, str]) -> list[str]:
     return sorted(values - paths, key=len, reverse=True)
 
 
-def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
+def redact(text: str) -> str:
     """Return a text without the secrets of the environment, tokens of known shapes, and users in URIs."""
-    for secret in secrets_of(os.environ if environment is None else environment):
+    for secret in secrets_of(os.environ):
         text = text.replace(secret, HIDDEN)
     return _USER_INFO.sub(f"//{HIDDEN}@", _TOKEN.sub(HIDDEN, text))
 

@@ -24,7 +24,7 @@ from dreambooth.folders import (
     GENERATION,
     MANIFEST,
     TornFolderError,
-    content_hash,
+    hash_of_files,
     read_manifest,
     require_space,
     scratch_folder,
@@ -32,7 +32,7 @@ from dreambooth.folders import (
     work_folder,
 )
 from dreambooth.params import METHODS_OF_FORMAT, check_id
-from dreambooth.pointer import POINTER, require_beside, resolve, write_pointer
+from dreambooth.pointer import POINTER, require_beside, resolve_whole, write_pointer
 from dreambooth.redaction import redact
 from dreambooth.tracking import connect, database_file, ensure_run, paged, tracking_uri
 from dreambooth.versions import (
@@ -42,6 +42,7 @@ from dreambooth.versions import (
     FINGERPRINT_TAG,
     HASH_TAG,
     MD5_TAG,
+    METRIC_PREFIX,
     MODEL_TAG,
     RegisteredVersion,
     downloaded,
@@ -148,13 +149,19 @@ def register(root: Path, subject_id: str, max_logged_bytes: int | None = None) -
 
 @contextmanager
 def alone(root: Path, subject_id: str) -> Iterator[None]:
-    """Let one process at a time of a project change what is registered of a subject."""
+    """Let one process at a time of a project change what is registered of a subject.
+
+    A promotion holds it while it draws both models again: `forget` takes it too, and nothing may be drawn of a subject
+    after that.
+    """
     lock = FileLock(scratch_folder(root) / f"register-{subject_id}.lock", timeout=LOCK_SECONDS)
     try:
         lock.acquire()
     except Timeout:
         raise RegistryError(
-            f"another process has been registering {subject_id} for {LOCK_SECONDS:.0f} s ({lock.lock_file}); end it"
+            f"another process has been at the versions of {subject_id} for {LOCK_SECONDS:.0f} s ({lock.lock_file}): it "
+            "registers, promotes, rolls back or forgets; a promotion that scores both models again may wait for its "
+            "turn on the GPU; try again when it is done, or end it"
         ) from None
     try:
         yield
@@ -174,7 +181,7 @@ def _read_export(root: Path, subject_id: str, max_logged_bytes: int | None) -> E
         subject=subject_id,
         folder=folder,
         files=manifest["files"],
-        hash=content_hash(folder),
+        hash=hash_of_files(manifest["files"]),
         manifest=manifest,
         generation=generation,
         md5=recorded_md5(root, f"export/{subject_id}"),
@@ -297,7 +304,7 @@ def _verify(client: "MlflowClient", root: Path, model: "LoggedModel", export: Ex
         if not faults:
             with downloaded(root, model.artifact_location, export.subject) as folder:
                 stored = folder / "artifacts" / export.subject
-                if content_hash(resolve(stored)) != export.hash:
+                if resolve_whole(stored)[1] != export.hash:
                     faults = ["the files are those of another export"]
                 require_beside(stored)
                 load_folder(folder)
@@ -314,8 +321,7 @@ def _new_version(client: "MlflowClient", root: Path, model: "LoggedModel", expor
     from mlflow.entities import LoggedModelStatus
     from mlflow.exceptions import MlflowException
 
-    metrics = _metrics(root, export)
-    _complete_run(client, root, model.source_run_id, export, metrics)
+    _complete_run(client, root, model.source_run_id, export)
     try:
         client.create_registered_model(export.subject, description=export.generation["instance_prompt"])
     except MlflowException as error:
@@ -328,12 +334,12 @@ def _new_version(client: "MlflowClient", root: Path, model: "LoggedModel", expor
         model.artifact_location,
         run_id=model.source_run_id,
         model_id=model.model_id,
-        tags=_version_tags(root, model, export, metrics),
+        tags=_version_tags(root, model, export),
         description=export.generation["instance_prompt"],
     )
 
 
-def _version_tags(root: Path, model: "LoggedModel", export: Export, metrics: Mapping[str, float]) -> dict[str, str]:
+def _version_tags(root: Path, model: "LoggedModel", export: Export) -> dict[str, str]:
     training = _training(root, export)
     consent = export.manifest.get("consent")
     tags = {
@@ -353,8 +359,7 @@ def _version_tags(root: Path, model: "LoggedModel", export: Export, metrics: Map
         MD5_TAG: export.md5,
         "git.commit": _git_commit(root),
     }
-    values = {f"metric.{name}": f"{value:.6g}" for name, value in metrics.items()}
-    return {name: str(value) for name, value in tags.items() if value is not None} | values
+    return {name: str(value) for name, value in tags.items() if value is not None}
 
 
 def _training(root: Path, export: Export) -> dict[str, Any]:
@@ -389,7 +394,10 @@ def _about(folder: Path) -> dict[str, Any]:
 
 
 def _add_evaluation(client: "MlflowClient", root: Path, version: "ModelVersion", export: Export) -> None:
-    """Keep what the gate will look at beside the run, and say in the tags of the version which evaluation it is."""
+    """Keep what the gate will look at beside the run, and say in the tags of the version which evaluation it is.
+
+    What an earlier evaluation measured and this one did not goes: a row of scores is of one evaluation.
+    """
     folder = root / "build" / export.subject / "evaluation"
     about = _about(folder)
     key = about.get("fingerprint")
@@ -397,7 +405,9 @@ def _add_evaluation(client: "MlflowClient", root: Path, version: "ModelVersion",
         return
     for name in SCORES:
         client.log_artifact(version.run_id, str(folder / name), f"evaluation/{key}")
-    metrics = {f"metric.{name}": f"{value:.6g}" for name, value in _metrics(root, export).items()}
+    metrics = {f"{METRIC_PREFIX}{name}": f"{value:.6g}" for name, value in _metrics(root, export).items()}
+    for name in sorted(name for name in version.tags if name.startswith(METRIC_PREFIX) and name not in metrics):
+        client.delete_model_version_tag(export.subject, version.version, name)
     for name, value in {**metrics, EVALUATION_TAG: key}.items():
         client.set_model_version_tag(export.subject, version.version, name, value)
 
@@ -421,12 +431,11 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, f
             yield f"{prefix}{name}", float(value)
 
 
-def _complete_run(
-    client: "MlflowClient", root: Path, run_id: str, export: Export, metrics: Mapping[str, float]
-) -> None:
+def _complete_run(client: "MlflowClient", root: Path, run_id: str, export: Export) -> None:
     """Give the run of the model its scores and its grid, where the evaluation went to another store or to none."""
     from mlflow.entities import Metric
 
+    metrics = _metrics(root, export)
     known = client.get_run(run_id).data.metrics
     now = int(time.time() * 1000)
     missing = [Metric(name, value, now, 0) for name, value in metrics.items() if name not in known]

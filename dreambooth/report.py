@@ -17,7 +17,7 @@ from dreambooth.fidelity import COPY_DISTANCE
 from dreambooth.folders import write_file
 from dreambooth.gate import Decision
 from dreambooth.images import read_prepared
-from dreambooth.intervals import in_interval, name_difference, over_prompts
+from dreambooth.intervals import in_interval, over_prompts
 from dreambooth.pages import Picture, data_uri, file_picture, picture_of, render
 from dreambooth.params import MIN_PROMPTS
 
@@ -153,22 +153,24 @@ def make_report(title: str, sources: Sources, metrics: Mapping[str, Any], decisi
 
 
 def summary_table(metrics: Mapping[str, Any]) -> Table:
-    """Set the base beside the personalised model, a line a measure; what was not measured says so."""
-    rows, prompts = [], metrics["prompts"]
+    """Set the base beside the personalised model, a line a measure and what it is over; what is missing says so."""
+    rows = []
     for name, label in MEASURES.items():
         found = metrics.get(name)
-        told = [*_base_and_model(found), over_prompts(found, prompts)] if found else ["", "", "not measured"]
+        told = ["", "", "not measured", ""]
+        if found:
+            count = found["prompts"]
+            told = [*_base_and_model(found), over_prompts(found, count), f"{count} prompts"]
         if found or name != "identity_second":  # only some encoders give one
             rows.append([label, *told])
     copying, prior = metrics["copying"], metrics.get("prior")
-    rows.append(["copies", f"{copying['rate_base']:.0%}", f"{copying['rate']:.0%}", ""])
-    rows.append(
-        ["PRES (less is better)", *_base_and_model(prior), in_interval(prior["rise"], prior["low"], prior["high"])]
-        if prior
-        else ["PRES", "", "", "not measured"]
-    )
-    difference = name_difference(prompts, metrics["confidence"])
-    return Table(["measure", "base", "personalised", difference], rows, numbers=(1, 2, 3))
+    rows.append(["copies", f"{copying['rate_base']:.0%}", f"{copying['rate']:.0%}", "", ""])
+    told = ["PRES", "", "", "not measured", ""]
+    if prior:
+        rise = in_interval(prior["rise"], prior["low"], prior["high"])
+        told = ["PRES (less is better)", *_base_and_model(prior), rise, f"{prior['images']} class images"]
+    difference = f"difference, {metrics['confidence']:.0%} interval"
+    return Table(["measure", "base", "personalised", difference, "over"], [*rows, told], numbers=(1, 2, 3))
 
 
 def rehearsal_note(prompts: pd.DataFrame, models: Sequence[str], class_prompts: Collection[str]) -> str:
@@ -327,9 +329,9 @@ def photo_table(instance: Path) -> Table:
     for photo in found.get("photos", ()):
         quality = photo["quality"] or {}
         measured = [f"{quality[name]:.0f}" if quality else "-" for name in ("sharpness", "brightness", "contrast")]
-        remarks = [*photo["remarks"], *([f"the same as {photo['duplicate_of']}"] if photo["duplicate_of"] else [])]
+        twin = [f"the same as {shown(photo['duplicate_of'])}"] if photo["duplicate_of"] else []
         picture, size = photo["prepared"] or "left out", f"{photo['width']} x {photo['height']}"
-        rows.append([picture, shown(photo["file"]), size, *measured, "; ".join(remarks) or "good"])
+        rows.append([picture, shown(photo["file"]), size, *measured, "; ".join([*photo["remarks"], *twin]) or "good"])
     rows += [["", "", "", "", "", "", remark] for remark in found.get("remarks", ())]
     columns = ["picture", "file", "pixels", "sharpness", "brightness", "contrast", "found"]
     return Table(columns, rows, numbers=(3, 4, 5))
@@ -394,11 +396,17 @@ def _summary_note(metrics: Mapping[str, Any]) -> str:
     identity, calibrated = metrics["identity"], metrics["identity"]["calibrated"]
     scale = f" On the scale from base (0) to photos (1): {calibrated:.2f}." if calibrated is not None else ""
     return (
-        f"Means over {metrics['prompts']} prompts that count, {metrics['seeds']} seeds each, against "
-        f"{metrics['photos']} photos. The photos among themselves reach an identity of {identity['ceiling']:.3f}."
+        f"Means over prompts, {metrics['seeds']} seeds each, against {metrics['photos']} photos; prompts of a property "
+        f"do not count for the identity.{_few_note(metrics)} The photos among themselves reach an identity of "
+        f"{identity['ceiling']:.3f}."
         f"{scale} Only differences between models mean something: another encoder has another scale."
         f"{_second_note(metrics)}{_flat_note(metrics)}"
     )
+
+
+def _few_note(metrics: Mapping[str, Any]) -> str:
+    fewest = min(metrics[name]["prompts"] for name in MEASURES if name in metrics)
+    return f" Over fewer than {MIN_PROMPTS} an interval says little and is left out." if fewest < MIN_PROMPTS else ""
 
 
 def _flat_note(metrics: Mapping[str, Any]) -> str:

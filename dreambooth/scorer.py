@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from dreambooth.encoders import RESOLUTION, Lite0Pooled, lite0_pooled, load_lite0
+from dreambooth.encoders import LITE0_TRANSFORM, Lite0Pooled, lite0_pooled, load_lite0
 from dreambooth.errors import EvaluationError, ModelError
 from dreambooth.vocabulary import NEXT_STEP, VOCABULARY, read_file, read_vocabulary
 
@@ -47,7 +47,7 @@ class BundledScorer:
         digest = hashlib.sha256(vocabulary + weights + backbone.encode()).hexdigest()
         self.name = "bag-of-words-lite0"
         self.revision = digest[:12]
-        self.transform = f"RGB, PIL bicubic resize to {RESOLUTION}x{RESOLUTION} (aspect not kept), (x - 0.5) / 0.5"
+        self.transform = LITE0_TRANSFORM
 
     def embed_images(self, images: Sequence[Image.Image], batch_size: int = 16) -> Tensor:
         """Embed pictures in their order: (N, D), float32, each row of L2 norm 1.

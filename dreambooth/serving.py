@@ -22,11 +22,11 @@ from mlflow.types.schema import AnyType
 from dreambooth import __version__
 from dreambooth.consent import Consent, require_lasting
 from dreambooth.errors import ConsentError
-from dreambooth.folders import GENERATION, content_hash, read_manifest
+from dreambooth.folders import GENERATION, read_manifest
 from dreambooth.images import png_bytes
 from dreambooth.models import DTYPES, load_model
 from dreambooth.params import GUIDANCE, SAMPLER_STEPS, SIDE, SIDE_UNIT
-from dreambooth.pointer import resolve
+from dreambooth.pointer import resolve_whole
 from dreambooth.sampling import SCHEDULERS, SamplerSettings, draw
 
 ARTIFACT = "pipeline"
@@ -60,8 +60,7 @@ class PictureModel(PythonModel):  # type: ignore[misc]  # mlflow has no types
 
     def load_context(self, context: Any) -> None:
         """Load the export after every file of it was found whole."""
-        folder = resolve(Path(context.artifacts[ARTIFACT]))
-        self._export_hash = content_hash(folder)
+        folder, self._export_hash = resolve_whole(Path(context.artifacts[ARTIFACT]))
         self._defaults = _generation(folder)
         agreed = read_manifest(folder, verify=False).get("consent")  # just verified
         self._consent = Consent.model_validate(agreed) if agreed else None

@@ -4,6 +4,7 @@ A thread of its own does all the sending. What could not be sent when a run ends
 run sends it, or `python -m dreambooth.tracking`. Sending twice is harmless: every metric carries its own time.
 """
 
+import http.client
 import json
 import logging
 import os
@@ -147,7 +148,7 @@ def explain(error: BaseException) -> str:
     cause = re.search(r"\[Errno -?\d+\] ([^'\")\]>]+)|(Read timed out|timed out)|(too many \d+ error responses)", text)
     status = http_status(error)
     if cause:
-        text = next(part for part in cause.groups() if part).strip()
+        text = next(part for part in cause.groups() if part).strip(" :")
     elif status in (401, 403):
         text = f"HTTP {status}; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
     text = redact(text)  # before it is cut: half a token has no shape
@@ -164,7 +165,8 @@ def http_status(error: BaseException) -> int | None:
 def open_run(root: Path, *, key: str, name: str, tags: Mapping[str, str] | None = None) -> "Iterator[Run]":
     """Open the run with this key, or a new one; close it as FINISHED, FAILED or KILLED.
 
-    Never raises and never waits for MLflow, but for CLOSE_SECONDS at its end. DREAMBOOTH_TRACKING=off sends nothing.
+    Never raises, also on a full disk, and never waits for MLflow, but for CLOSE_SECONDS at its end.
+    DREAMBOOTH_TRACKING=off sends nothing.
 
     Args:
         root: of the project.
@@ -221,6 +223,7 @@ class Run:
         self._parcel = _Parcel(key, name, {_name_for_mlflow(k): _clip(v) for k, v in tags.items()})
         self._folder: Path | None = None
         self._lost = 0
+        self._not_kept: list[str] = []
         self._error: Exception | None = None
         self._closing = False
         self._wake = threading.Event()
@@ -260,8 +263,11 @@ class Run:
         """Note a file as it is now: it may be changed or moved afterwards."""
         if self._off:
             return
-        kept = Path(tempfile.mkdtemp(dir=self._own_folder())) / path.name
-        shutil.copyfile(path, kept)
+        try:
+            kept = self._copy(path)
+        except OSError as error:  # a disk that is full: what the run makes is worth more than its copy in MLflow
+            self._not_kept.append(f"{path.name}: {explain(error)}")
+            return
         self._parcel.files.append((str(kept), folder))
         self._wake.set()
 
@@ -278,11 +284,31 @@ class Run:
         self._wake.set()
         self._thread.join(KILLED_SECONDS if status == "KILLED" else CLOSE_SECONDS)
         if self._parcel or self._thread.is_alive():
-            self._keep_for_later()
-        elif self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            try:
+                self._keep_for_later()
+            except OSError as error:
+                lost = (self._parcel.name, self._parcel, explain(error))
+                _log.warning("MLflow did not take all of %r, and %s cannot be kept for the next run: %s", *lost)
+                self._remove_folder()
+        else:
+            self._remove_folder()
+        if self._not_kept:
+            lost_files = (len(self._not_kept), self._parcel.name, self._not_kept[0])
+            _log.warning("%d files of %r were not sent to MLflow: no copy could be made (%s)", *lost_files)
         if self._lost:
             _log.warning("%d metrics of %r were dropped: MLflow did not answer", self._lost, self._parcel.name)
+
+    def _copy(self, path: Path) -> Path:
+        place = Path(tempfile.mkdtemp(dir=self._own_folder()))
+        try:
+            return shutil.copyfile(path, place / path.name)
+        except OSError:
+            shutil.rmtree(place)  # half a copy would keep the disk full
+            raise
+
+    def _remove_folder(self) -> None:
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _own_folder(self) -> Path:
         if self._folder is None:
@@ -416,7 +442,7 @@ def _experiment(client: "MlflowClient", uri: str) -> str:
 
 
 def _check_server(uri: str) -> None:
-    """Raise OSError when nobody answers: MLflow itself would try for minutes."""
+    """Raise OSError when nobody answers, or nobody can: MLflow itself would try for minutes."""
     try:
         with urllib.request.urlopen(re.sub(r"//[^/@]+@", "//", uri), timeout=CONNECT_SECONDS):
             pass
@@ -425,6 +451,8 @@ def _check_server(uri: str) -> None:
     except urllib.error.URLError as error:
         if not isinstance(error.reason, ssl.SSLError):  # MLflow has settings of its own for certificates
             raise
+    except (http.client.HTTPException, ValueError) as error:  # a port in letters, a blank, a server of something else
+        raise OSError(f"MLFLOW_TRACKING_URI names no HTTP server: {error}") from None
 
 
 def _check_database(file: Path) -> None:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from dreambooth.errors import ConsentError, ModelError, ParamsError, RegistryError
-from dreambooth.folders import MANIFEST, TornFolderError, content_hash, sha256_of, work_folder
+from dreambooth.folders import MANIFEST, TornFolderError, hash_of_files, work_folder
 from dreambooth.params import check_id
-from dreambooth.pointer import POINTER, named_beside, require_beside, resolve
+from dreambooth.pointer import POINTER, named_beside, require_beside, resolve_whole
 from dreambooth.redaction import redact
 from dreambooth.tracking import connect, database_file, explain, paged, tracking_uri
 from dreambooth.yaml12 import YamlError, load_yaml
@@ -27,6 +27,7 @@ CHAMPION, CHALLENGER = "champion", "challenger"
 HASH_TAG = "dreambooth.export_hash"
 MODEL_TAG = "dreambooth.model_id"
 EVALUATION_TAG = "dreambooth.evaluation"
+METRIC_PREFIX = "metric."  # of the tags that hold the scores of that evaluation
 VERDICT_TAG = "dreambooth.verdict"
 REASON_TAG = "dreambooth.reason"
 GATE_TAG = "dreambooth.gate"  # what the gate said where it was overruled
@@ -196,7 +197,8 @@ def rows(root: Path, subject_id: str, limit: int | None = 20, deep: bool = False
         root: of the project.
         subject_id: of the subject.
         limit: of the versions that are shown; None shows all.
-        deep: compare the sha256 of every file of every version, else names and sizes of those with an alias.
+        deep: compare the sha256 of every file of every version, else names and sizes of those with an alias; what they
+            only point to is hashed all the same, see `check_files`.
     """
     if not is_there(root):
         return []
@@ -219,9 +221,9 @@ def rows(root: Path, subject_id: str, limit: int | None = 20, deep: bool = False
 
 
 def in_words(root: Path, subjects: Iterable[str]) -> dict[str, str]:
-    """Return the versions of each subject in words, the newest first: "v2 @champion, v1"; none where there is none."""
+    """Return the versions of each subject in words, the newest first: "v2 @champion, v1", or "none"."""
     if not is_there(root):
-        return dict.fromkeys(subjects, "")
+        return dict.fromkeys(subjects, "none")
     with explained(root, "list the versions", "try again when it answers"):
         client = client_of(root)
         return {subject_id: _in_words(client, check_id(subject_id)) for subject_id in subjects}
@@ -231,7 +233,8 @@ def _in_words(client: "MlflowClient", subject_id: str) -> str:
     named: dict[int, str] = {}
     for alias, number in sorted(aliases_of(client, subject_id).items()):
         named[number] = f"{named.get(number, '')} @{alias}"
-    return ", ".join(f"v{one.version}{named.get(int(one.version), '')}" for one in all_versions(client, subject_id))
+    found = all_versions(client, subject_id)
+    return ", ".join(f"v{one.version}{named.get(int(one.version), '')}" for one in found) or "none"
 
 
 def check_files(root: Path, client: "MlflowClient", version: "ModelVersion", deep: bool = True) -> list[str]:
@@ -241,7 +244,8 @@ def check_files(root: Path, client: "MlflowClient", version: "ModelVersion", dee
         root: of the project.
         client: from `connect`.
         version: of the registry.
-        deep: compare every sha256, which over HTTP downloads the version; else names and sizes.
+        deep: compare every sha256, which over HTTP downloads the version; else names and sizes. A pipeline behind a
+            pointer lies on this machine, and is hashed either way: MLflow knows no size of it.
     """
     from mlflow.exceptions import MlflowException
 
@@ -251,7 +255,7 @@ def check_files(root: Path, client: "MlflowClient", version: "ModelVersion", dee
         if deep:
             with downloaded(root, source, name) as folder:
                 require_beside(folder / "artifacts" / name)
-                actual = content_hash(resolve(folder / "artifacts" / name))
+                actual = resolve_whole(folder / "artifacts" / name)[1]
         else:
             actual = _shallow_hash(root, client, version, source)
     except (MlflowException, OSError, TornFolderError, ModelError) as error:
@@ -363,19 +367,22 @@ def _registered(version: "ModelVersion") -> RegisteredVersion:
 
 
 def _shallow_hash(root: Path, client: "MlflowClient", version: "ModelVersion", source: str) -> str:
-    """Return the hash that the stored manifest stands for, after names and sizes were found to be as it says."""
+    """Return the hash that the stored manifest stands for, after names and sizes were found to be as it says.
+
+    What a pointer leads to is hashed.
+    """
     folder = f"artifacts/{version.name}"
     present = {path.removeprefix(f"{folder}/"): size for path, size in listing(client, version.tags[MODEL_TAG], folder)}
     if POINTER in present:
         with downloaded(root, f"{source}/{folder}/{POINTER}", version.name) as file:
             _require_sizes(present, named_beside(file))
-            return content_hash(resolve(file.parent))
+            return resolve_whole(file.parent)[1]
     if MANIFEST not in present:
         raise TornFolderError(f"{folder}/{MANIFEST} is missing")
     with downloaded(root, f"{source}/{folder}/{MANIFEST}", version.name) as file:
         files = json.loads(file.read_text(encoding="utf-8"))["files"]
     _require_sizes(present, files)
-    return sha256_of({name: entry["sha256"] for name, entry in files.items()})
+    return hash_of_files(files)
 
 
 def _require_sizes(present: Mapping[str, int], files: Mapping[str, Any]) -> None:
@@ -398,7 +405,9 @@ def _row(root: Path, client: "MlflowClient", version: "ModelVersion", aliases: t
         verdict=tags.get(VERDICT_TAG, ""),
         reason=tags.get(REASON_TAG, ""),
         scores={
-            name.removeprefix("metric."): float(value) for name, value in tags.items() if name.startswith("metric.")
+            name.removeprefix(METRIC_PREFIX): float(value)
+            for name, value in tags.items()
+            if name.startswith(METRIC_PREFIX)
         },
         size=int(tags["dreambooth.size"]) if "dreambooth.size" in tags else None,
         faults=tuple(check_files(root, client, version, deep)) if looked else None,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth.errors import DreamboothError
-from dreambooth.folders import read_manifest, sha256_of
+from dreambooth.folders import hash_of_files, read_manifest
 from dreambooth.intervals import over_prompts
 from dreambooth.params import Params
 
@@ -148,7 +148,7 @@ def prior_line(root: Path, class_id: str) -> str:
 def export_hash(root: Path, subject_id: str) -> str | None:
     """Return the content hash of export/<subject> by its manifest alone: DVC has just compared the files."""
     files = _manifest_files(root / "export" / subject_id)
-    return sha256_of({name: entry["sha256"] for name, entry in files.items()}) if files else None
+    return hash_of_files(files) if files else None
 
 
 def rows(summary: Summary) -> list[tuple[str, str]]:

@@ -204,8 +204,13 @@ def _track(root: Path, subject_id: str, metrics: dict[str, Any]) -> None:
         for name in ("grid.png", "scores.csv", "prompts.csv"):
             tracked.file(folder / name)
         for name in (BASE, "personalised"):
-            for path in sorted((folder / name).glob("*.png"))[:: metrics["seeds"]]:  # seeds of a prompt are neighbours
+            for path in _of_first_seed(folder / name, metrics["seeds"]):
                 tracked.file(path, f"evaluation/{metrics['fingerprint']}/{name}")
+
+
+def _of_first_seed(folder: Path, seeds: int) -> list[Path]:
+    """Return the pictures of the first seed of each prompt: they are numbered, seeds of a prompt beside each other."""
+    return sorted(folder.glob("*.png"), key=lambda path: int(path.stem))[::seeds]
 
 
 if __name__ == "__main__":

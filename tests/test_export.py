@@ -32,8 +32,8 @@ from dreambooth.params import parse_params
 from dreambooth.weight_files import kohya_header, modelspec
 
 METRICS: dict[str, Any] = {
-    "identity": dict.fromkeys(("personalised", "base", "gain", "low", "high", "ceiling"), 0.5),
-    "prompt": {"gain": -0.07, "low": -0.15, "high": 0.02}, "copying": {"rate": 0.0},
+    "identity": dict.fromkeys(("personalised", "base", "gain", "low", "high", "ceiling"), 0.5) | {"prompts": 6},
+    "prompt": {"gain": -0.07, "low": -0.15, "high": 0.02, "prompts": 8}, "copying": {"rate": 0.0},
     "confidence": 0.95, "prompts": 6, "encoder": {"name": "e", "revision": "1"}, "photos": 5,
 }  # fmt: skip
 ONE_STEP = 1 / 255  # of a picture of 8 bits
@@ -297,7 +297,7 @@ def test_the_card_names_files_hashes_parameters_scores_and_licence(
     assert f"| learning_rate | {params_values['train']['learning_rate']} |" in card
     assert "| base.resolution | 32 |" in card
     assert "| prior.kind | images |\n| class images | 5 |" in card
-    assert "| prompt fidelity against the base | -0.070 [-0.150, +0.020] |" in card
+    assert "| prompt fidelity against the base, over 8 prompts | -0.070 [-0.150, +0.020] |" in card
     assert 'instance_prompt: "a photo of sks dog"' in card
 
 

@@ -1,6 +1,7 @@
 """A disk that is full: what was whole stays whole, nothing half is left, and the message says how to go on."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from registered import write_export
 from tiny_project import REPOSITORY, add_photos, make_photo
+from waiting import free_port
 
 from dreambooth import folders, methods, tracking
 from dreambooth.checkpoint import Checkpoints
@@ -109,6 +111,34 @@ def test_class_images_that_found_no_room_are_continued(
     again = str(ensure_class_images(store, ["a photo of a dog"], lambda: model, prior, 32))
     assert "generated" in report
     assert again.startswith("5 reused, 0 generated")
+
+
+@pytest.mark.fault(19)
+@pytest.mark.parametrize("answers", [True, False], ids=["MLflow answers", "MLflow is away"])
+def test_a_run_on_a_full_disk_goes_on_and_says_in_one_line_what_mlflow_does_not_get(
+    small_disk: Path, empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, answers: bool,
+) -> None:  # fmt: skip
+    shutil.copyfile(empty_database, tmp_path / "mlflow.db")
+    where = f"sqlite:///{tmp_path}/mlflow.db" if answers else f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", where)
+    monkeypatch.delenv("DREAMBOOTH_TRACKING")
+    (tmp_path / "grid.png").write_bytes(bytes(100_000))
+    fill(small_disk, 0)
+    with tracking.open_run(small_disk, key="a" * 64, name="train biscuit") as run:
+        run.metrics({"loss": 1.0}, 1)
+        if answers:
+            run.file(tmp_path / "grid.png", "pictures")
+        done = "trained"
+    assert done == "trained"
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "dreambooth.tracking"]
+    assert "'train biscuit'" in line
+    assert "No space left on device" in line
+    assert ("1 files of" if answers else "1 metrics") in line
+    assert not list((small_disk / ".scratch/unsent").iterdir())
+    if answers:
+        (stored,) = tracking.connect(small_disk)[0].search_runs(["1"])
+        assert (stored.info.status, stored.data.metrics) == ("FINISHED", {"loss": 1.0})
 
 
 @pytest.fixture

@@ -91,8 +91,17 @@ def wavering(mean: float, sd: float, prompts: int = 24) -> Scorecard:
 def test_a_gain_that_is_not_shown_is_inconclusive_and_says_how_many_prompts_would_decide() -> None:
     found = decide(wavering(0.03, 0.1), card(24), MARGINS)
     assert found.verdict == "inconclusive"
-    assert math.ceil((2.8 * 0.1 / (0.03 - MARGINS.min_gain)) ** 2) == 196
-    assert found.line.endswith("196 prompts would decide")
+    assert math.ceil(((1.9600 + 0.8416) * 0.1 / (0.03 - MARGINS.min_gain)) ** 2) == 197
+    assert found.line.endswith("197 prompts would decide")
+
+
+def test_more_confidence_needs_more_prompts_to_decide() -> None:
+    needed = []
+    for confidence, z in ((0.8, 1.2816), (0.95, 1.9600), (0.99, 2.5758)):
+        line = decide(wavering(0.03, 0.2), card(24), MARGINS, confidence).line
+        needed.append(int(line.rpartition("; ")[2].split()[0]))
+        assert needed[-1] == pytest.approx(((z + 0.8416) * 0.2 / 0.02) ** 2, abs=1)
+    assert needed == sorted(set(needed))
 
 
 def test_the_number_that_would_decide_decides_four_times_of_five() -> None:

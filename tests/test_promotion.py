@@ -18,7 +18,7 @@ from dreambooth.folders import new_folder, read_manifest, sha256_of
 from dreambooth.params import Params, load_params
 from dreambooth.promotion import beside_champion, promote, rollback
 from dreambooth.registry import register
-from dreambooth.versions import CHAMPION, aliases_of, find_version, rows
+from dreambooth.versions import CHAMPION, CONSENT_TAG, aliases_of, find_version, rows
 from flows import promote as flow
 
 # Version 1 is as good as version 3; version 2 is better than both.
@@ -211,6 +211,48 @@ def test_with_the_files_of_the_champion_gone_promote_and_rollback_refuse_and_doc
     assert line.startswith("broken")
     assert "biscuit version 3" in line
     assert rollback(root, params, BISCUIT, force="the files are lost").champion == champion(root) == 1
+
+
+@pytest.mark.fault(31)
+@pytest.mark.parametrize("remedy", ["promote", "rollback"])
+def test_a_champion_that_somebody_deleted_is_named_and_either_remedy_of_doctor_works(
+    root: Path, params: Params, tiny_model_folder: Path, remedy: str
+) -> None:
+    client = tracking.connect(root)[0]
+
+    def seen() -> list[health.Fact]:
+        return [fact for fact in health.examine(root, [BISCUIT]) if fact[0] != "good"]
+
+    try:
+        write_export(root, tiny_model_folder, "4" * 64)
+        write_evaluation(root, "4" * 64, 0.7)
+        promote(root, params, BISCUIT, 1)
+        number = register(root, BISCUIT).version
+        promote(root, params, BISCUIT)
+        client.delete_model_version(BISCUIT, str(number))
+        champion_gone, challenger_gone = sorted(seen())
+        assert champion_gone[:3] == ("broken", "biscuit @champion", f"version {number} was deleted")
+        assert champion_gone[3] == (
+            'promote another one: dreambooth promote biscuit --version N --force "WHY"; '
+            'or go back: dreambooth rollback biscuit --force "WHY"'
+        )
+        assert challenger_gone[:3] == ("warning", "biscuit @challenger", f"version {number} was deleted")
+        for refused in (lambda: promote(root, params, BISCUIT, 2), lambda: rollback(root, params, BISCUIT)):
+            with pytest.raises(RegistryError, match=rf"the champion, version {number} of biscuit, was deleted: .*WHY"):
+                refused()
+        if remedy == "promote":
+            assert promote(root, params, BISCUIT, 2, force="it was deleted").champion == champion(root) == 2
+        else:
+            assert rollback(root, params, BISCUIT, force="it was deleted").champion == champion(root) == 1
+        assert seen() == [challenger_gone]
+        assert challenger_gone[3].endswith("dreambooth register biscuit")
+        again = register(root, BISCUIT)
+        assert (again.created, seen()) == (True, [])
+    finally:
+        for version in [row.version for row in rows(root, BISCUIT) if row.version not in IDENTITIES]:
+            client.delete_model_version(BISCUIT, str(version))
+        write_export(root, tiny_model_folder, "3" * 64)
+        write_evaluation(root, "3" * 64, IDENTITIES[3])
 
 
 def test_a_version_whose_files_are_gone_is_not_promoted_even_by_force(root: Path, params: Params) -> None:
@@ -428,6 +470,35 @@ def test_a_person_is_promoted_only_while_the_consent_lasts(root: Path, person: P
         assert promote(root, person, BISCUIT, 2).champion == 2
     finally:
         shutil.rmtree(root / "data", ignore_errors=True)
+
+
+@pytest.mark.threat(21)
+def test_an_ended_consent_of_a_version_is_not_passed_by_calling_the_subject_something_else(
+    root: Path, params: Params
+) -> None:
+    assert params.subjects[BISCUIT].kind != "person"
+    client, ended = tracking.connect(root)[0], date.today() - timedelta(days=1)
+    consent = {"who": "file 12", "given": "2020-01-31", "purpose": "a poster", "until": str(ended)}
+    for number in (1, 2):
+        promote(root, params, BISCUIT, number)
+        client.set_model_version_tag(BISCUIT, str(number), CONSENT_TAG, json.dumps(consent))
+    aliases.move(client, BISCUIT, "promote", CHAMPION, 2, 3)
+    try:
+        write_consent(root, ended)
+        for refused in (
+            lambda: promote(root, params, BISCUIT, 2),
+            lambda: promote(root, params, BISCUIT, 2, force="please"),
+            lambda: rollback(root, params, BISCUIT),
+        ):
+            with pytest.raises(ConsentError, match=f"the consent of biscuit holds from .* until {ended}, today is"):
+                refused()
+        assert champion(root) == 3
+        write_consent(root, date.today())  # a new one, which is the newest word
+        assert rollback(root, params, BISCUIT).champion == 2
+    finally:
+        shutil.rmtree(root / "data", ignore_errors=True)
+        for number in (1, 2):
+            client.delete_model_version_tag(BISCUIT, str(number), CONSENT_TAG)
 
 
 # Each program below is one process that imports MLflow once and then forks, so that a child is killed for real and a

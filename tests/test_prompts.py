@@ -37,6 +37,37 @@ def test_subject_has_one_article_or_none(template: str, subject: str, base: str)
     assert fill(template, "a dog") == base
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        *("a photo of a child holding {}", "a child gently holding {}", "an oil painting showing {}"),
+        *("a bird flying above {}", "a cat between {} and a tree", "a view through {}", "a child who has {}"),
+        *("a close-up, {}", "a close-up, in color, {}", "an elephant and {}", "wearing the hat of {}"),
+    ],
+)  # fmt: skip
+def test_a_noun_phrase_that_has_its_noun_takes_no_article_from_the_subject(template: str) -> None:
+    assert fill(template, "a dog") == template.replace("{}", "a dog")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        *("a see-through {}", "a photo of a round {}", "a big, red {}", "a shiny golden {}", "a soaking-wet {}"),
+        *("a sleeping {}", "a brightly glowing {}", "a red, glowing {}", "a glowing red {}", "a red string {}"),
+    ],
+)  # fmt: skip
+def test_a_noun_phrase_of_adjectives_alone_has_the_article_of_the_subject_already(template: str) -> None:
+    assert fill(template, "a dog") == template.replace("{}", "dog")
+
+
+@pytest.mark.parametrize(("scale", "kind"), LISTS)
+def test_of_the_lists_those_of_a_property_alone_have_an_article_for_the_subject(scale: str, kind: str) -> None:
+    """Class images are kept by their prompts: other words for the same template would draw them again."""
+    for template in load_templates(PROMPTS / scale / f"{kind}.csv"):
+        noun = "dog" if template.kind == "property" else "a dog"
+        assert fill(template.prompt, "a dog") == template.prompt.replace("{}", noun)
+
+
 def test_article_of_a_class_noun_goes_whatever_it_is() -> None:
     assert fill("a photo of a red {}", "an owl") == "a photo of a red owl"
     assert fill("a photo of {}", "an owl") == "a photo of an owl"

@@ -37,8 +37,10 @@ ENVIRONMENT = {
         ("mail me@home.example", "mail me@home.example"),
     ],
 )
-def test_secrets_are_hidden_and_nothing_else(text: str, clean: str) -> None:
-    assert redact(text, ENVIRONMENT) == clean
+def test_secrets_are_hidden_and_nothing_else(monkeypatch: pytest.MonkeyPatch, text: str, clean: str) -> None:
+    for name, secret in ENVIRONMENT.items():
+        monkeypatch.setenv(name, secret)
+    assert redact(text) == clean
 
 
 def test_paths_and_short_values_are_no_secrets() -> None:

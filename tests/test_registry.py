@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from PIL import Image
 from registered import load
 from waiting import await_server, free_port
 
-from dreambooth import tracking
+from dreambooth import folders, registry, tracking
 from dreambooth import versions as registered
 from dreambooth.aliases import history, move, read_log
 from dreambooth.errors import RegistryError, SubjectError
-from dreambooth.folders import DiskFullError, TornFolderError, new_folder
+from dreambooth.folders import DiskFullError, TornFolderError, new_folder, scratch_folder
 from dreambooth.images import read_provenance
-from dreambooth.registry import register
+from dreambooth.registry import SCORES, register
 from dreambooth.versions import RegisteredVersion, find
 from flows.generate import draw
 
@@ -59,11 +60,13 @@ def write_export(root: Path, pipeline: Path, note: str = "") -> None:
         (target / "README.md").write_text(f"# biscuit {note}\n")
 
 
-def write_evaluation(root: Path, model: str = "f" * 64) -> None:
-    with new_folder(root / "build" / BISCUIT / "evaluation", {"model": model}) as target:
+def write_evaluation(root: Path, model: str = "f" * 64, fingerprint: str = "e" * 64, **more: Any) -> None:
+    with new_folder(root / "build" / BISCUIT / "evaluation", {"model": model, "fingerprint": fingerprint}) as target:
         Image.new("RGB", (4, 4)).save(target / "grid.png")
-    (root / "metrics").mkdir()
-    content = {"identity": {"personalised": 0.75, "low": None}, "photos": 5, "encoder": {"name": "lite0"}}
+        for name in SCORES:
+            (target / name).touch()
+    (root / "metrics").mkdir(exist_ok=True)
+    content = {"identity": {"personalised": 0.75, "low": None}, "photos": 5, "encoder": {"name": "lite0"}} | more
     (root / "metrics" / f"{BISCUIT}.json").write_text(json.dumps(content))
 
 
@@ -269,6 +272,26 @@ def test_scores_of_another_model_are_left_out(root: Path) -> None:
     assert not [name for name in stored.tags if name.startswith("metric.")]
 
 
+def test_scores_that_a_newer_evaluation_has_not_measured_are_not_those_of_the_one_before(root: Path) -> None:
+    write_evaluation(root, prompt={"personalised": 0.3})
+    register(root, BISCUIT)
+    assert registered.rows(root, BISCUIT)[0].scores["prompt.personalised"] == 0.3
+    write_evaluation(root, fingerprint="d" * 64)  # without the scorer
+    assert not register(root, BISCUIT).created
+    assert registered.rows(root, BISCUIT)[0].scores == {"identity.personalised": 0.75, "photos": 5.0}
+
+
+def test_who_waits_too_long_for_the_versions_of_a_subject_is_told_what_may_hold_them(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "LOCK_SECONDS", 0.1)
+    with (
+        FileLock(scratch_folder(root) / f"register-{BISCUIT}.lock"),
+        pytest.raises(RegistryError, match=r"at the versions of biscuit .*register-biscuit\.lock.*promotes.*or end it"),
+    ):
+        register(root, BISCUIT)
+
+
 def test_looking_for_a_version_makes_no_database(tmp_path: Path) -> None:
     assert find(tmp_path, BISCUIT) is None
     assert not list(tmp_path.iterdir())
@@ -281,6 +304,7 @@ def test_what_is_not_there_is_none(root: Path) -> None:
     assert find(root, "rex") is None
     assert find(root, BISCUIT, version=7) is None
     assert find(root, BISCUIT, alias="champion") is None
+    assert registered.in_words(root, [BISCUIT, "rex"]) == {BISCUIT: "v1 @challenger", "rex": "none"}
 
 
 @pytest.mark.fault(28)
@@ -315,6 +339,41 @@ def test_a_large_export_stays_in_dvc_and_is_served_from_there(root: Path, tiny_m
     shutil.rmtree(root / ".dvc/cache")
     with pytest.raises(RegistryError, match=r"neither does the cache of DVC .*dvc pull export/biscuit"):
         load(root, BISCUIT)
+
+
+@pytest.mark.parametrize("limit", [None, 0], ids=["copied", "behind a pointer"])
+def test_whoever_looks_at_an_export_reads_each_file_once(
+    root: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None
+) -> None:
+    register(root, BISCUIT, max_logged_bytes=limit)
+    client, (version,) = tracking.connect(root)[0], versions(root)
+    unet, read, hash_file = "unet/diffusion_pytorch_model.safetensors", list[Path](), folders.sha256_of_file
+    monkeypatch.setattr(folders, "sha256_of_file", lambda path: read.append(path) or hash_file(path))
+
+    def times(look: Callable[[], object]) -> int:
+        read.clear()
+        look()
+        assert len(read) == len(set(read))
+        return sum(path.as_posix().endswith(unet) for path in read)
+
+    def check(deep: bool) -> None:
+        assert registered.check_files(root, client, version, deep) == []
+
+    assert times(lambda: registry._read_export(root, BISCUIT, limit)) == 1
+    assert times(lambda: check(deep=True)) == 1
+    assert times(lambda: check(deep=False)) == (0 if limit is None else 1)
+    assert times(lambda: load(root, BISCUIT)) == 1
+
+
+def test_an_export_that_took_the_place_of_another_is_told_from_it_without_reading_its_weights(
+    root: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(root, BISCUIT, max_logged_bytes=0)
+    shutil.rmtree(root / "export" / BISCUIT)
+    write_export(root, tiny_model_folder, note="another")
+    client, (version,) = tracking.connect(root)[0], versions(root)
+    monkeypatch.setattr(folders, "sha256_of_file", lambda path: pytest.fail(f"{path} was read"))
+    assert "does not hold the export" in registered.check_files(root, client, version)[0]
 
 
 def write_lora_export(root: Path, pipeline: Path) -> None:

@@ -30,8 +30,10 @@ from dreambooth.pages import picture_of, write_index
 from dreambooth.params import parse_params
 from dreambooth.prompts import Template
 from dreambooth.report import (
+    MEASURES,
     Sources,
     _advice,
+    _summary_note,
     _tradeoff_note,
     make_report,
     provenance,
@@ -40,6 +42,7 @@ from dreambooth.report import (
     summary_table,
     write_report,
 )
+from dreambooth.versions import in_words
 from flows import summary
 
 MARGINS = parse_params(yaml.safe_load((REPOSITORY / "params.yaml").read_text())).gate
@@ -229,7 +232,7 @@ def test_what_was_not_measured_says_so(sources: tuple[Sources, dict[str, Any]]) 
     less = {name: value for name, value in metrics.items() if name not in ("prompt", "prior")}
     decision = decide(*(read_scorecard(where.evaluation, name) for name in ("personalised", "base")), MARGINS)
     report = make_report("biscuit", where, less, decision, 0.03)
-    assert ["prompt", "", "", "not measured"] in [list(row) for row in report.summary.rows]
+    assert ["prompt", "", "", "not measured", ""] in [list(row) for row in report.summary.rows]
     assert report.tradeoff == ""
     assert "Not measured" in report.prior
 
@@ -306,7 +309,7 @@ def test_the_second_opinion_on_the_identity_stands_beside_the_first_and_says_tha
 ) -> None:
     second = sources[1]["identity_second"]
     difference = f"{second['gain']:+.3f} [{second['low']:+.3f}, {second['high']:+.3f}]"
-    told = dict(zip(("measure", "base", "model", "difference"), summary_table(sources[1]).rows[1], strict=True))
+    told = dict(zip(("measure", "base", "model", "difference", "over"), summary_table(sources[1]).rows[1], strict=True))
     assert told["measure"] == "identity, second opinion (decides nothing)"
     assert (told["model"], told["difference"]) == (f"{second['personalised']:.3f}", difference)
     text = " ".join("".join(Seen(page).text).split())
@@ -319,15 +322,35 @@ def test_the_second_opinion_on_the_identity_stands_beside_the_first_and_says_tha
     assert "second opinion" not in str(summary_table(first).rows)
 
 
+def test_each_measure_says_over_how_many_prompts_it_is_and_those_of_a_property_count_for_all_but_the_identity() -> None:
+    encoders = Encoders(PatchEncoder(), PatchEncoder())
+    kinds = [("recontextualisation", 8), ("property", 4)]
+    templates = [Template(kind, f"a {kind} {i} of {{}}") for kind, count in kinds for i in range(count)]
+    todo = cases(templates, "dog", [1, 2])
+    seen, texts = reference([make_photo(i, 64) for i in range(3)], encoders), PatchEncoder().embed_texts(range(12))
+    pictures = [[make_photo(number + i, 64) for i in range(30)] for number in (100, 200)]
+    base, ours = (score(todo, images[:24], images[24:], seen, encoders, texts) for images in pictures)
+    metrics = summarise(base, ours, seen, 0.95) | encoders.describe()
+    table = summary_table(metrics)
+    assert {row[0]: row[4] for row in table.rows} == {
+        "identity": "8 prompts", "identity, second opinion (decides nothing)": "8 prompts", "prompt": "12 prompts",
+        "diversity": "12 prompts", "copies": "", "PRES (less is better)": "6 class images",
+    }  # fmt: skip
+    assert "8" not in "".join([*table.columns, _summary_note(metrics).partition("The photos")[0]])
+    identity, prompt = (line for line in _scores(metrics).splitlines() if "prompts |" in line)
+    assert "interval over 8 prompts" in identity
+    assert "prompt fidelity against the base, over 12 prompts" in prompt
+
+
 @pytest.mark.parametrize(("prompts", "has_interval"), [(5, False), (6, True)])
 def test_over_fewer_than_six_prompts_scores_are_shown_without_an_interval(
     sources: tuple[Sources, dict[str, Any]], prompts: int, has_interval: bool
 ) -> None:
     where, metrics = sources
-    metrics = metrics | {"prompts": prompts}
-    table = summary_table(metrics)
-    assert ("too few for an interval" in table.columns[3]) != has_interval
-    differences = {row[0]: row[3] for row in table.rows}
+    few = {name: metrics[name] | {"prompts": prompts} for name in MEASURES}
+    metrics = metrics | few | {"prompts": prompts}
+    assert ("an interval says little" in _summary_note(metrics)) != has_interval
+    differences = {row[0]: row[3] for row in summary_table(metrics).rows}
     assert ["[" in differences[name] for name in ("identity", "prompt", "diversity")] == [has_interval] * 3
     points = read_points(where.evaluation, metrics)
     assert points is not None
@@ -469,6 +492,18 @@ def test_the_index_lists_every_subject_with_its_versions(page: Path, tmp_path: P
     assert [one["href"] for one in seen.all("a")] == ["biscuit/index.html", "rex/index.html"]
     assert "1, 2 @champion" in "".join(seen.text)
     assert seen.all("script") == []
+
+
+def test_the_index_lists_no_folder_of_a_writer_and_says_none_of_those_that_were_asked_about_alone(
+    page: Path, tmp_path: Path
+) -> None:
+    for name in ("biscuit", "rex", "tom", ".rex.1a2b3c4d"):
+        shutil.copytree(page.parent, tmp_path / name)
+    found = in_words(tmp_path, ["rex"])
+    write_index(tmp_path, found | {"tom": "v1"})
+    seen = Seen(tmp_path / "index.html")
+    assert [one["href"] for one in seen.all("a")] == [f"{name}/index.html" for name in ("biscuit", "rex", "tom")]
+    assert re.findall(r"<td>(\w*)</td></tr>", (tmp_path / "index.html").read_text()) == ["", "none", "v1"]
 
 
 @pytest.mark.slow

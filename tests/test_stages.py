@@ -122,6 +122,14 @@ def test_the_training_is_logged_with_its_curve_and_its_scores(done: Path) -> Non
         assert [Path(entry.path).name for entry in kept] == ["000.png", "002.png", "004.png"]
 
 
+def test_of_over_a_thousand_cases_the_pictures_of_the_first_seed_are_those_that_are_logged(tmp_path: Path) -> None:
+    prompts, seeds = 26, 41
+    for number in range(prompts * seeds):
+        (tmp_path / f"{number:03d}.png").touch()
+    chosen = [int(path.stem) for path in evaluate._of_first_seed(tmp_path, seeds)]
+    assert chosen == [seeds * prompt for prompt in range(prompts)]
+
+
 def test_the_same_inputs_give_the_same_bytes(done: Path, project: Path) -> None:
     run_all(project)
     for name in ("build/biscuit/instance", "build/classes/dog", "models/biscuit", "export/biscuit"):

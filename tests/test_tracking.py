@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import shutil
+import socketserver
 import subprocess
 import sys
 import threading
@@ -18,7 +19,9 @@ from test_registry import environment, mlflow
 from waiting import await_true, free_port
 
 from dreambooth import tracking
+from dreambooth.errors import RegistryError
 from dreambooth.tracking import open_run, resend
+from dreambooth.versions import find
 
 KEY = "a1b2c3"
 
@@ -207,6 +210,33 @@ def test_a_dead_server_costs_one_warning_and_the_next_run_sends_the_rest(
     assert curve(root, "norm") == [(1, 2.0)]
     assert (root / "mlartifacts" / stored.info.run_id / "artifacts/pictures/grid.png").exists()
     assert not list((root / ".scratch/unsent").iterdir())
+
+
+@pytest.fixture
+def ssh_port() -> Iterator[int]:
+    """A port on which somebody greets as a server of SSH does, and not as one of HTTP."""
+
+    class Greeter(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(1000)
+            self.request.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Greeter) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running.server_address[1]
+        running.shutdown()
+
+
+@pytest.mark.fault(28)
+@pytest.mark.parametrize("address", ["localhost:500O", "a b:5000", "[::1", "127.0.0.1:{ssh_port}"])
+def test_an_address_that_is_none_of_mlflow_is_one_line(
+    root: Path, monkeypatch: pytest.MonkeyPatch, ssh_port: int, address: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{address.format(ssh_port=ssh_port)}")
+    line = r"^cannot find biscuit in http://.*: MLFLOW_TRACKING_URI names no HTTP server: "
+    with pytest.raises(RegistryError, match=line) as refused:
+        find(root, "biscuit")
+    assert "\n" not in str(refused.value)
 
 
 def test_what_is_sent_twice_stands_there_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
