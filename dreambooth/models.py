@@ -20,6 +20,7 @@ import torch
 from dreambooth import adapters, lora, processes
 from dreambooth.adapters import EMBEDDINGS_FILE, LORA_FILE
 from dreambooth.bases import locate
+from dreambooth.drivers import has_nvidia
 from dreambooth.errors import ModelError, first_line
 from dreambooth.families import FAMILIES, SD, SDXL, Family
 from dreambooth.folders import sha256_of, sha256_of_file
@@ -95,6 +96,18 @@ def gpu_in_words() -> str | None:
         return None
     about = torch.cuda.get_device_properties(0)
     return f"{about.name}, {about.total_memory / 1e9:.0f} GB"
+
+
+def unused_gpu() -> str | None:
+    """Say of a GPU that is here and that torch cannot use what helps; None without such a one."""
+    if torch.cuda.is_available() or not has_nvidia():
+        return None
+    made_for = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    return (
+        f"the driver of a GPU is here, but torch {torch.__version__}, built {made_for}, cannot use it: all is computed "
+        "on the CPU; nvidia-smi says which CUDA the driver knows, https://pytorch.org/get-started/locally/ which torch "
+        "to install for it"
+    )
 
 
 def gpu_lacks_bfloat16() -> bool:
