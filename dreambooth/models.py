@@ -39,7 +39,12 @@ _HUB_FILES = [
     *(f"{part}/*{suffix}" for part in SDXL.components for suffix in _CONTENT_SUFFIXES),
 ]
 _HUB_DUPLICATES = ["*.fp16.*", "*non_ema*", "*.ema.*"]
-_HUB_INCLUDE = " ".join(f"--include '{pattern}'" for pattern in _HUB_FILES)
+_HUB_CHOICE = " ".join(
+    [
+        *(f"--include '{pattern}'" for pattern in _HUB_FILES),
+        *(f"--exclude '{pattern}'" for pattern in _HUB_DUPLICATES),
+    ]
+)
 
 
 @dataclass
@@ -384,7 +389,7 @@ def _content_files(folder: Path, part: str) -> list[Path]:
 def _fetch(repo_id: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    remedy = f"where there is a network: hf download {repo_id} --revision {revision} {_HUB_INCLUDE}"
+    remedy = f"where there is a network: hf download {repo_id} --revision {revision} {_HUB_CHOICE}"
     with from_hub(repo_id, revision, f"{repo_id} at {revision}", remedy):
         return Path(
             snapshot_download(repo_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES)
