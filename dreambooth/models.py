@@ -259,9 +259,10 @@ def _load_part(name: str, folder: Path, dtype: torch.dtype) -> Any:
         return CLIPTokenizer.from_pretrained(folder)
     if name == "unet":
         return UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
-    if name == "vae":  # that of SDXL overflows in float16, and says so
-        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
-        return vae.float() if dtype == torch.float16 and vae.config.get("force_upcast") else vae
+    if name == "vae":  # that of SDXL overflows in float16, and says so; diffusers takes that of SD1.5 for such a one
+        upcast = _read_json(folder / "config.json").get("force_upcast", False)
+        kept = torch.float32 if upcast else dtype
+        return AutoencoderKL.from_pretrained(folder, torch_dtype=kept, use_safetensors=True)
     kind = CLIPTextModel if name == "text_encoder" else CLIPTextModelWithProjection
     return kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)
 
