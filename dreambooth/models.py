@@ -19,7 +19,7 @@ import torch
 
 from dreambooth import adapters, lora, processes
 from dreambooth.adapters import EMBEDDINGS_FILE, LORA_FILE
-from dreambooth.bases import locate
+from dreambooth.bases import LOCAL_MODELS, locate
 from dreambooth.drivers import has_nvidia
 from dreambooth.errors import ModelError, first_line
 from dreambooth.families import FAMILIES, SD, SDXL, Family
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CONTENT_SUFFIXES = (".safetensors", ".json", ".txt")
 _PICKLES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
+_READ_BESIDE = "adapter_model.bin"  # by transformers, beside weights that it was told to take from safetensors alone
 # What is fetched from the hub: the parts, not the same weights again as pickles, fp16 or one file.
 _HUB_FILES = [
     "model_index.json",
@@ -268,7 +269,10 @@ def _load_part(name: str, folder: Path, dtype: torch.dtype) -> Any:
 
 
 def check_model_folder(folder: Path) -> Family:
-    """Return the family of a pipeline; refuse a folder of another, without a part, or with code or pickles."""
+    """Return the family of a pipeline; refuse a folder of another, without a part, or with code or pickles.
+
+    In the cache of the hub other programs leave files as well, which are not read here: docs/decisions/0073.
+    """
     index = _read_json(folder / "model_index.json")
     family = FAMILIES.get(str(index.get("_class_name")))
     if family is None:
@@ -279,21 +283,49 @@ def check_model_folder(folder: Path) -> Family:
     missing = [part for part in family.components if not (folder / part).is_dir()]
     if missing:
         raise ModelError(f"{folder} lacks {', '.join(missing)}; fetch the model again")
-    code = [path.name for path in folder.rglob("*.py")]
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*"))
+    if _is_of_hub(folder):
+        files = [path for path in files if path.name == _READ_BESIDE]
+    code = [path.name for path in files if path.suffix == ".py"]
     if code:
         raise ModelError(f"{folder} holds code ({', '.join(code)}), which is never run; use a model without any")
-    lacking = [part for part in family.weighted if not list((folder / part).glob("*.safetensors"))]
-    if lacking:
-        raise ModelError(
-            f"{folder}: no .safetensors in {', '.join(lacking)}; pickled weights can run code, convert them"
-        )
-    pickles = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in _PICKLES)
+    if lacking := [part for part in family.weighted if not any(map(_is_weights, (folder / part).iterdir()))]:
+        raise ModelError(_without_weights(folder, lacking))
+    pickles = [path.as_posix() for path in files if path.suffix in _PICKLES]
     if pickles:
         raise ModelError(
             f"{folder} holds pickles ({', '.join(pickles[:5])}), which can run code; the .safetensors are enough: "
             "delete them"
         )
     return family
+
+
+def _without_weights(folder: Path, parts: Sequence[str]) -> str:
+    """Say what lies in parts of a pipeline in place of weights that can be read, and what makes them readable."""
+    kinds = _PICKLES | {".safetensors"}
+    there = sorted({path.name for part in parts for path in (folder / part).iterdir() if path.suffix in kinds})
+    none = "none; of the hub neither other precisions nor pickles are fetched" if _is_of_hub(folder) else "none"
+    return (
+        f"{folder}: no plain .safetensors in {', '.join(parts)} (weights there: {', '.join(there) or none}); "
+        f"take a base that has them, or mend a copy in {LOCAL_MODELS}: rename x.fp16.safetensors to x.safetensors, and "
+        "convert pickles, which can run code"
+    )
+
+
+def _is_of_hub(folder: Path) -> bool:
+    """Whether a folder lies in the cache of the hub, which all programs of its user share."""
+    from huggingface_hub import constants
+
+    return folder.absolute().is_relative_to(Path(constants.HF_HUB_CACHE).absolute())
+
+
+def _is_weights(path: Path) -> bool:
+    return path.suffix == ".safetensors" and not _is_duplicate(path)
+
+
+def _is_duplicate(path: Path) -> bool:
+    """Whether a file has the same weights again, in another precision."""
+    return any(path.match(pattern) for pattern in _HUB_DUPLICATES)
 
 
 def model_hash(folder: Path, parts: Sequence[str] = SDXL.components) -> str:
@@ -380,11 +412,7 @@ def _forget_origin(path: Path) -> None:
 def _content_files(folder: Path, part: str) -> list[Path]:
     """List what counts of one part of a pipeline, without the same weights again in another precision."""
     files = sorted((folder / part).rglob("*"))
-    return [
-        path
-        for path in files
-        if path.suffix in _CONTENT_SUFFIXES and not any(path.match(pattern) for pattern in _HUB_DUPLICATES)
-    ]
+    return [path for path in files if path.suffix in _CONTENT_SUFFIXES and not _is_duplicate(path)]
 
 
 def _fetch(repo_id: str, revision: str) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from dreambooth.errors import ModelError
@@ -45,6 +46,11 @@ def as_pickle(folder: Path) -> None:
     weights.rename(weights.with_suffix(".bin"))
 
 
+def as_half(folder: Path) -> None:
+    for weights in list(folder.rglob("*.safetensors")):
+        weights.rename(weights.with_suffix(".fp16.safetensors"))
+
+
 def cut_short(folder: Path) -> None:
     weights = folder / "unet/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -54,8 +60,9 @@ def cut_short(folder: Path) -> None:
     ("damage", "said"),
     [
         (as_other_pipeline, "FluxPipeline; a StableDiffusionPipeline or a StableDiffusionXLPipeline"),
-        (as_pickle, "no .safetensors in unet"),
-        (cut_short, "cannot be loaded"),
+        (as_pickle, r"no plain .safetensors in unet \(weights there: diffusion_pytorch_model.bin\).*convert pickles"),
+        (as_half, r"in unet, vae, text_encoder \(weights .*model.fp16.safetensors\); .*rename x.fp16.safetensors to x"),
+        (cut_short, "cannot be loaded .*; fetch it again"),
         (lambda folder: shutil.rmtree(folder / "vae"), "lacks vae"),
         (lambda folder: (folder / "unet/evil.py").write_text("1/0"), r"holds code \(evil.py\)"),
         (lambda folder: (folder / "model_index.json").unlink(), "model_index.json is missing"),
