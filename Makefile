@@ -7,7 +7,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: demo test nightly check bench faults clean
+.PHONY: demo test nightly gpu check bench faults clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -15,6 +15,7 @@ help:
 	@echo "make demo    personalise the demo subjects on the bundled model (minutes, no GPU, no network)"
 	@echo "make test    pass the tests"
 	@echo "make nightly pass these and the tests that take minutes each"
+	@echo "make gpu     pass the tests of what a GPU alone does; make test calls it where there is one"
 	@echo "make check   style and types"
 	@echo "make bench   time and memory of the whole recipe; REFERENCE=train_dreambooth.py compares with diffusers' script"
 	@echo "make faults  every fault and threat with the tests that prove it"
@@ -24,9 +25,15 @@ demo: .venv/ready          ## photos -> evaluated, exported and registered model
 
 test: .venv/ready          ## real servers, processes and kills too
 	$(PYTEST)
+	@if $(BIN)/python -c 'import sys; from dreambooth.drivers import has_gpu; sys.exit(not has_gpu())'; then \
+		$(MAKE) gpu; \
+	fi
 
 nightly: .venv/ready       ## these, and the ones that take minutes each
 	$(PYTEST) -m ""
+
+gpu: .venv/ready           ## in a process of its own: all other tests hide the GPU
+	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
 
 check: .venv/ready         ## ruff and mypy
 	$(BIN)/ruff check .

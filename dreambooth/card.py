@@ -14,6 +14,7 @@ from dreambooth.consent import Consent
 from dreambooth.folders import sha256_of_file
 from dreambooth.intervals import name_difference, over_prompts
 from dreambooth.params import LORA_METHODS, TOKEN_METHODS, Params
+from dreambooth.sampling import SCHEDULERS
 
 # How the files of each format are loaded; words in capitals stand for names, BASE for a whole literal.
 LOADING = {
@@ -87,9 +88,16 @@ def _front_matter(base: str, license_id: str | None, prompt: str) -> str:
 
 
 def _usage(subject_id: str, pipeline: str, defaults: Mapping[str, Any]) -> str:
+    """Show how to draw as the evaluation did: its solver, steps and precision."""
+    scheduler, options = SCHEDULERS[defaults["scheduler"]]
+    given = "".join(f", {name}={value!r}" for name, value in options.items())
+    dtype = defaults["inference_dtype"]
+    place = "" if dtype == "float32" else '.to("cuda")'
     return f"""```python
-from diffusers import {pipeline}
-pipeline = {pipeline}.from_pretrained("export/{subject_id}")
+import torch
+from diffusers import {scheduler}, {pipeline}
+pipeline = {pipeline}.from_pretrained("export/{subject_id}", dtype=torch.{dtype}){place}
+pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config{given})
 pipeline({_literal(defaults["instance_prompt"])}, num_inference_steps={defaults["num_inference_steps"]},
          guidance_scale={defaults["guidance_scale"]}, height={defaults["resolution"]}, width={defaults["resolution"]})
 ```"""

@@ -3,6 +3,7 @@
 N pictures, M prompts, D embedding width.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,8 @@ class ClipEncoder:
 
 def _load(load: Callable[..., Any], source: str | Path, revision: str, **options: Any) -> Any:
     """Load a part of a model at its commit."""
+    # Of weights that are pickles transformers else asks a service of others to make a pull request in their repository.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     remedy = f"where there is a network: hf download {source} --revision {revision}; or set evaluate.encoders: bundled"
     with from_hub(str(source), revision, f"the encoder {source} at {revision}", remedy):
         return load(str(source), revision=revision, **options)

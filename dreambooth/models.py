@@ -19,7 +19,8 @@ import torch
 
 from dreambooth import adapters, lora, processes
 from dreambooth.adapters import EMBEDDINGS_FILE, LORA_FILE
-from dreambooth.bases import locate
+from dreambooth.bases import LOCAL_MODELS, locate
+from dreambooth.drivers import has_nvidia
 from dreambooth.errors import ModelError, first_line, machine_fault
 from dreambooth.families import FAMILIES, SD, SDXL, Family
 from dreambooth.folders import sha256_of, sha256_of_file
@@ -32,13 +33,19 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CONTENT_SUFFIXES = (".safetensors", ".json", ".txt")
 _PICKLES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
+_READ_BESIDE = "adapter_model.bin"  # by transformers, beside weights that it was told to take from safetensors alone
 # What is fetched from the hub: the parts, not the same weights again as pickles, fp16 or one file.
 _HUB_FILES = [
     "model_index.json",
     *(f"{part}/*{suffix}" for part in SDXL.components for suffix in _CONTENT_SUFFIXES),
 ]
 _HUB_DUPLICATES = ["*.fp16.*", "*non_ema*", "*.ema.*"]
-_HUB_INCLUDE = " ".join(f"--include '{pattern}'" for pattern in _HUB_FILES)
+_HUB_CHOICE = " ".join(
+    [
+        *(f"--include '{pattern}'" for pattern in _HUB_FILES),
+        *(f"--exclude '{pattern}'" for pattern in _HUB_DUPLICATES),
+    ]
+)
 
 
 @dataclass
@@ -95,6 +102,18 @@ def gpu_in_words() -> str | None:
         return None
     about = torch.cuda.get_device_properties(0)
     return f"{about.name}, {about.total_memory / 1e9:.0f} GB"
+
+
+def unused_gpu() -> str | None:
+    """Say of a GPU that is here and that torch cannot use what helps; None without such a one."""
+    if torch.cuda.is_available() or not has_nvidia():
+        return None
+    made_for = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    return (
+        f"the driver of a GPU is here, but torch {torch.__version__}, built {made_for}, cannot use it: all is computed "
+        "on the CPU; nvidia-smi says which CUDA the driver knows, https://pytorch.org/get-started/locally/ which torch "
+        "to install for it"
+    )
 
 
 def gpu_lacks_bfloat16() -> bool:
@@ -251,15 +270,19 @@ def _load_part(name: str, folder: Path, dtype: torch.dtype) -> Any:
         return CLIPTokenizer.from_pretrained(folder)
     if name == "unet":
         return UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
-    if name == "vae":  # that of SDXL overflows in float16, and says so
-        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
-        return vae.float() if dtype == torch.float16 and vae.config.get("force_upcast") else vae
+    if name == "vae":  # that of SDXL overflows in float16, and says so; diffusers takes that of SD1.5 for such a one
+        upcast = _read_json(folder / "config.json").get("force_upcast", False)
+        kept = torch.float32 if upcast else dtype
+        return AutoencoderKL.from_pretrained(folder, torch_dtype=kept, use_safetensors=True)
     kind = CLIPTextModel if name == "text_encoder" else CLIPTextModelWithProjection
     return kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)
 
 
 def check_model_folder(folder: Path) -> Family:
-    """Return the family of a pipeline; refuse a folder of another, without a part, or with code or pickles."""
+    """Return the family of a pipeline; refuse a folder of another, without a part, or with code or pickles.
+
+    In the cache of the hub other programs leave files as well, which are not read here: docs/decisions/0073.
+    """
     index = _read_json(folder / "model_index.json")
     family = FAMILIES.get(str(index.get("_class_name")))
     if family is None:
@@ -270,21 +293,49 @@ def check_model_folder(folder: Path) -> Family:
     missing = [part for part in family.components if not (folder / part).is_dir()]
     if missing:
         raise ModelError(f"{folder} lacks {', '.join(missing)}; fetch the model again")
-    code = [path.name for path in folder.rglob("*.py")]
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*"))
+    if _is_of_hub(folder):
+        files = [path for path in files if path.name == _READ_BESIDE]
+    code = [path.name for path in files if path.suffix == ".py"]
     if code:
         raise ModelError(f"{folder} holds code ({', '.join(code)}), which is never run; use a model without any")
-    lacking = [part for part in family.weighted if not list((folder / part).glob("*.safetensors"))]
-    if lacking:
-        raise ModelError(
-            f"{folder}: no .safetensors in {', '.join(lacking)}; pickled weights can run code, convert them"
-        )
-    pickles = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in _PICKLES)
+    if lacking := [part for part in family.weighted if not any(map(_is_weights, (folder / part).iterdir()))]:
+        raise ModelError(_without_weights(folder, lacking))
+    pickles = [path.as_posix() for path in files if path.suffix in _PICKLES]
     if pickles:
         raise ModelError(
             f"{folder} holds pickles ({', '.join(pickles[:5])}), which can run code; the .safetensors are enough: "
             "delete them"
         )
     return family
+
+
+def _without_weights(folder: Path, parts: Sequence[str]) -> str:
+    """Say what lies in parts of a pipeline in place of weights that can be read, and what makes them readable."""
+    kinds = _PICKLES | {".safetensors"}
+    there = sorted({path.name for part in parts for path in (folder / part).iterdir() if path.suffix in kinds})
+    none = "none; of the hub neither other precisions nor pickles are fetched" if _is_of_hub(folder) else "none"
+    return (
+        f"{folder}: no plain .safetensors in {', '.join(parts)} (weights there: {', '.join(there) or none}); "
+        f"take a base that has them, or mend a copy in {LOCAL_MODELS}: rename x.fp16.safetensors to x.safetensors, and "
+        "convert pickles, which can run code"
+    )
+
+
+def _is_of_hub(folder: Path) -> bool:
+    """Whether a folder lies in the cache of the hub, which all programs of its user share."""
+    from huggingface_hub import constants
+
+    return folder.absolute().is_relative_to(Path(constants.HF_HUB_CACHE).absolute())
+
+
+def _is_weights(path: Path) -> bool:
+    return path.suffix == ".safetensors" and not _is_duplicate(path)
+
+
+def _is_duplicate(path: Path) -> bool:
+    """Whether a file has the same weights again, in another precision."""
+    return any(path.match(pattern) for pattern in _HUB_DUPLICATES)
 
 
 def model_hash(folder: Path, parts: Sequence[str] = SDXL.components) -> str:
@@ -371,17 +422,13 @@ def _forget_origin(path: Path) -> None:
 def _content_files(folder: Path, part: str) -> list[Path]:
     """List what counts of one part of a pipeline, without the same weights again in another precision."""
     files = sorted((folder / part).rglob("*"))
-    return [
-        path
-        for path in files
-        if path.suffix in _CONTENT_SUFFIXES and not any(path.match(pattern) for pattern in _HUB_DUPLICATES)
-    ]
+    return [path for path in files if path.suffix in _CONTENT_SUFFIXES and not _is_duplicate(path)]
 
 
 def _fetch(repo_id: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    remedy = f"where there is a network: hf download {repo_id} --revision {revision} {_HUB_INCLUDE}"
+    remedy = f"where there is a network: hf download {repo_id} --revision {revision} {_HUB_CHOICE}"
     with from_hub(repo_id, revision, f"{repo_id} at {revision}", remedy):
         return Path(
             snapshot_download(repo_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES)

@@ -96,9 +96,10 @@ def plan(
     ] = None,
 ) -> None:
     """Say what a run would do before it starts: stages, time, space and cost, by what earlier runs took here."""
+    from dreambooth.drivers import has_gpu
     from dreambooth.params import load_params
     from flows.graph import Graph
-    from flows.lanes import Lanes, has_gpu, lanes_of, one_gpu
+    from flows.lanes import Lanes, lanes_of, one_gpu
     from flows.plan import make_plan, plan_table
     from flows.preflight import require_inputs
     from flows.project import choose_subjects

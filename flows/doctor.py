@@ -214,7 +214,8 @@ def _device(params: Params | None) -> Iterator[Finding]:
         remedy = f"base.inference_dtype: {half} draws about twice as fast here (docs/recipes.md)"
     elif dtype == "bfloat16" and half == "float16":
         remedy = "this GPU only emulates bfloat16: base.inference_dtype: float16, train.mixed_precision: fp16"
-    yield Finding("good", "device", gpu or "the CPU: there is no GPU that torch can use", remedy)
+    found, unused = gpu or "the CPU: there is no GPU that torch can use", models.unused_gpu()
+    yield Finding("warning" if unused else "good", "device", found, unused or remedy)
 
 
 def _days_idle(folder: Path) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from dreambooth.drivers import has_gpu
 from dreambooth.errors import PipelineError
 from dreambooth.memory import free_memory
 from dreambooth.params import Params
@@ -18,7 +19,6 @@ from flows.graph import GPU_ENTRIES, Graph
 
 VARIABLE = "DREAMBOOTH_AT_ONCE"
 MOST = 16  # lanes of one run
-DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of NVIDIA, of WSL, of AMD
 BYTES_OF_LIBRARIES = 1_500_000_000
 PER_BYTE_OF_BASE = 10  # float32 weights, gradients and moments of a model in float16, and room for activations
 
@@ -61,12 +61,6 @@ def one_gpu(count: int) -> str:
         f"{count} stages at a time on {count} GPUs are {count} workers, each with a CUDA_VISIBLE_DEVICES of its own "
         '(docs/operations.md, "One slot a GPU"); the stages of one process all compute on its first GPU'
     )
-
-
-def has_gpu() -> bool:
-    """Say whether a stage may find a GPU; to ask torch would take seconds."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    return not hidden and any(Path(driver).exists() for driver in DRIVERS)
 
 
 def _wanted() -> int | None:

@@ -20,12 +20,13 @@ from prefect.futures import PrefectFuture, wait
 from prefect.states import Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from dreambooth.drivers import has_gpu
 from dreambooth.errors import DreamboothError, PipelineError
 from dreambooth.params import Params, load_params
 from flows import plan, summary
 from flows.dvcrun import DvcRunner, StageRun
 from flows.graph import GPU_ENTRIES, Graph
-from flows.lanes import MOST, Lanes, has_gpu, lanes_of, one_gpu
+from flows.lanes import MOST, Lanes, lanes_of, one_gpu
 from flows.leaving import heard_in_a_flow, leaving_when_told
 from flows.preflight import require_inputs
 from flows.program import exit_code, failed, has_server, left, states_of

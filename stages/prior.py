@@ -1,9 +1,11 @@
 """Turn a class noun into what keeps the class as it is: drawn class images, which all subjects share, or own photos."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from dreambooth.dataset import Posterior
@@ -12,7 +14,16 @@ from dreambooth.families import Sizes, drawn_sizes
 from dreambooth.folders import cache_folder, new_folder, scratch_folder, sha256_of_file
 from dreambooth.images import png_bytes, to_square
 from dreambooth.latents import encode_images
-from dreambooth.models import DTYPES, default_device, device_name, load_model, model_hash, resolve_model
+from dreambooth.models import (
+    DTYPES,
+    Model,
+    default_device,
+    device_name,
+    load_model,
+    model_hash,
+    resolve_model,
+    unused_gpu,
+)
 from dreambooth.params import Params
 from dreambooth.photos import PhotoReport, check_photos, require_usable
 from dreambooth.priors import ensure_class_images, prior_key, read_class_images, save_class_latents
@@ -54,7 +65,7 @@ def _drawn(params: Params, class_id: str, root: Path, about: dict[str, Any]) -> 
     key = prior_key(base_hash, texts, params.prior, resolution, dtype, device_name(device))
     store = cache_folder() / "priors" / key
     report = ensure_class_images(
-        store, texts, lambda: load_model(base, DTYPES[dtype], device), params.prior, resolution
+        store, texts, lambda: _load(class_id, base, DTYPES[dtype], device), params.prior, resolution
     )
     images, posteriors = read_class_images(store, params.prior.num_class_images)
     settings = params.prior.model_dump(exclude={"kind", "folder", "prompts"})
@@ -78,13 +89,24 @@ def _own(params: Params, class_id: str, root: Path, about: dict[str, Any]) -> Pi
     usable = require_usable(reports, folder.relative_to(root), params.photos)
     base = resolve_model(params.base.pretrained_model_name_or_path, params.base.revision, root)
     cache, device = scratch_folder(root) / "latents" / f"class-{class_id}", default_device()
-    load = functools.cache(lambda: load_model(base, device=device, parts=["vae"]))
+    load = functools.cache(lambda: _load(class_id, base, torch.float32, device, ["vae"]))
     posteriors, reused = encode_images(load, squares, model_hash(base, ["vae"]), device, cache)
     about["prompts"] = [class_prompt(params.classes[class_id].class_noun)]
     about["photos"] = [{"file": report.file, "sha256": sha256_of_file(folder / report.file)} for report in usable]
     dropped = len(reports) - len(usable)
     say(f"prior {class_id}: {len(usable)} photos of your own, {dropped} dropped; latents: {reused} reused")
     return [png_bytes(square) for square in squares], posteriors, sizes
+
+
+def _load(
+    class_id: str, base: Path, dtype: torch.dtype, device: torch.device, parts: Sequence[str] | None = None
+) -> Model:
+    """Load parts of the base, and say what computes now: on the wrong device that takes hours."""
+    model = load_model(base, dtype, device, parts=parts)
+    say(f"prior {class_id}: computes on {device}")
+    if told := unused_gpu():
+        say(f"prior {class_id}: warning: {told}")
+    return model
 
 
 if __name__ == "__main__":

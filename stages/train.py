@@ -39,6 +39,7 @@ from dreambooth.models import (
     load_model,
     model_hash,
     resolve_model,
+    unused_gpu,
 )
 from dreambooth.optimizers import state_bytes
 from dreambooth.params import Params, Train
@@ -168,6 +169,7 @@ def _say_remarks(params: Params, subject_id: str, model: Model, photos: int) -> 
         remarks.append(f"train.lr_warmup_steps: {warmup} leave none of the {steps} steps at the full rate")
     if params.train.mixed_precision == "bf16" and gpu_lacks_bfloat16():
         remarks.append("this GPU only emulates bfloat16; train.mixed_precision: fp16 is many times faster here")
+    remarks += [told] if (told := unused_gpu()) else []
     for remark in remarks:
         say(f"train {subject_id}: warning: {remark}")
 

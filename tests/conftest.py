@@ -15,9 +15,14 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # a test says what it runs on; those marked gpu set this themselves
 os.environ.setdefault("DREAMBOOTH_TRACKING", "off")  # a new database takes seconds; who tests tracking takes this away
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models lose more to the threads' meetings than they win
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPU, unless the tests that need one are asked for: a process cannot have both, and a test says which."""
+    if config.option.markexpr != "gpu":
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from registered import write_project
 from tiny_project import add_photos, tiny_values
 
-from dreambooth import health, models, tracking
+from dreambooth import drivers, health, models, tracking
 from dreambooth.locks import only_one
 from dreambooth.params import parse_params
 from dreambooth.photos import check_photos
@@ -191,6 +192,23 @@ def test_a_gpu_that_only_emulates_bfloat16_is_told_to_take_float16(
         params_values["base"]["inference_dtype"] = dtype
         (finding,) = _device(parse_params(params_values))
         assert ("inference_dtype: float16" in finding.remedy) == (dtype != "float16")
+
+
+@pytest.mark.parametrize("cuda", ["12.8", None])
+def test_a_gpu_that_torch_cannot_use_is_a_warning_unless_it_is_hidden(
+    params_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: str | None
+) -> None:
+    monkeypatch.setattr(drivers, "NVIDIA", (str(tmp_path),))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    (finding,) = _device(parse_params(params_values))
+    assert (finding.state, finding.found) == ("warning", "the CPU: there is no GPU that torch can use")
+    built = f"built for CUDA {cuda}" if cuda else "built without CUDA"
+    for said in (f"torch {torch.__version__}, {built}", "nvidia-smi", "https://pytorch.org/get-started/locally/"):
+        assert said in finding.remedy
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert [one.state for one in _device(parse_params(params_values))] == ["good"]
 
 
 @pytest.mark.parametrize(("what", "count"), [("uploads", 5), ("runs", 5)])

@@ -4,6 +4,7 @@ import ast
 import html
 import json
 import re
+import shutil
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from dreambooth.export import a1111_embedding, generation_defaults, require_form
 from dreambooth.folders import sha256_of_file
 from dreambooth.models import load_model, write_pipeline
 from dreambooth.params import parse_params
+from dreambooth.sampling import SCHEDULERS, SamplerSettings, draw
 from dreambooth.weight_files import kohya_header, modelspec
 
 METRICS: dict[str, Any] = {
@@ -322,7 +324,7 @@ def test_a_card_holds_names_as_names_in_its_front_matter_its_snippet_and_its_tex
     told = yaml.safe_load(front)
     assert (told["instance_prompt"], told["base_model"]) == (f"a photo of {identifier} {noun}", base)
     assert told["license"] == 'other: "x" <b>'
-    loading, drawing = ast.parse(body.partition("```python\n")[2].partition("\n```")[0]).body[1:]
+    loading, _, drawing = ast.parse(snippet_of(body)).body[-3:]
     assert isinstance(loading, ast.Assign)
     assert isinstance(drawing, ast.Expr)
     assert isinstance(drawing.value, ast.Call)
@@ -335,6 +337,48 @@ def test_a_card_holds_names_as_names_in_its_front_matter_its_snippet_and_its_tex
     assert html.escape(f"config={json.dumps(base)})") in row
     assert f"<h1>biscuit: a {html.escape(noun)} called {html.escape(identifier)}</h1>" in page
     assert "revision " + "a" * 40 in page
+
+
+def snippet_of(card: str) -> str:
+    return card.partition("```python\n")[2].partition("\n```")[0]
+
+
+def test_the_snippet_of_a_card_draws_the_picture_that_the_evaluation_draws(
+    params_values: dict[str, Any], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base has the solver of SD1.5 in its files, which say no spacing, as those on the hub."""
+    pndm = {
+        "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+        "clip_sample": False, "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True,
+        "steps_offset": 1,
+    }  # fmt: skip
+    base = Path(shutil.copytree(base, tmp_path / "base"))
+    (base / "scheduler/scheduler_config.json").write_text(json.dumps(pndm))
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "PNDMScheduler"]}))
+    monkeypatch.chdir(tmp_path)
+    for scheduler in SCHEDULERS:
+        params_values["evaluate"] |= {"scheduler": scheduler, "num_inference_steps": 4, "guidance_scale": 3.0}
+        (tmp_path / "export").mkdir()
+        export(params_values, base, tmp_path / "nothing", tmp_path / "export/biscuit", [])
+        *before, last = ast.parse(snippet_of((tmp_path / "export/biscuit/README.md").read_text())).body
+        names: dict[str, Any] = {}
+        exec(compile(ast.Module(before, []), "card", "exec"), names)
+        torch.manual_seed(1)
+        (drawn,) = eval(ast.unparse(last), names).images
+        settings = SamplerSettings(scheduler, 4, 3.0, 32)
+        (wanted,) = draw(load_model(base, device="cpu"), ["a photo of sks dog"], [1], settings)
+        assert np.abs(np.asarray(drawn).astype(int) - np.asarray(wanted)).max() <= 1, scheduler
+        shutil.rmtree(tmp_path / "export")
+
+
+@pytest.mark.parametrize(("dtype", "place"), [("float32", ""), ("float16", '.to("cuda")'), ("bfloat16", '.to("cuda")')])
+def test_the_snippet_of_a_card_has_the_precision_of_the_evaluation(
+    params_values: dict[str, Any], tmp_path: Path, dtype: str, place: str
+) -> None:
+    params_values["base"]["inference_dtype"] = dtype
+    folder = export(params_values, write_sd(tmp_path / "base"), tmp_path / "nothing", tmp_path / "out", [])
+    assert f'from_pretrained("export/biscuit", dtype=torch.{dtype}){place}\n' in (folder / "README.md").read_text()
 
 
 def test_a_format_that_the_method_does_not_fill_is_refused_before_anything_runs(params_values: dict[str, Any]) -> None:

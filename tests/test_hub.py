@@ -1,8 +1,10 @@
 """What the hub says no to, and what it has no time for, is told with the step that helps, and not asked twice."""
 
+import itertools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -12,7 +14,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
+from huggingface_hub.utils import filter_repo_objects
 from tiny_project import REPOSITORY
+
+from dreambooth.errors import ModelError
+from dreambooth.models import _HUB_DUPLICATES, _HUB_FILES, resolve_model
 
 COMMIT = "a" * 40
 GATED = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to model o/gated is restricted. Please log in."}
@@ -26,6 +33,7 @@ ANSWERS: dict[str, tuple[int, dict[str, str]]] = {
     "moved": (404, {"X-Error-Code": "RevisionNotFound"}),
     "busy": (503, {}),
 }
+LACKS = {"pickled": (404, {"X-Error-Code": "EntryNotFound"})}
 TOLD = {
     "gated": r"o/gated at a{40} is gated \(401\): accept its licence on URL/o/gated, then sign in .*HF_TOKEN, or hf",
     "unasked": r"o/unasked at a{40} is gated \(403\): accept its licence on URL/o/unasked, then sign in",
@@ -52,6 +60,14 @@ for name in sys.argv[1:]:
             told.setdefault(name, []).append(str(error))
 print(json.dumps(told))
 """
+PICKLED = """
+import sys, threading
+from dreambooth.hub_encoders import DinoEncoder
+DinoEncoder("o/pickled", 40 * "a")
+for thread in threading.enumerate():
+    if thread is not threading.current_thread():
+        thread.join(20)
+"""
 
 
 @pytest.fixture
@@ -62,8 +78,8 @@ def hub() -> Iterator[tuple[str, Counter[str]]]:
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             name = self.path.partition("/o/")[2].partition("/")[0]
-            asked[name, "tree" if "/tree/" in self.path else "file"] += 1
-            status, headers = ANSWERS[name]
+            asked[name, "tree" if "/tree/" in self.path else "api" if "/api/" in self.path else "file"] += 1
+            status, headers = (ANSWERS | LACKS)[name]
             self.send_response(status)
             for header, value in {**headers, "Content-Length": "0"}.items():
                 self.send_header(header, value)
@@ -109,6 +125,25 @@ def test_a_no_of_the_hub_is_told_with_its_remedy_and_only_a_busy_hub_is_asked_ag
 
 
 @pytest.mark.slow
+def test_nobody_is_asked_to_convert_the_pickled_weights_of_an_encoder(
+    hub: tuple[str, Counter[str]], tmp_path: Path
+) -> None:
+    """transformers looks for a pull request with safetensors, and has one made where there is none."""
+    from transformers import ViTConfig, ViTModel
+
+    url, asked = hub
+    width = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = ViTModel(ViTConfig(**width, image_size=224, patch_size=56), add_pooling_layer=False)
+    snapshot = tmp_path / "hub/models--o--pickled/snapshots" / COMMIT
+    model.config.save_pretrained(snapshot)
+    torch.save(model.state_dict(), snapshot / "pytorch_model.bin")
+    online = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": url, "HF_HOME": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
+    subprocess.run([sys.executable, "-c", PICKLED], cwd=REPOSITORY, env=os.environ | online, check=True)
+    assert asked["pickled", "file"] > 0
+    assert asked["pickled", "api"] == 0
+
+
+@pytest.mark.slow
 @pytest.mark.fault(27, 28)
 def test_a_hub_that_is_not_reached_is_told_with_the_command_that_fetches(tmp_path: Path) -> None:
     for settings, why in (
@@ -120,3 +155,19 @@ def test_a_hub_that_is_not_reached_is_told_with_the_command_that_fetches(tmp_pat
             assert re.search(rf"o/base at a{{40}} is neither .*{why}.*: hf download o/base --revision a{{40}}", line), (
                 line
             )
+
+
+def test_the_command_that_fetches_fetches_what_the_program_does(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="hf download o/base") as refused:
+        resolve_model("o/base", COMMIT, tmp_path)
+    words = shlex.split(str(refused.value).partition("hf download ")[2])
+    chosen: dict[str, list[str]] = {"--include": [], "--exclude": []}
+    for option, pattern in itertools.pairwise(words):
+        if option in chosen:
+            chosen[option].append(pattern)
+    weights = "unet/diffusion_pytorch_model"
+    files = [f"{weights}{kind}" for kind in (".safetensors", ".fp16.safetensors", ".non_ema.safetensors", ".bin")]
+    files += ["model_index.json", "v1-5-pruned.safetensors", "tokenizer/merges.txt", "text_encoder/model.fp16.bin"]
+    told = filter_repo_objects(files, allow_patterns=chosen["--include"], ignore_patterns=chosen["--exclude"])
+    ours = list(filter_repo_objects(files, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES))
+    assert list(told) == ours == [f"{weights}.safetensors", "model_index.json", "tokenizer/merges.txt"]

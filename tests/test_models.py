@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from dreambooth.errors import ModelError
@@ -47,6 +48,11 @@ def as_pickle(folder: Path) -> None:
     weights.rename(weights.with_suffix(".bin"))
 
 
+def as_half(folder: Path) -> None:
+    for weights in list(folder.rglob("*.safetensors")):
+        weights.rename(weights.with_suffix(".fp16.safetensors"))
+
+
 def cut_short(folder: Path) -> None:
     weights = folder / "unet/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -56,8 +62,9 @@ def cut_short(folder: Path) -> None:
     ("damage", "said"),
     [
         (as_other_pipeline, "FluxPipeline; a StableDiffusionPipeline or a StableDiffusionXLPipeline"),
-        (as_pickle, "no .safetensors in unet"),
-        (cut_short, "cannot be loaded"),
+        (as_pickle, r"no plain .safetensors in unet \(weights there: diffusion_pytorch_model.bin\).*convert pickles"),
+        (as_half, r"in unet, vae, text_encoder \(weights .*model.fp16.safetensors\); .*rename x.fp16.safetensors to x"),
+        (cut_short, "cannot be loaded .*; fetch it again"),
         (lambda folder: shutil.rmtree(folder / "vae"), "lacks vae"),
         (lambda folder: (folder / "unet/evil.py").write_text("1/0"), r"holds code \(evil.py\)"),
         (lambda folder: (folder / "model_index.json").unlink(), "model_index.json is missing"),
@@ -85,6 +92,60 @@ def test_what_the_machine_lacks_is_not_taken_for_a_torn_file(
     with pytest.raises(type(error)) as raised:
         load_model(tiny_model_folder)
     assert raised.value is error
+
+
+@pytest.fixture
+def snapshot(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Copy the tiny pipeline into a cache of the hub, as o/base at a commit."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return Path(shutil.copytree(tiny_model_folder, tmp_path / "hub/models--o--base/snapshots" / ("a" * 40)))
+
+
+@pytest.mark.threat(11)
+def test_files_that_other_programs_fetched_into_the_cache_of_the_hub_are_no_fault_of_the_base(
+    snapshot: Path, tmp_path: Path
+) -> None:
+    before = model_hash(snapshot)
+    for name in ("unet/diffusion_pytorch_model.bin", "text_encoder/openvino_model.bin", "v1-5.ckpt", "handler.py"):
+        (snapshot / name).write_bytes(b"\x80\x04.")
+    found = resolve_model("o/base", "a" * 40, tmp_path)
+    assert load_model(found).unet.dtype == torch.float32
+    assert model_hash(found) == before
+    (snapshot / "text_encoder/adapter_model.bin").write_bytes(b"\x80\x04.")  # transformers would read it
+    with pytest.raises(ModelError, match=r"holds pickles \(text_encoder/adapter_model.bin\)"):
+        load_model(found)
+    (snapshot / "text_encoder/adapter_model.bin").unlink()
+    own = Path(shutil.copytree(snapshot, tmp_path / "data/base/own"))
+    (own / "handler.py").unlink()
+    with pytest.raises(ModelError, match=r"holds pickles \(text_encoder/openvino_model.bin, unet/diff.*v1-5.ckpt\)"):
+        load_model(own)
+
+
+def test_a_hub_model_of_other_precisions_alone_is_told_from_one_of_pickles(snapshot: Path, tmp_path: Path) -> None:
+    as_half(snapshot)
+    for weights in snapshot.glob("unet/*.safetensors"):
+        weights.unlink()
+    with pytest.raises(ModelError, match=r"plain .safetensors in .*\(weights there: diffusion_pytorch_model.fp16"):
+        load_model(resolve_model("o/base", "a" * 40, tmp_path))
+    for weights in list(snapshot.rglob("*.fp16.safetensors")):
+        weights.unlink()  # as it is fetched
+    with pytest.raises(ModelError, match=r"\(weights there: none; of the hub neither other precisions nor pickles are"):
+        load_model(resolve_model("o/base", "a" * 40, tmp_path))
+
+
+@pytest.mark.parametrize("said", [None, False, True])
+def test_an_autoencoder_is_kept_in_float32_where_its_file_says_that_half_precision_is_too_coarse(
+    copy: Path, said: bool | None
+) -> None:
+    """diffusers adds force_upcast: true to a file that does not say it, as that of SD1.5."""
+    path = copy / "vae/config.json"
+    config = json.loads(path.read_text())
+    del config["force_upcast"]
+    path.write_text(json.dumps(config if said is None else config | {"force_upcast": said}))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        model = load_model(copy, dtype)
+        assert model.vae.dtype == (torch.float32 if said else dtype)
+        assert model.unet.dtype == dtype
 
 
 @pytest.mark.fault(27)

@@ -18,7 +18,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tiny_project import REPOSITORY, TINY_RESOLUTION, add_photos, tiny_values, write_params
 
-from dreambooth import comparison, tracking, trainer
+from dreambooth import comparison, drivers, tracking, trainer
 from dreambooth.beside import Side, lay_beside
 from dreambooth.errors import DivergedError, EvaluationError, OutOfMemoryError, PhotosError, SubjectError
 from dreambooth.folders import TornFolderError, content_hash, read_manifest, scratch_folder
@@ -265,6 +265,25 @@ def test_class_images_that_were_drawn_before_come_from_the_store(
     said = capsys.readouterr().out
     assert "prior dog: 0 reused, 5 generated" in said
     assert "prior dog: 5 reused, 2 generated" in said
+
+
+def test_each_stage_that_computes_says_on_what_and_warns_of_a_gpu_that_torch_cannot_use(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(drivers, "NVIDIA", (str(tmp_path),))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    run_all(project)
+    said = capsys.readouterr().out
+    lines = said.splitlines()
+    assert "evaluate biscuit: computes on cpu" in lines
+    assert "steps on cpu" in said
+    drawing, drawn = lines.index("prior dog: computes on cpu"), lines.index("prior dog: 0 reused, 5 generated")
+    assert drawing < drawn
+    warnings = [line.partition(": the driver of a GPU is here, but torch ") for line in lines]
+    assert [who for who, found, _ in warnings if found] == [
+        f"{stage}: warning" for stage in ("prior dog", "train biscuit", "evaluate biscuit")
+    ]
 
 
 def test_without_a_prior_nothing_is_drawn_and_the_rest_works(project: Path, params_values: dict[str, Any]) -> None:

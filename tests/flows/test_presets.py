@@ -42,6 +42,14 @@ def test_every_preset_gives_valid_parameters_and_says_its_source(root: Path, pre
     assert "# Expected, not measured: " in head
 
 
+@pytest.mark.parametrize("preset", [name for name in SHIPPED if "lora" in name or name == "low-memory"])
+def test_a_lora_is_evaluated_in_the_precision_that_it_is_saved_in(root: Path, preset: str) -> None:
+    apply(root, [*ALONE.get(preset, []), preset])
+    params = load_params(root / "params.yaml")
+    assert params.train.method == "lora"
+    assert params.base.inference_dtype == params.train.save_dtype  # docs/decisions/0091
+
+
 def test_only_the_lines_of_changed_values_are_changed(root: Path) -> None:
     before = [line for line in (root / "params.yaml").read_text().splitlines() if not line.startswith("    - ")]
     changes = apply(root, ["sd15-lora"])  # prior.prompts was a list of lines and becomes one
