@@ -209,10 +209,10 @@ def _device(params: Params | None) -> Iterator[Finding]:
     from dreambooth import models
 
     gpu, dtype, remedy = models.gpu_in_words(), params.base.inference_dtype if params else None, ""
-    half = "float16" if models.gpu_lacks_bfloat16() else "bfloat16"
     if dtype == "float32" and (gpu or models.cpu_has_tiles()):
+        half = "float16" if gpu else "bfloat16"
         remedy = f"base.inference_dtype: {half} draws about twice as fast here (docs/recipes.md)"
-    elif dtype == "bfloat16" and half == "float16":
+    elif dtype == "bfloat16" and models.gpu_lacks_bfloat16():
         remedy = "this GPU only emulates bfloat16: base.inference_dtype: float16, train.mixed_precision: fp16"
     found, unused = gpu or "the CPU: there is no GPU that torch can use", models.unused_gpu()
     yield Finding("warning" if unused else "good", "device", found, unused or remedy)
