@@ -2,11 +2,16 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,7 @@ from dreambooth.yaml12 import load_yaml
 from flows import clones
 from flows.clone import PAUSES, RETRIES, _may_pass, hand_back
 from flows.graph import Graph
+from flows.program import failed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SUBJECTS = {"biscuit": "dog", "rex": "dog", "bad": "dog", "mug": "cup", "pot": "cup", "jar": "cup"}
@@ -240,6 +246,50 @@ def test_outputs_that_a_remote_does_not_take_stay_and_are_sent_when_it_does(proj
     remote.unlink()
     clones.publish(project, ["validate@rex"])
     assert [path for path in remote.rglob("*") if path.is_file()]
+
+
+@contextmanager
+def refusing_server() -> Iterator[str]:
+    """A server that answers everything with 403; yield its address."""
+
+    class Refusing(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_response(403)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_HEAD = do_POST = do_PUT = answer  # noqa: N815 - the names of its base
+
+        def log_message(self, *arguments: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/store"
+        server.shutdown()
+
+
+@pytest.mark.fault(28)
+def test_a_remote_that_refuses_is_said_in_a_line_with_its_reason_and_is_asked_once(project: Path) -> None:
+    dvc(project, "repro", "validate@rex")
+    with refusing_server() as address:
+        dvc(project, "remote", "add", "--default", "store", address)
+        with pytest.raises(PipelineError) as refused:
+            clones.publish(project, ["validate@rex"])
+    message = str(refused.value)
+    assert re.search(r"dvc push in .* - 403, message='Forbidden'.*failed to upload; mend that", message)
+    assert len(message.splitlines()) == 1
+    assert not _may_pass(None, None, failed(refused.value))
+
+
+def test_a_machine_without_git_is_told_so_in_a_line(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys, "executable", str(project / "python"))  # beside which git may lie
+    with pytest.raises(PipelineError, match=r"git in .*: git is not there; install .* then run again"):
+        clones.git(project, "status")
 
 
 def test_a_folder_is_fetched_by_its_hash_and_one_that_the_remote_lacks_is_named(origin: Path, tmp_path: Path) -> None:
