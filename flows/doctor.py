@@ -19,6 +19,7 @@ from dreambooth.consent import PERSON, require_consent
 from dreambooth.errors import DreamboothError, shown
 from dreambooth.folders import PLACES, WORKS, is_private, leftovers, scratch_folder
 from dreambooth.params import Params, load_params
+from dreambooth.redaction import redact
 from dreambooth.tracking import PENDING, unsent
 from flows.clones import copies
 from flows.project import PARAMS
@@ -61,7 +62,7 @@ def examine(root: Path) -> list[Finding]:
         try:
             findings += look()
         except DreamboothError as error:
-            findings.append(Finding("broken", what, str(error), "see there; then: dreambooth doctor"))
+            findings.append(Finding("broken", what, redact(str(error)), "see there; then: dreambooth doctor"))
     return findings
 
 
@@ -149,7 +150,7 @@ def _prefect() -> Iterator[Finding]:
 
     with reached(), get_client(sync_client=True) as client:
         client.api_version()
-    yield Finding("good", "Prefect", f"{url} answers", "")
+    yield Finding("good", "Prefect", f"{redact(url)} answers", "")
 
 
 def _scratch(root: Path, params: Params | None) -> Iterator[Finding]:

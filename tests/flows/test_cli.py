@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from servers import refusing
 from toy_project import REPOSITORY, dvc, make_photos, quiet, ran
 
 from dreambooth.errors import PipelineError
@@ -218,6 +219,28 @@ def test_a_server_that_does_not_answer_is_a_line_with_the_next_step(
     assert done.returncode == 9
     assert done.stderr.splitlines()[-1].startswith("E_PIPELINE: Failed to reach API at http://127.0.0.1:9/api")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("status", "remedy"), [(401, "PREFECT_API_AUTH_STRING as its server has it"), (404, "http://HOST:4200/api")]
+)
+def test_a_server_that_refuses_is_a_row_of_the_doctor_and_a_line_of_what_needs_it(
+    project: Path, monkeypatch: pytest.MonkeyPatch, status: int, remedy: str
+) -> None:
+    with refusing(status) as address:
+        monkeypatch.setenv("PREFECT_API_URL", f"{address}/api")
+        looked = dreambooth(project, "doctor")
+        forgot = dreambooth(project, "forget", "rex")
+        ran = dreambooth(project, "run", "rex")
+    assert looked.returncode == 1
+    assert remedy in " ".join(looked.stdout.split())
+    assert "libraries" in looked.stdout
+    assert (forgot.returncode, ran.returncode) == (9, 9)
+    assert remedy in forgot.stderr
+    assert len(forgot.stderr.splitlines()) == 1
+    for done in (looked, forgot, ran):
+        assert "Traceback" not in done.stderr
 
 
 class Painter:

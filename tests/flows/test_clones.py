@@ -6,17 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect.states import Failed
+from servers import refusing
 from toy_project import REPOSITORY, dvc, git, kill_tree, make_origin, make_toy_project, post, prefect, quiet, worker
 from waiting import await_true
 
@@ -248,35 +245,11 @@ def test_outputs_that_a_remote_does_not_take_stay_and_are_sent_when_it_does(proj
     assert [path for path in remote.rglob("*") if path.is_file()]
 
 
-@contextmanager
-def refusing_server() -> Iterator[str]:
-    """A server that answers everything with 403; yield its address."""
-
-    class Refusing(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def answer(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            self.send_response(403)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        do_GET = do_HEAD = do_POST = do_PUT = answer  # noqa: N815 - the names of its base
-
-        def log_message(self, *arguments: object) -> None:
-            """Say nothing."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/store"
-        server.shutdown()
-
-
 @pytest.mark.fault(28)
 def test_a_remote_that_refuses_is_said_in_a_line_with_its_reason_and_is_asked_once(project: Path) -> None:
     dvc(project, "repro", "validate@rex")
-    with refusing_server() as address:
-        dvc(project, "remote", "add", "--default", "store", address)
+    with refusing(403) as address:
+        dvc(project, "remote", "add", "--default", "store", f"{address}/store")
         with pytest.raises(PipelineError) as refused:
             clones.publish(project, ["validate@rex"])
     message = str(refused.value)
