@@ -76,7 +76,7 @@ def test_a_comment_at_the_margin_ends_no_entry() -> None:
 @pytest.fixture
 def no_prefect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefectstore, "server", lambda: None)
-    monkeypatch.setattr(prefectstore, "_database_file", lambda: None)
+    monkeypatch.setattr(prefectstore, "_database_file", lambda: Path("nowhere"))
 
 
 def add_entry(root: Path, subject_id: str) -> None:
@@ -352,7 +352,7 @@ def test_copies_that_killed_runs_and_sweeps_left_are_listed_and_erased(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prefectstore, "server", lambda: None)
-    monkeypatch.setattr(prefectstore, "_database_file", lambda: None)
+    monkeypatch.setattr(prefectstore, "_database_file", lambda: Path("nowhere"))
     folders = left_copies(project)
     with pytest.raises(SubjectError):  # a typing error is told, whatever was left
         inventory(project, "nobody")
@@ -393,6 +393,24 @@ def test_a_server_that_a_profile_of_prefect_names_is_asked(tmp_path: Path) -> No
             command, cwd=REPOSITORY, env={**environment, **more}, capture_output=True, text=True, check=True
         )
         assert done.stdout.strip() == said
+
+
+def test_the_database_that_a_profile_of_prefect_names_is_looked_at_and_one_that_is_no_sqlite_is_said(
+    tmp_path: Path,
+) -> None:
+    environment = {**quiet(tmp_path), "PREFECT_API_URL": ""}
+    program = "from flows.prefectstore import _database_file as file, count, erase; "
+    program += "print(file(), count('rex'), *erase('rex'))"
+    for url, said in (
+        (f"sqlite+aiosqlite:///{tmp_path}/ours.db", f"{tmp_path}/ours.db 0"),
+        ("postgresql+asyncpg://u:canary@db/prefect", "None 0 flow runs that name the subject in the database of"),
+    ):
+        profile = f'active = "box"\n[profiles.box]\nPREFECT_SERVER_DATABASE_CONNECTION_URL = "{url}"\n'
+        (tmp_path / "profiles.toml").write_text(profile)
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip().startswith(said)
+        assert "canary" not in done.stdout
 
 
 @pytest.mark.slow
