@@ -9,6 +9,8 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -115,38 +117,15 @@ def run(
     ] = None,
 ) -> None:
     """Bring subjects up to date: train, evaluate, export and register what changed."""
-    from flows.graph import Graph
-
     began = time.monotonic()
     root = find_root(context.obj)
     params = _params(root)
     subjects = choose_subjects(params, subject_ids)  # before anything is written: a preset has no say in it
-    before = read_params_text(root)
-    if preset:
-        _apply_presets(root, preset)
-        params = _params(root)
-    graph = Graph.load(root).select(subjects)
-    if not graph.stale and all(_is_registered(root, subject_id) for subject_id in subjects):
-        _print_status(root, params, graph, subjects)
-        say("Everything is up to date.")
-        return
-    from flows.leaving import ending_at_once
-
-    with ending_at_once():
-        from flows import personalize, plan
-    from flows.program import has_server
-
-    outcome = personalize.run(subjects, root)
-    logging.getLogger("prefect").setLevel(logging.WARNING)  # that its server stops is no news below our tables
-    for subject_id in subjects:
-        _print_outcome(root, params, subject_id, outcome, graph)
-    if outcome.failures:
-        if before != read_params_text(root):
-            _tell(f"{PARAMS} keeps the values of {', '.join(preset or [])}; {_way_back(root, before)}")
-        raise PipelineError("\n".join(outcome.failures))
-    if len(subjects) == 1 and not has_server():  # whose limits a stage may wait for
-        plan.note_around(root, graph, [(one.stage, one.seconds) for one in outcome.runs], time.monotonic() - began)
-    say(f'Next: dreambooth generate {subjects[0]} "a photo of {{}} in space"')
+    with _way_back_told(root, preset or []):
+        if preset:
+            _apply_presets(root, preset)
+            params = _params(root)
+        _bring_up_to_date(root, params, subjects, began)
 
 
 @app.command()
@@ -217,6 +196,31 @@ def _tell(text: str) -> None:
     err.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def _bring_up_to_date(root: Path, params: "Params", subjects: list[str], began: float) -> None:
+    from flows.graph import Graph
+
+    graph = Graph.load(root).select(subjects)
+    if not graph.stale and all(_is_registered(root, subject_id) for subject_id in subjects):
+        _print_status(root, params, graph, subjects)
+        say("Everything is up to date.")
+        return
+    from flows.leaving import ending_at_once
+
+    with ending_at_once():
+        from flows import personalize, plan
+    from flows.program import has_server
+
+    outcome = personalize.run(subjects, root)
+    logging.getLogger("prefect").setLevel(logging.WARNING)  # that its server stops is no news below our tables
+    for subject_id in subjects:
+        _print_outcome(root, params, subject_id, outcome, graph)
+    if outcome.failures:
+        raise PipelineError("\n".join(outcome.failures))
+    if len(subjects) == 1 and not has_server():  # whose limits a stage may wait for
+        plan.note_around(root, graph, [(one.stage, one.seconds) for one in outcome.runs], time.monotonic() - began)
+    say(f'Next: dreambooth generate {subjects[0]} "a photo of {{}} in space"')
+
+
 def _apply_presets(root: Path, presets: list[str]) -> None:
     from flows.presets import apply, remarks
 
@@ -227,6 +231,18 @@ def _apply_presets(root: Path, presets: list[str]) -> None:
         say(f"{PARAMS} says what {', '.join(presets)} says already")
     for remark in remarks(root, presets):
         warn(remark)
+
+
+@contextmanager
+def _way_back_told(root: Path, presets: list[str]) -> Iterator[None]:
+    """Say that params.yaml keeps the values of presets, and how it loses them, if what was to follow them fails."""
+    before = read_params_text(root)
+    try:
+        yield
+    except Exception:
+        if before != read_params_text(root):
+            _tell(f"{PARAMS} keeps the values of {', '.join(presets)}; {_way_back(root, before)}")
+        raise
 
 
 def _way_back(root: Path, before: str) -> str:

@@ -211,13 +211,17 @@ def test_stages_that_have_not_come_to_their_end_failed_or_did_not_run() -> None:
     assert undone_stages(stale, stale, []) == {}
 
 
-def test_a_server_that_does_not_answer_is_a_line_with_the_next_step(
+def test_a_server_that_does_not_answer_is_a_line_with_the_next_step_and_a_preset_is_said_to_stay(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
-    done = dreambooth(project, "run", "rex")
+    (project / "params").mkdir()
+    (project / "params" / "short.yaml").write_text("train:\n  max_train_steps: 7\n")
+    done = dreambooth(project, "run", "rex", "--preset", "short")
     assert done.returncode == 9
-    assert done.stderr.splitlines()[-1].startswith("E_PIPELINE: Failed to reach API at http://127.0.0.1:9/api")
+    kept, told = done.stderr.splitlines()[-2:]
+    assert told.startswith("E_PIPELINE: Failed to reach API at http://127.0.0.1:9/api")
+    assert kept.startswith("params.yaml keeps the values of short; to go back: ")
     assert "Traceback" not in done.stderr
 
 
