@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from dreambooth import __version__
 from dreambooth.errors import (
     MACHINE_FAULT,
     DreamboothError,
@@ -47,11 +48,20 @@ SubjectId = Annotated[str, typer.Argument(metavar="ID", help="Subject in params.
 SubjectIds = Annotated[list[str] | None, typer.Argument(metavar="ID", help="Subjects; all if none is named.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        say(f"dreambooth {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     context: typer.Context,
     root: Annotated[str | None, typer.Option(help="Folder of the project; else DREAMBOOTH_HOME, here, above.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, of the stages too.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version, and exit.")
+    ] = False,
 ) -> None:
     """Personalise a text-to-image model from a few photos of a subject."""
     context.obj = root

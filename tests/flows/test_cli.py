@@ -10,6 +10,7 @@ from PIL import Image
 from servers import refusing
 from toy_project import REPOSITORY, dvc, make_photos, quiet, ran
 
+from dreambooth import __version__
 from dreambooth.errors import PipelineError
 from flows import batch, cli
 from flows.cli import _way_back
@@ -37,6 +38,12 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     done = dreambooth(tmp_path, "--help")
     assert "personalise" in done.stdout.lower()
     assert json.loads(done.stdout.splitlines()[-1]) == []
+
+
+def test_the_version_is_told_without_a_project_and_imports_nothing_heavy(tmp_path: Path) -> None:
+    done = dreambooth(tmp_path, "--version")
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [f"dreambooth {__version__}", "[]"]
 
 
 def test_outside_of_a_project_the_next_step_is_named(tmp_path: Path) -> None:
