@@ -29,6 +29,7 @@ from dreambooth.params import GUIDANCE, SAMPLER_STEPS, SIDE
 from dreambooth.redaction import redact
 from flows import commands
 from flows.console import err, from_here, out, say, warn
+from flows.generate import PICTURES
 from flows.project import PARAMS, choose_subjects, find_root, read_params_text
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def generate(
         list[str] | None, typer.Argument(metavar="PROMPT", help="Sentences; {} stands for the subject.")
     ] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="More prompts, a line each.")] = None,
-    count: Annotated[int, typer.Option("-n", min=1, max=1000, help="Pictures of each prompt.")] = 4,
+    count: Annotated[int, typer.Option("-n", min=PICTURES[0], max=PICTURES[1], help="Pictures of each prompt.")] = 4,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the first picture; the next has the next.")] = 0,
     steps: Annotated[
         int | None, typer.Option(min=SAMPLER_STEPS[0], max=SAMPLER_STEPS[1], help="Steps of the sampler.")
@@ -165,8 +166,6 @@ def generate(
 
     root = find_root(context.obj)
     wanted = [*(prompts or []), *(read_prompts(prompts_file) if prompts_file else [])]
-    if not wanted:
-        raise PipelineError(f'no prompt; dreambooth generate {subject_id} "a photo of {{}} in space"')
     _params(root).subject(subject_id)
     options = call_options(seed, steps, guidance, negative, size, batch_size)
     drawn = draw_registered(root, subject_id, wanted, count, options, _tell, warn, version, folder)
