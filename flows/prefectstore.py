@@ -109,9 +109,12 @@ def _database() -> Iterator[sqlite3.Connection | None]:
 
 def _database_file() -> Path | None:
     """Return the file of the database that the environment, or the profile of Prefect, names; None: it is no SQLite."""
-    from prefect.settings import PREFECT_SERVER_DATABASE_CONNECTION_URL
+    from prefect.settings import Settings
 
-    url = PREFECT_SERVER_DATABASE_CONNECTION_URL.value()
+    named = (
+        Settings().server.database.connection_url
+    )  # those of today: Prefect keeps what it found when it was imported
+    url = named.get_secret_value() if named else ""
     return Path(urlsplit(url).path.removeprefix("/")) if url.startswith("sqlite") else None
 
 
