@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,11 +116,17 @@ def is_registered(root: Path, subject_id: str, tag: str, value: str | None) -> b
 def recorded_md5(root: Path, path: str) -> str | None:
     """Return the md5 that dvc.lock has of an output; None without one."""
     try:
-        stages = load_yaml((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+        state = (root / "dvc.lock").stat()
+        return _recorded(root / "dvc.lock", state.st_ino, state.st_mtime_ns, state.st_size).get(path)
     except (OSError, YamlError, KeyError, TypeError):
         return None
-    found = (out.get("md5") for stage in stages.values() for out in stage.get("outs", ()) if out.get("path") == path)
-    return next(found, None)
+
+
+@lru_cache(maxsize=1)
+def _recorded(lock: Path, inode: int, mtime_ns: int, size: int) -> dict[str, str | None]:
+    """Read the md5 of all outputs once for each state of a dvc.lock: of 60 subjects that takes seconds."""
+    stages = load_yaml(lock.read_text(encoding="utf-8"))["stages"]
+    return {out.get("path"): out.get("md5") for stage in stages.values() for out in stage.get("outs", ())}
 
 
 def is_there(root: Path) -> bool:

@@ -34,6 +34,8 @@ from flows.project import PARAMS, means, read_params_text, write_params_text
 
 IDENTIFIER, KIND = "sks", "object"  # of a new subject of which nothing else is said
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
+_MADE_AGAIN = (".DS_Store", "Thumbs.db", "desktop.ini")  # by systems that show folders
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def add_subject(root: Path, wish: Wish, sources: Sequence[Path], force: bool = F
         force: replace the photos of a subject of the same id; its entry must say what the wish says.
 
     Raises:
-        SubjectError: the id is no id, or is taken.
+        SubjectError: the id is no id, or is taken; or what would be replaced holds more than photos.
         PhotosError: photos that cannot be used, or too few of them.
         ParamsError: the entry would not be valid, or params.yaml is not.
     """
@@ -85,6 +87,7 @@ def add_subject(root: Path, wish: Wish, sources: Sequence[Path], force: bool = F
     assumed_kind = wish.kind is None and wish.subject_id not in params.subjects
     class_id = class_of_noun(params, wish.class_noun)
     entry = entry_of(params, wish, class_id)
+    _require_replaceable(folder, entry["kind"])
     text = with_subject(read_params_text(root), params, wish, class_id)
     photos, ignored = collect(sources)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +109,7 @@ def collect(sources: Sequence[Path]) -> tuple[list[Path], list[str]]:
     """Return the photos that the sources name, and the names that are passed over.
 
     Raises:
-        PhotosError: with every source that does not exist.
+        PhotosError: with every source that does not exist, or the archives where nothing else was named.
     """
     missing = [f"{source} does not exist; name photos, or folders with photos" for source in sources if not _is(source)]
     if missing:
@@ -122,6 +125,11 @@ def collect(sources: Sequence[Path]) -> tuple[list[Path], list[str]]:
             photos.append(source)
         else:
             ignored.append(source.name)
+    packed = [source for source in sources if source.name.lower().endswith(_ARCHIVES)]
+    if packed and not photos:
+        raise PhotosError(
+            [f"{shown(one)} is an archive; unpack it, and name the folder with the photos" for one in packed]
+        )
     captions = {photo.with_suffix(CAPTION_SUFFIX).name for photo in photos}
     return photos, [name for name in ignored if name not in captions]
 
@@ -201,7 +209,7 @@ def track_photos(root: Path, folder: Path) -> str | None:
     if not (root / ".dvc").is_dir():
         return f"{root} has no .dvc folder, so the photos have no versions; dvc init, then dvc add {name}"
     done = subprocess.run(
-        [sys.executable, "-m", "dvc", "add", "--quiet", name],
+        [sys.executable, "-m", "dvc", "--wait-for-lock", "add", name],  # not --quiet: it would say no error either
         cwd=root,
         env=child_environment(),
         stdin=subprocess.DEVNULL,
@@ -211,7 +219,8 @@ def track_photos(root: Path, folder: Path) -> str | None:
     )
     if done.returncode == 0:
         return None
-    said = " ".join(f"{done.stdout} {done.stderr}".split()).removeprefix("ERROR: ")
+    told = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+    said = " ".join(" ".join(told or [done.stderr]).split())
     if "is not a git repository" in said:
         return f"the photos have no versions: {root} is no git repository; git init, then dvc add {name}"
     return f"the photos have no versions: {said or f'exit {done.returncode}'}; then: dvc add {name}"
@@ -232,6 +241,19 @@ def _require_new(params: Params, subject_id: str, folder: Path) -> None:
             f"{folder} is there already, but {PARAMS} has no subject {subject_id!r}; "
             f"add the folder itself with --force: dreambooth add {subject_id} {folder} --class-noun NOUN --force"
         )
+
+
+def _require_replaceable(folder: Path, kind: str) -> None:
+    """Refuse to replace a folder that holds what is no photo: it would be gone with the old photos.
+
+    Captions go with their photos, and the consent of a person is given anew.
+    """
+    if not folder.is_dir() or folder.is_symlink():
+        return
+    others = [name for name in find_photos(folder).ignored if name not in _MADE_AGAIN]
+    if lost := [name for name in others if not (kind == PERSON and name == RECORD)]:
+        told = ", ".join(map(shown, lost[:5])) + (" ..." if len(lost) > 5 else "")
+        raise SubjectError(f"{folder} holds what is no photo and would be lost: {told}; move it elsewhere first")
 
 
 def _named(sources: Sequence[Path], ignored: Sequence[str]) -> str:

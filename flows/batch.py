@@ -9,7 +9,7 @@ from prefect.states import Completed
 
 from dreambooth.errors import DreamboothError
 from dreambooth.params import load_params
-from flows.generate import call_options, draw_registered
+from flows.generate import call_options, draw_registered, require_drawable
 from flows.program import failed, left
 from flows.project import PARAMS, find_root
 from flows.summary import picture_uri
@@ -51,6 +51,7 @@ def generate(
     try:
         project = find_root(root)
         load_params(project / PARAMS).subject(subject)
+        require_drawable(subject, prompts, count)  # before its turn on the GPU
         log, target = get_run_logger(), Path(folder) if folder else None
         with gpu("server" if has_limit() else "none", log.warning):
             drawn = draw_registered(project, subject, prompts, count, options, log.info, log.warning, version, target)

@@ -9,11 +9,14 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from dreambooth import __version__
 from dreambooth.errors import (
     MACHINE_FAULT,
     DreamboothError,
@@ -26,6 +29,7 @@ from dreambooth.params import GUIDANCE, SAMPLER_STEPS, SIDE
 from dreambooth.redaction import redact
 from flows import commands
 from flows.console import err, from_here, out, say, warn
+from flows.generate import PICTURES
 from flows.project import PARAMS, choose_subjects, find_root, read_params_text
 
 if TYPE_CHECKING:
@@ -45,11 +49,20 @@ SubjectId = Annotated[str, typer.Argument(metavar="ID", help="Subject in params.
 SubjectIds = Annotated[list[str] | None, typer.Argument(metavar="ID", help="Subjects; all if none is named.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        say(f"dreambooth {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     context: typer.Context,
     root: Annotated[str | None, typer.Option(help="Folder of the project; else DREAMBOOTH_HOME, here, above.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, of the stages too.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version, and exit.")
+    ] = False,
 ) -> None:
     """Personalise a text-to-image model from a few photos of a subject."""
     context.obj = root
@@ -115,38 +128,15 @@ def run(
     ] = None,
 ) -> None:
     """Bring subjects up to date: train, evaluate, export and register what changed."""
-    from flows.graph import Graph
-
     began = time.monotonic()
     root = find_root(context.obj)
     params = _params(root)
     subjects = choose_subjects(params, subject_ids)  # before anything is written: a preset has no say in it
-    before = read_params_text(root)
-    if preset:
-        _apply_presets(root, preset)
-        params = _params(root)
-    graph = Graph.load(root).select(subjects)
-    if not graph.stale and all(_is_registered(root, subject_id) for subject_id in subjects):
-        _print_status(root, params, graph, subjects)
-        say("Everything is up to date.")
-        return
-    from flows.leaving import ending_at_once
-
-    with ending_at_once():
-        from flows import personalize, plan
-    from flows.program import has_server
-
-    outcome = personalize.run(subjects, root)
-    logging.getLogger("prefect").setLevel(logging.WARNING)  # that its server stops is no news below our tables
-    for subject_id in subjects:
-        _print_outcome(root, params, subject_id, outcome, graph)
-    if outcome.failures:
-        if before != read_params_text(root):
-            _tell(f"{PARAMS} keeps the values of {', '.join(preset or [])}; {_way_back(root, before)}")
-        raise PipelineError("\n".join(outcome.failures))
-    if len(subjects) == 1 and not has_server():  # whose limits a stage may wait for
-        plan.note_around(root, graph, [(one.stage, one.seconds) for one in outcome.runs], time.monotonic() - began)
-    say(f'Next: dreambooth generate {subjects[0]} "a photo of {{}} in space"')
+    with _way_back_told(root, preset or []):
+        if preset:
+            _apply_presets(root, preset)
+            params = _params(root)
+        _bring_up_to_date(root, params, subjects, began)
 
 
 @app.command()
@@ -157,7 +147,7 @@ def generate(
         list[str] | None, typer.Argument(metavar="PROMPT", help="Sentences; {} stands for the subject.")
     ] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="More prompts, a line each.")] = None,
-    count: Annotated[int, typer.Option("-n", min=1, max=1000, help="Pictures of each prompt.")] = 4,
+    count: Annotated[int, typer.Option("-n", min=PICTURES[0], max=PICTURES[1], help="Pictures of each prompt.")] = 4,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the first picture; the next has the next.")] = 0,
     steps: Annotated[
         int | None, typer.Option(min=SAMPLER_STEPS[0], max=SAMPLER_STEPS[1], help="Steps of the sampler.")
@@ -176,8 +166,6 @@ def generate(
 
     root = find_root(context.obj)
     wanted = [*(prompts or []), *(read_prompts(prompts_file) if prompts_file else [])]
-    if not wanted:
-        raise PipelineError(f'no prompt; dreambooth generate {subject_id} "a photo of {{}} in space"')
     _params(root).subject(subject_id)
     options = call_options(seed, steps, guidance, negative, size, batch_size)
     drawn = draw_registered(root, subject_id, wanted, count, options, _tell, warn, version, folder)
@@ -217,6 +205,31 @@ def _tell(text: str) -> None:
     err.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def _bring_up_to_date(root: Path, params: "Params", subjects: list[str], began: float) -> None:
+    from flows.graph import Graph
+
+    graph = Graph.load(root).select(subjects)
+    if not graph.stale and all(_is_registered(root, subject_id) for subject_id in subjects):
+        _print_status(root, params, graph, subjects)
+        say("Everything is up to date.")
+        return
+    from flows.leaving import ending_at_once
+
+    with ending_at_once():
+        from flows import personalize, plan
+    from flows.program import has_server
+
+    outcome = personalize.run(subjects, root)
+    logging.getLogger("prefect").setLevel(logging.WARNING)  # that its server stops is no news below our tables
+    for subject_id in subjects:
+        _print_outcome(root, params, subject_id, outcome, graph)
+    if outcome.failures:
+        raise PipelineError("\n".join(outcome.failures))
+    if len(subjects) == 1 and not has_server():  # whose limits a stage may wait for
+        plan.note_around(root, graph, [(one.stage, one.seconds) for one in outcome.runs], time.monotonic() - began)
+    say(f'Next: dreambooth generate {subjects[0]} "a photo of {{}} in space"')
+
+
 def _apply_presets(root: Path, presets: list[str]) -> None:
     from flows.presets import apply, remarks
 
@@ -227,6 +240,18 @@ def _apply_presets(root: Path, presets: list[str]) -> None:
         say(f"{PARAMS} says what {', '.join(presets)} says already")
     for remark in remarks(root, presets):
         warn(remark)
+
+
+@contextmanager
+def _way_back_told(root: Path, presets: list[str]) -> Iterator[None]:
+    """Say that params.yaml keeps the values of presets, and how it loses them, if what was to follow them fails."""
+    before = read_params_text(root)
+    try:
+        yield
+    except Exception:
+        if before != read_params_text(root):
+            _tell(f"{PARAMS} keeps the values of {', '.join(presets)}; {_way_back(root, before)}")
+        raise
 
 
 def _way_back(root: Path, before: str) -> str:

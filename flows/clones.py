@@ -165,7 +165,7 @@ def publish(clone: Path, stages: Collection[str]) -> None:
         PipelineError: there is no remote, or it refuses.
     """
     if stages:
-        dvc(clone, "push", "--quiet", "--run-cache", *sorted(stages))
+        dvc(clone, "push", "--run-cache", *sorted(stages))  # not --quiet: it would say no error either
 
 
 def commit_back(clone: Path, run_id: str) -> str | None:
@@ -234,7 +234,7 @@ def trained(home: Path, subject_id: str, fingerprint: str, md5: str | None) -> I
     with _clone_that_names(home, md5, subject_id) as clone:
         if (home / PROMPTS).is_dir():  # judged by those of today, as parameters and code are
             shutil.copytree(home / PROMPTS, clone / PROMPTS, dirs_exist_ok=True)
-        dvc(clone, "pull", "--quiet", *_read_by_evaluation(clone, subject_id))
+        dvc(clone, "pull", *_read_by_evaluation(clone, subject_id))
         if not is_trained_in(clone, subject_id, fingerprint):
             raise PipelineError(
                 f"dvc.lock names the export {md5} of {subject_id} and another training than {fingerprint[:12]}; "
@@ -315,12 +315,27 @@ def dvc(folder: Path, *arguments: str) -> str:
 
 def _call(command: list[str], folder: Path, check: bool = True) -> "subprocess.CompletedProcess[str]":
     environment = {**child_environment(), "GIT_TERMINAL_PROMPT": "0"}
-    done = subprocess.run(
-        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
+    name = "git" if command[0] == "git" else "dvc"
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError as error:  # the program, or the folder
+        raise PipelineError(
+            f"{name} in {folder}: {error.filename} is not there; install or make it, then run again"
+        ) from None
     if check and done.returncode:
-        words = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit {done.returncode}"]
-        name = "git" if command[0] == "git" else "dvc"
         verb = next((word for word in command[1:] if word.isalpha() and word != "dvc"), "")
-        raise PipelineError(f"{name} {verb} in {folder}: {' '.join(words[-3:])}; mend that, then run again")
+        words = _last_words(done.stderr) or f"exit {done.returncode}"
+        raise PipelineError(f"{name} {verb} in {folder}: {words}; mend that, then run again")
     return done
+
+
+def _last_words(said: str) -> str:
+    """Return the last lines of what a program said; all from the last but one on that DVC calls an error.
+
+    The last one sums up ("6 files failed to upload"), the one before has the cause.
+    """
+    lines = [line for line in said.splitlines() if line.strip()]
+    errors = [number for number, line in enumerate(lines) if line.startswith("ERROR: ")]
+    return " ".join(lines[errors[-2:][0] if errors else -3 :])

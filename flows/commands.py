@@ -152,6 +152,7 @@ def sweep(
     """Train with every combination of values, one after the other, and compare; what ran before is not run again."""
     from dreambooth.params import load_params
     from flows import sweep as sweeping
+    from flows.leaving import leaving_a_sweep_when_told
     from flows.tables import sweep_table
 
     root = find_root(context.obj)
@@ -165,7 +166,8 @@ def sweep(
     params = load_params(root / PARAMS)
     for subject_id in subject_ids:
         params.subject(subject_id)
-    done = sweeping.sweep(root, params, list(dict.fromkeys(subject_ids)), settings or [], name, say)
+    with leaving_a_sweep_when_told():
+        done = sweeping.sweep(root, params, list(dict.fromkeys(subject_ids)), settings or [], name, say)
     print_whole(sweep_table(done.results))
     for path in done.files:
         say(from_here(path))

@@ -15,10 +15,12 @@ from typing import Literal
 import psutil
 from packaging.requirements import Requirement
 
+from dreambooth import __version__
 from dreambooth.consent import PERSON, require_consent
 from dreambooth.errors import DreamboothError, shown
 from dreambooth.folders import PLACES, WORKS, is_private, leftovers, scratch_folder
 from dreambooth.params import Params, load_params
+from dreambooth.redaction import redact
 from dreambooth.tracking import PENDING, unsent
 from flows.clones import copies
 from flows.project import PARAMS
@@ -26,6 +28,7 @@ from flows.project import PARAMS
 LOW_BYTES = 2e9  # of free disk
 SOON = 30  # days before a consent ends
 IDLE_DAYS = 7  # of a training that nobody continues
+TOLD = ("torch", "diffusers", "prefect", "dvc", "mlflow")  # whose versions who reports a fault is asked for
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def examine(root: Path) -> list[Finding]:
         try:
             findings += look()
         except DreamboothError as error:
-            findings.append(Finding("broken", what, str(error), "see there; then: dreambooth doctor"))
+            findings.append(Finding("broken", what, redact(str(error)), "see there; then: dreambooth doctor"))
     return findings
 
 
@@ -149,7 +152,7 @@ def _prefect() -> Iterator[Finding]:
 
     with reached(), get_client(sync_client=True) as client:
         client.api_version()
-    yield Finding("good", "Prefect", f"{url} answers", "")
+    yield Finding("good", "Prefect", f"{redact(url)} answers", "")
 
 
 def _scratch(root: Path, params: Params | None) -> Iterator[Finding]:
@@ -278,12 +281,14 @@ def _servers(found: list[tuple[str, int, tuple[str, ...]]], environment: dict[st
 
 
 def _libraries(installed_version: Callable[[str], str | None]) -> Iterator[Finding]:
-    """Compare what is installed with what pyproject.toml asks for; an extra is nobody's duty."""
+    """Tell the versions, and compare them with what pyproject.toml asks for; an extra is nobody's duty."""
+    told = ", ".join(f"{name} {found}" for name in TOLD if (found := installed_version(name)))
+    told = f"dreambooth {__version__}, {told}"
     install, faults = "python -m pip install --constraint constraints.txt --editable .", []
     try:
         wanted = requires("dreambooth") or []
     except PackageNotFoundError:  # called from its folder alone
-        yield Finding("warning", "libraries", "their bounds are not known: dreambooth is not installed", install)
+        yield Finding("warning", "libraries", f"their bounds are not known, it is not installed: {told}", install)
         return
     for needed in map(Requirement, wanted):
         if needed.marker and not needed.marker.evaluate({"extra": ""}):
@@ -293,5 +298,5 @@ def _libraries(installed_version: Callable[[str], str | None]) -> Iterator[Findi
             faults.append(f"{needed.name} is missing")
         elif not needed.specifier.contains(have, prereleases=True):
             faults.append(f"{needed.name} {have}, wanted {needed.specifier}")
-    found = "; ".join(faults) or "within their bounds"
+    found = f"{'; '.join(faults) or 'within their bounds'}: {told}"
     yield Finding("broken" if faults else "good", "libraries", found, install if faults else "")

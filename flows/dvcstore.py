@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import PipelineError
+from dreambooth.params import names_id
+from dreambooth.redaction import redact
 from dreambooth.yaml12 import YamlError, load_yaml
 
 # The folders with a folder or a file for each subject: a module may have the name of one, stages/train.py.
@@ -28,6 +30,8 @@ class Kept:
     """md5 of files and folders, those of folders with .dir."""
     runs: set[str] = field(default_factory=set)
     """Entries of the run cache: <2 digits>/<key>/<value>."""
+    left: list[str] = field(default_factory=list)
+    """What could not be looked at."""
 
 
 @dataclass(frozen=True)
@@ -44,37 +48,45 @@ def kept_of(root: Path, subject_id: str) -> Kept:
     """Find the objects and runs of a subject in dvc.lock, .dvc files, their git history, and the run caches.
 
     An object that also belongs to something else (class images, the base, another subject's photo) is left out.
+
+    Raises:
+        PipelineError: dvc.lock or a .dvc file is no YAML: what it alone names would stay without a trace.
     """
     mine: set[str] = set()
     others: set[str] = set()
+    left: dict[str, str] = {}
     found = Kept()
-    for entry in _entries_of_project(root):
-        _sort(entry, subject_id, mine, others)
+    for one in _entries_of_project(root):
+        _sort(one, subject_id, mine, others)
     with _places(root) as places:
         for place in places:
-            for name, entry in _run_entries(place):
-                _sort(entry, subject_id, mine, others)
-                if _is_of(entry, subject_id):
-                    found.runs.add(name)
-        mine |= _content(mine, places)
-        others |= _content(others, places)
-        found.objects = {oid for oid in mine - others if any(_exists(place, oid) for place in places)}
+            with _noted(place, left):
+                for name, text in _run_entries(place):
+                    entry = _values(text)
+                    if entry is None:  # empty or torn: DVC passes it over
+                        found.runs |= {name} if names_id(text, subject_id) else set()
+                        continue
+                    _sort(entry, subject_id, mine, others)
+                    if _is_of(entry, subject_id):
+                        found.runs.add(name)
+        mine |= _content(mine, places, left)
+        others |= _content(others, places, left)
+        found.objects = {oid for oid in mine - others if any(_may_have(place, oid, left) for place in places)}
+    found.left = list(left.values())
     return found
 
 
 def erase(root: Path, kept: Kept) -> list[str]:
     """Delete these objects and runs from the cache and from every remote; return what could not be reached."""
-    left = []
+    left: dict[str, str] = {}
     with _places(root) as places:
         for place in places:
-            try:
+            with _noted(place, left):
                 for oid in sorted(kept.objects):
                     _remove(place.fs, place.odb.oid_to_path(oid))
                 for run in sorted(kept.runs):
                     _remove(place.fs, place.fs.join(place.root, "runs", *run.split("/")))
-            except Exception as error:  # every kind of remote has exceptions of its own
-                left.append(f"DVC {place.name}: {' '.join(str(error).split())}")
-    return left
+    return list(left.values())
 
 
 def read_at(root: Path, revision: str, path: str) -> str:
@@ -113,7 +125,7 @@ def remotes(root: Path) -> dict[str, str | None]:
                 there = remote.fs.exists(remote.path)
                 found[name] = None if there else f"{remote.path} is not there yet; dvc push makes it"
             except Exception as error:  # every kind of remote has exceptions of its own
-                found[name] = " ".join(str(error).split())
+                found[name] = _in_a_line(error)
     return found
 
 
@@ -164,26 +176,56 @@ def _places(root: Path) -> Iterator[list[_Place]]:
         yield places
 
 
+@contextmanager
+def _noted(place: _Place, left: dict[str, str]) -> Iterator[None]:
+    """Note what a place says instead of an answer, once."""
+    try:
+        yield
+    except Exception as error:  # every kind of remote has exceptions of its own
+        left.setdefault(place.name, f"DVC {place.name}: {_in_a_line(error)}")
+
+
+def _in_a_line(error: BaseException) -> str:
+    return redact(" ".join(str(error).split()) or type(error).__name__)
+
+
+def read_plainly(path: Path) -> Any:
+    """Return the values of dvc.lock or of a .dvc file.
+
+    Raises:
+        PipelineError: it is no YAML, as after a merge with conflicts.
+    """
+    try:
+        return load_yaml(path.read_text(encoding="utf-8"))
+    except (YamlError, UnicodeDecodeError) as error:
+        raise PipelineError(f"{path} cannot be read ({error}); mend it, or git checkout it, then try again") from None
+
+
 def _entries_of_project(root: Path) -> Iterator[Mapping[str, Any]]:
     """Yield every entry of a lock file, of today and of the history of git."""
     for path in [root / "dvc.lock", *root.glob("data/subjects/*.dvc")]:
         if path.is_file():
-            yield from _entries(path.read_text(encoding="utf-8"))
+            yield from _entries(read_plainly(path))
     for text in _history(root):
-        yield from _entries(text)
+        yield from _entries(_values(text))
 
 
-def _entries(text: str) -> Iterator[Mapping[str, Any]]:
+def _values(text: str) -> Mapping[str, Any] | None:
+    """Return the map that a text holds, None if it holds another thing or nothing."""
     try:
         content = load_yaml(text)
     except YamlError:
-        return
+        return None
+    return content if isinstance(content, Mapping) else None
+
+
+def _entries(content: Any) -> Iterator[Mapping[str, Any]]:
     if not isinstance(content, Mapping):
         return
-    if "stages" in content:
-        yield from (entry for entry in content["stages"].values() if isinstance(entry, Mapping))
+    if isinstance(stages := content.get("stages"), Mapping):
+        yield from (entry for entry in stages.values() if isinstance(entry, Mapping))
     else:
-        yield {**content, "outs": [_under_data(out) for out in content.get("outs", ())]}
+        yield {**content, "outs": [_under_data(out) for out in _items({"outs": content.get("outs")})]}
 
 
 def _under_data(out: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,18 +250,24 @@ def _git(root: Path, *arguments: str) -> str:
     return ""
 
 
-def _run_entries(place: _Place) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _run_entries(place: _Place) -> Iterator[tuple[str, str]]:
+    """Yield name and text of each entry of the run cache."""
     folder = place.fs.join(place.root, "runs")
     if not place.fs.exists(folder):
         return
     for path in place.fs.find(folder):
-        with place.fs.open(path, "r") as file:
-            entry = load_yaml(file.read())
-        yield "/".join(place.fs.parts(path)[-3:]), entry
+        with place.fs.open(path, "rb") as file:
+            yield "/".join(place.fs.parts(path)[-3:]), file.read().decode(errors="replace")
+
+
+def _items(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return dependencies and outputs of an entry."""
+    lists = [entry.get(name) for name in ("deps", "outs")]
+    return [item for one in lists if isinstance(one, list) for item in one if isinstance(item, Mapping)]
 
 
 def _is_of(entry: Mapping[str, Any], subject_id: str) -> bool:
-    return any(_names(item, subject_id) for item in [*entry.get("deps", ()), *entry.get("outs", ())])
+    return any(_names(item, subject_id) for item in _items(entry))
 
 
 def _names(item: Mapping[str, Any], subject_id: str) -> bool:
@@ -235,26 +283,38 @@ def _names(item: Mapping[str, Any], subject_id: str) -> bool:
 
 
 def _sort(entry: Mapping[str, Any], subject_id: str, mine: set[str], others: set[str]) -> None:
-    for item in [*entry.get("deps", ()), *entry.get("outs", ())]:
+    for item in _items(entry):
         if md5 := item.get("md5"):
             (mine if _names(item, subject_id) else others).add(str(md5))
 
 
-def _content(oids: set[str], places: list[_Place]) -> set[str]:
+def _content(oids: set[str], places: list[_Place], left: dict[str, str]) -> set[str]:
     """Return the files of the folders among some objects."""
-    return {md5 for oid in oids if oid.endswith(".dir") for md5 in _files_of(oid, places)}
+    return {md5 for oid in oids if oid.endswith(".dir") for md5 in _files_of(oid, places, left)}
 
 
-def _files_of(oid: str, places: list[_Place]) -> list[str]:
+def _files_of(oid: str, places: list[_Place], left: dict[str, str]) -> list[str]:
     for place in places:
-        if _exists(place, oid):
-            with place.fs.open(place.odb.oid_to_path(oid), "r") as file:
-                return [str(entry["md5"]) for entry in json.load(file)]
+        if place.name in left:
+            continue
+        with _noted(place, left):
+            if not place.fs.exists(path := place.odb.oid_to_path(oid)):
+                continue
+            with place.fs.open(path, "rb") as file:
+                text = file.read()
+            try:
+                return [str(entry["md5"]) for entry in json.loads(text)]
+            except (ValueError, KeyError, TypeError):
+                left[oid] = f"files that only {oid} lists, which is torn in DVC's {place.name}"
     return []
 
 
-def _exists(place: _Place, oid: str) -> bool:
-    return bool(place.fs.exists(place.odb.oid_to_path(oid)))
+def _may_have(place: _Place, oid: str, left: dict[str, str]) -> bool:
+    """Tell whether a place has an object; one that does not answer may have it."""
+    if place.name not in left:
+        with _noted(place, left):
+            return bool(place.fs.exists(place.odb.oid_to_path(oid)))
+    return True
 
 
 def _remove(fs: Any, path: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -19,7 +20,7 @@ from dreambooth.params import ID_PATTERN, RESERVED_IDS, check_id, names_id
 from dreambooth.pointer import LAID_OUT
 from dreambooth.registry import alone
 from dreambooth.tracking import PENDING, unsent
-from dreambooth.yaml12 import dump_yaml, load_yaml
+from dreambooth.yaml12 import dump_yaml
 from flows import dvcstore, prefectstore, summary
 from flows.check import CHECKED
 from flows.clones import Copy, copies
@@ -71,19 +72,20 @@ def inventory(root: Path, subject_id: str) -> Inventory:
 
     Raises:
         SubjectError: nothing is known of it.
+        PipelineError: dvc.lock, or a file of DVC beside photos, is no YAML.
     """
     check_id(subject_id)
     paths = sorted(_paths(root, subject_id))
     experiments = experiments_of(root, subject_id)
     kept = dvcstore.kept_of(root, subject_id) if (root / ".dvc").is_dir() else Kept()
     journal, before = _read_journal(root, subject_id)
-    kept = Kept(kept.objects | journal.objects, kept.runs | journal.runs)
+    kept = Kept(kept.objects | journal.objects, kept.runs | journal.runs, kept.left)
     held = erasure.holdings(root, subject_id)
     shared = [*_thumbnails(root, subject_id), *_pipelines(root, subject_id, held.exports)]
-    left = _left_copies(root)
+    copies_left = _left_copies(root)
     places = {
         "files and folders": sum(1 for path in [*paths, *shared] for _ in _files(path)),
-        "copies of the project that killed runs left": sum(_knows(copy.project, subject_id) for copy in left),
+        "copies of the project that killed runs left": sum(_knows(copy.project, subject_id) for copy in copies_left),
         "entries of params.yaml, dvc.lock": _mentions(root, subject_id),
         "experiments of sweeps": len(set(experiments.values())),
         "objects of DVC (cache and remotes)": len(kept.objects),
@@ -97,7 +99,8 @@ def inventory(root: Path, subject_id: str) -> Inventory:
     places = {place: max(count, before.get(place, 0)) for place, count in places.items()}  # the receipt tells both
     if not any(places.values()) and not _journal(root, subject_id).exists():
         raise SubjectError(f"nothing is known of {subject_id!r} here; see {PARAMS} for the subjects there are")
-    return Inventory(subject_id, paths, kept, places, shared, experiments, _idle_class(root, subject_id))
+    left = [*OUT_OF_REACH, *kept.left]
+    return Inventory(subject_id, paths, kept, places, shared, experiments, _idle_class(root, subject_id), left)
 
 
 def erase(root: Path, found: Inventory) -> Path:
@@ -118,7 +121,8 @@ def erase(root: Path, found: Inventory) -> Path:
         found.out_of_reach += erasure.erase(root, subject_id)
         found.out_of_reach += prefectstore.erase(subject_id)
         if (root / ".dvc").is_dir():
-            found.out_of_reach += dvcstore.erase(root, found.kept)
+            left = dvcstore.erase(root, found.kept)
+            found.out_of_reach += [line for line in left if line not in found.out_of_reach]
         for path in [*found.paths, *(copy.folder for copy in _left_copies(root))]:
             _remove(path)
         _forget_in_lock(root, subject_id)
@@ -220,8 +224,9 @@ def _refuse_beside_stages(root: Path, subject_id: str) -> None:
         written_by = being_written(root)
     except json.JSONDecodeError:  # by a crash: who wrote is unknown, and gone
         return
+    place = root.resolve()  # as DVC writes it
     for written, pid in written_by.items():
-        inside = written.parts[len(root.parts) :] if written.is_relative_to(root) else ()
+        inside = written.parts[len(place.parts) :] if written.is_relative_to(place) else ()
         if subject_id in inside[:3] and psutil.pid_exists(pid):
             raise AlreadyRunningError(f"{written} is being computed: pid {pid}; wait for it, or stop it")
 
@@ -277,11 +282,15 @@ def _others(root: Path) -> list[str]:
     return [str(name) for name in names if re.fullmatch(ID_PATTERN, str(name)) and name not in RESERVED_IDS]
 
 
+def _lock(root: Path) -> dict[str, Any]:
+    """Return dvc.lock; nothing where there is none, or it has no stage."""
+    file = root / "dvc.lock"
+    content = dvcstore.read_plainly(file) if file.is_file() else None
+    return content if isinstance(content, dict) and isinstance(content.get("stages"), dict) else {}
+
+
 def _stages(root: Path, subject_id: str) -> list[str]:
-    try:
-        stages = load_yaml((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
-    except (FileNotFoundError, TypeError, KeyError):
-        return []
+    stages = _lock(root).get("stages", {})
     return [name for name in stages if name.endswith(f"@{subject_id}") and not name.startswith("prior@")]
 
 
@@ -289,7 +298,7 @@ def _forget_in_lock(root: Path, subject_id: str) -> None:
     gone = _stages(root, subject_id)
     if not gone:
         return
-    content = load_yaml((root / "dvc.lock").read_text(encoding="utf-8"))
+    content = _lock(root)
     content["stages"] = {name: entry for name, entry in content["stages"].items() if name not in gone}
     write_file(root / "dvc.lock", dump_yaml(content).encode())
 

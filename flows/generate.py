@@ -13,6 +13,7 @@ from dreambooth.folders import read_text
 from dreambooth.params import SIDE, SIDE_UNIT
 from dreambooth.prompts import PLACEHOLDER, fill
 
+PICTURES = (1, 1000)  # of a prompt
 _CHANGES = {"num_inference_steps": "steps", "guidance_scale": "guidance", "resolution": "size"}
 
 
@@ -61,6 +62,20 @@ def call_options(
     }
 
 
+def require_drawable(subject_id: str, prompts: Sequence[str], count: int) -> None:
+    """Refuse before a model is loaded, or a GPU is waited for, what nothing can be drawn of.
+
+    Raises:
+        PipelineError: there is no prompt, or the count is out of its range.
+    """
+    least, most = PICTURES
+    faults = [] if prompts else [f'no prompt; dreambooth generate {subject_id} "a photo of {PLACEHOLDER} in space"']
+    if not least <= count <= most:
+        faults.append(f"pictures of each prompt: should be {least} to {most} (got {count})")
+    if faults:
+        raise PipelineError("\n".join(faults))
+
+
 def draw_registered(
     root: Path,
     subject_id: str,
@@ -86,11 +101,13 @@ def draw_registered(
         out: else build/<id>/generated.
 
     Raises:
+        PipelineError: see `require_drawable`.
         RegistryError: there is no such version, or its files are not whole.
         ParamsError: an option that the model refuses.
     """
     from dreambooth import versions
 
+    require_drawable(subject_id, prompts, count)
     given = {name: value for name, value in options.items() if value is not None}
     _require_side(given.get("resolution"))
     found = versions.choose(root, subject_id, version)

@@ -1,4 +1,4 @@
-"""End a run that was told to stop: its stages save their state, one line says so, and no process stays behind.
+"""End a run or a sweep that was told to stop: its stages save their state, one line says so, and no process stays.
 
 Ctrl-C reaches the whole process group, and with it the temporary server of Prefect. Without its server Prefect would
 go on asking for it for minutes, so that such a run does not wait until Prefect has wound up.
@@ -56,10 +56,7 @@ class _Leaving:
 
     def _leave(self) -> None:
         logging.disable(logging.CRITICAL)  # tasks that fail now, and a server that is gone, are no news
-        with suppress(
-            OSError, SystemExit
-        ):  # of rich: nobody reads any more, as behind a pipe that Ctrl-C has ended too
-            err.print("stopping: the stages save their state first; the same signal again ends them at once")
+        _say_stopping()
         self.words = in_words(stop_all(), self.subjects)
         if self._is_ending:  # the next signal came meanwhile
             return
@@ -99,6 +96,30 @@ def leaving_when_told(subjects: Sequence[str], has_server: bool) -> Iterator[Non
 
 
 @contextmanager
+def leaving_a_sweep_when_told() -> Iterator[None]:
+    """Let SIGINT and SIGTERM end a sweep, which no server of Prefect knows of: the stage that runs saves its state.
+
+    Raises:
+        Interrupted: a signal came, and the stage has ended.
+    """
+    request = StopRequest()
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        if request.is_repeated_by(number):
+            _end(128 + number, _GRACE)
+        if not request:
+            request.note(number)
+            threading.Thread(target=_say_stopping, daemon=True).start()  # a handler may not write what it broke into
+            raise KeyboardInterrupt
+
+    try:
+        with on_stop(hear):
+            yield
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; the same command continues") from None
+
+
+@contextmanager
 def heard_in_a_flow() -> Iterator[None]:
     """Hear SIGTERM inside a flow too, where Prefect handles it: only where its server would not hear of it."""
     if _current is None or _current.has_server:
@@ -127,6 +148,11 @@ def in_words(stopped: Mapping[str, str], subjects: Sequence[str]) -> str:
     """
     stages = [f"{stage}: {said or 'stopped'}" for stage, said in stopped.items()] or ["stopped"]
     return f"{', '.join(stages)}; dreambooth run {' '.join(subjects)} continues"
+
+
+def _say_stopping() -> None:
+    with suppress(OSError, SystemExit):  # of rich: nobody reads any more, as behind a pipe that Ctrl-C has ended too
+        err.print("stopping: the stages save their state first; the same signal again ends them at once")
 
 
 def _end(code: int, grace: float) -> None:

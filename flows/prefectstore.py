@@ -43,6 +43,11 @@ def erase(subject_id: str) -> list[str]:
     """
     if server():
         return _erase_on_server(subject_id)
+    if _database_file() is None:
+        return [
+            "flow runs that name the subject in the database of Prefect, which is no SQLite: start its server, then "
+            "PREFECT_API_URL=http://HOST:4200/api dreambooth forget"
+        ]
     with _database() as connection:
         if connection is None:
             return []
@@ -86,7 +91,7 @@ def _client() -> "Iterator[SyncPrefectClient]":
 
     from flows.program import reached
 
-    elsewhere = "; or erase where its database is: PREFECT_API_URL= dreambooth forget"
+    elsewhere = "; or erase where its database is, if that is SQLite: PREFECT_API_URL= dreambooth forget"
     with reached(elsewhere), get_client(sync_client=True) as client:
         yield client
 
@@ -103,9 +108,13 @@ def _database() -> Iterator[sqlite3.Connection | None]:
 
 
 def _database_file() -> Path | None:
-    home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect").expanduser()
-    names = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
-    url = next((os.environ[name] for name in names if os.environ.get(name)), f"sqlite+aiosqlite:///{home}/prefect.db")
+    """Return the file of the database that the environment, or the profile of Prefect, names; None: it is no SQLite."""
+    from prefect.settings import Settings
+
+    named = (
+        Settings().server.database.connection_url
+    )  # those of today: Prefect keeps what it found when it was imported
+    url = named.get_secret_value() if named else ""
     return Path(urlsplit(url).path.removeprefix("/")) if url.startswith("sqlite") else None
 
 
@@ -221,5 +230,5 @@ def _erase_on_server(subject_id: str) -> list[str]:
     url = urlsplit(server() or "")
     return [
         f"events and logs that Prefect at {url.hostname} keeps of deleted runs: they go with its retention, "
-        "or where its database is: PREFECT_API_URL= dreambooth forget"
+        "or, if its database is SQLite, where that is: PREFECT_API_URL= dreambooth forget"
     ]

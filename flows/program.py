@@ -12,18 +12,21 @@ from prefect import get_run_logger
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Failed
 
-from dreambooth.errors import DreamboothError, PipelineError
+from dreambooth.errors import MACHINE_FAULT, DreamboothError, PipelineError, first_line, machine_fault
+from dreambooth.redaction import redact
 from flows.dvcrun import pauses
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
 
 T = TypeVar("T")
+_SIGN_IN = "; it wants a password: PREFECT_API_AUTH_STRING as its server has it, or PREFECT_API_KEY of Prefect Cloud"
+_REFUSALS = {401: _SIGN_IN, 403: _SIGN_IN, 404: "; no API is there; its address ends with /api: http://HOST:4200/api"}
 
 
 def failed(error: DreamboothError, what: str = "") -> "State[Any]":
-    """Return the state of a run, or of a task about `what`, that ended with an error of its user."""
-    return Failed(message=f"{what and f'{what}: '}{error.code}: {error}")
+    """Return the state of a run, or of a task about `what`, that ended with an error of its user, without secrets."""
+    return Failed(message=redact(f"{what and f'{what}: '}{error.code}: {error}"))
 
 
 def has_server() -> bool:
@@ -70,21 +73,26 @@ def left(create: Callable[..., object], content: object, key: str, description: 
 
 @contextmanager
 def reached(remedy: str = "; or work without one: prefect config unset PREFECT_API_URL") -> Iterator[None]:
-    """Turn a server of Prefect that does not answer into one line with the next step."""
+    """Turn a server of Prefect that does not answer, or refuses, into one line with the next step."""
     try:
         yield
     except (HTTPError, RuntimeError) as error:
-        if not is_away(error):
+        told = "; start that server: prefect server start" if is_away(error) else _of_refusal(error)
+        if not told:
             raise
-        told = "; start that server: prefect server start"
-        raise PipelineError(f"{error} ({PREFECT_API_URL.value()}, PREFECT_API_URL){told}{remedy}") from None
+        raise PipelineError(f"{first_line(error)} ({PREFECT_API_URL.value()}, PREFECT_API_URL){told}{remedy}") from None
+
+
+def _of_refusal(error: BaseException) -> str:
+    """Say what a server that answers would have; empty where it is a fault of ours."""
+    return _REFUSALS.get(error.response.status_code, "") if isinstance(error, HTTPStatusError) else ""
 
 
 def states_of(run: "Callable[[], State[Any]]") -> "list[State[Any]]":
     """Run a flow in this process and return the states of its tasks.
 
     Raises:
-        PipelineError: the flow could not begin, or the server that PREFECT_API_URL names does not answer.
+        PipelineError: the flow could not begin, or the server that PREFECT_API_URL names does not answer, or refuses.
     """
     with reached():
         state = run()
@@ -101,11 +109,18 @@ def states_of(run: "Callable[[], State[Any]]") -> "list[State[Any]]":
 
 
 def exit_code(run: Callable[[], Sequence[str]]) -> int:
-    """Run a program that returns a line for each failure; write them to stderr and return the code of the process."""
+    """Run a program that returns a line for each failure; write them to stderr and return the code of the process.
+
+    What the machine lacks is a line too, as in the command and in the stages.
+    """
     try:
         failures, code = run(), PipelineError.exit_code
     except DreamboothError as error:
         failures, code = [f"{error.code}: {line}" for line in str(error).splitlines()], error.exit_code
+    except (OSError, RuntimeError) as error:
+        if not (told := machine_fault(error)):
+            raise
+        failures, code = [told], MACHINE_FAULT
     for failure in failures:
-        sys.stderr.write(f"{failure}\n")
+        sys.stderr.write(f"{redact(failure)}\n")
     return code if failures else 0

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from dreambooth.errors import ConsentError, DreamboothError, GateError, PipelineError
 from dreambooth.params import Params, load_params
+from dreambooth.redaction import redact
 from flows import clones, summary
 from flows.program import exit_code, failed, left, states_of
 from flows.project import PARAMS, choose_subjects, find_root
@@ -69,7 +70,7 @@ def promote_one(
         return failed(error)
     except DreamboothError as error:
         if isinstance(error.__cause__, OSError):
-            raise _NotYet(f"{error.code}: {error}") from None
+            raise _NotYet(redact(f"{error.code}: {error}")) from None
         return failed(error)
     get_run_logger().info("models:/%s@champion is version %s: %s", done.name, done.champion, done.why)
     return done

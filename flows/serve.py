@@ -5,6 +5,7 @@ The schedules, triggers and limits are those of prefect.yaml; nothing is said tw
 
 import argparse
 import os
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from prefect.flows import Flow
 from prefect.schedules import Cron
 from prefect.types.entrypoint import EntrypointType
 
+from dreambooth.errors import PipelineError
+from flows.program import exit_code, reached
 from flows.project import find_root
 
 FLOW_RUNS_AT_ONCE = 4  # flow runs: a retraining waits for those of its subjects
@@ -32,8 +35,14 @@ def deployments(root: Path) -> list[RunnerDeployment]:
 
     Args:
         root: the project.
+
+    Raises:
+        PipelineError: it has no prefect.yaml.
     """
-    content = _plain((root / "prefect.yaml").read_text(encoding="utf-8"))
+    file = root / "prefect.yaml"
+    if not file.is_file():
+        raise PipelineError(f"{file} is not there; copy it from the repository of dreambooth")
+    content = _plain(file.read_text(encoding="utf-8"))
     return [_deployment(entry) for entry in content["deployments"]]
 
 
@@ -63,13 +72,19 @@ def _deployment(entry: dict[str, Any]) -> RunnerDeployment:
     return deployment
 
 
-def main() -> None:
+def main() -> int:
     """Serve until it is stopped."""
     argparse.ArgumentParser(prog="python -m flows.serve", description=__doc__).parse_args()
+    return exit_code(_serve)
+
+
+def _serve() -> list[str]:
     root = find_root()
     os.environ["DREAMBOOTH_HOME"] = str(root)
-    serve(*deployments(root), limit=FLOW_RUNS_AT_ONCE)
+    with reached():
+        serve(*deployments(root), limit=FLOW_RUNS_AT_ONCE)
+    return []
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

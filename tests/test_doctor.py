@@ -9,8 +9,9 @@ import pytest
 import torch
 import yaml
 from registered import write_project
-from tiny_project import add_photos, tiny_values
+from tiny_project import REPOSITORY, add_photos, tiny_values
 
+import dreambooth
 from dreambooth import drivers, health, models, tracking
 from dreambooth.locks import only_one
 from dreambooth.params import parse_params
@@ -154,6 +155,13 @@ def test_a_library_outside_of_its_bounds_is_named(changed: dict[str, Any], said:
     (found,) = _libraries(lambda name: changed[name] if name in changed else installed(name))
     assert found.is_broken == (said is not None)
     assert (said or "within their bounds") in found.found
+
+
+def test_versions_are_told_as_security_md_asks_for_them() -> None:
+    (found,) = _libraries(lambda name: "2.10.0+cpu" if name == "torch" else installed(name))
+    assert "doctor" in (REPOSITORY / "SECURITY.md").read_text()
+    assert f"dreambooth {dreambooth.__version__}, torch 2.10.0+cpu, diffusers {installed('diffusers')}" in found.found
+    assert all(f"{name} {installed(name)}" in found.found for name in ("prefect", "dvc", "mlflow"))
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,17 @@
 """Pictures of registered versions by the command: in the words of the version, and every mistake a line."""
 
+import logging
 import shutil
 from pathlib import Path
 
 import pytest
 from registered import BISCUIT, command, load, write_export, write_project
 
-from dreambooth.errors import ParamsError
+from dreambooth.errors import ParamsError, PipelineError
 from dreambooth.params import load_params
 from dreambooth.registry import register
 from dreambooth.versions import generation_of, predict
+from flows import batch
 from flows.generate import draw_registered
 
 PROMPTS = ["a photo of {} in space", "a photo of sks, in space", "a photo of zwx"]
@@ -52,6 +54,21 @@ def test_a_version_is_asked_in_its_own_words_and_keeps_its_pictures(root: Path) 
     assert not {*pictures[1]} & {*pictures[2]}
     assert said == ["loading biscuit v1", "loading biscuit v2"]
     assert warned == 2 * ["'a photo of zwx' does not name biscuit; write {} where it should stand"]
+
+
+@pytest.mark.parametrize(("prompts", "count", "lines"), [([], 4, 1), (PROMPTS, 0, 1), (PROMPTS, 1001, 1), ([], 0, 2)])
+def test_what_nothing_can_be_drawn_of_is_refused_before_a_model_is_loaded_or_a_gpu_waited_for(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, prompts: list[str], count: int, lines: int
+) -> None:
+    said: list[str] = []
+    with pytest.raises(PipelineError) as told:
+        draw_registered(fresh, BISCUIT, prompts, count, {}, said.append, said.append)
+    assert len(str(told.value).splitlines()) == lines
+    assert said == []
+    monkeypatch.setattr(batch, "gpu", lambda *_: pytest.fail("waits for a GPU"))
+    monkeypatch.setattr(batch, "get_run_logger", lambda: logging.getLogger("test"))
+    state = batch.generate.fn(BISCUIT, prompts, count, root=str(fresh))
+    assert state.message == f"E_PIPELINE: {told.value}"
 
 
 def test_the_command_says_what_takes_long_and_counts_the_pictures(root: Path) -> None:

@@ -1,10 +1,12 @@
-"""Servers of MLflow and Prefect that can be killed and started again on the same port and database."""
+"""Servers of MLflow and Prefect that can be killed and started again on the same port and database, and refusals."""
 
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from toy_project import kill_tree, quiet
@@ -66,3 +68,31 @@ def running(*servers: Server) -> Iterator[None]:
     finally:
         for one in servers:
             one.kill()
+
+
+@contextmanager
+def refusing(status: int) -> Iterator[str]:
+    """Answer whatever is asked with one status; yield the address."""
+
+    class Refusing(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self) -> None:
+            if self.headers.get("Transfer-Encoding") == "chunked":  # as DVC sends files; unread it would be a request
+                while size := int(self.rfile.readline(), 16):
+                    self.rfile.read(size + 2)
+                self.rfile.readline()
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_HEAD = do_POST = do_PUT = answer  # noqa: N815 - the names of its base
+
+        def log_message(self, *arguments: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()

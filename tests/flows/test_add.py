@@ -1,3 +1,6 @@
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +10,7 @@ from toy_project import REPOSITORY, dvc, make_photos
 from dreambooth.errors import ParamsError, PhotosError, SubjectError
 from dreambooth.params import load_params
 from flows.add import Wish, add_subject, class_of_noun, collect, new_names, track_photos, with_subject
+from flows.dvcrun import child_environment
 from flows.graph import Graph
 
 TOM = Wish("tom", "cat", "sks", "live")
@@ -202,6 +206,36 @@ def test_junk_is_passed_over_and_named(tmp_path: Path) -> None:
     assert (found, ignored) == (photos, [".DS_Store", "Thumbs.db", "captions.txt"])
 
 
+@pytest.mark.parametrize("is_source", [True, False])
+def test_a_folder_that_holds_more_than_photos_is_not_replaced_and_what_would_be_lost_is_named(
+    project: Path, tmp_path: Path, is_source: bool
+) -> None:
+    folder, wish = project / "data/subjects/rex", Wish("rex", "dog", "sks", "live")
+    make_photos(tmp_path / "camera", 3, seed=5)
+    (folder / "raw").mkdir()
+    (folder / "raw/original.tif").touch()
+    (folder / "notes.md").touch()
+    (folder / "photo 0.txt").write_text("a photo of {} in a park")
+    (folder / ".DS_Store").touch()
+    before = everything(project)
+    with pytest.raises(SubjectError, match=r"rex holds .* would be lost: notes\.md, raw; move it elsewhere first"):
+        add_subject(project, wish, [folder if is_source else tmp_path / "camera"], force=True)
+    assert everything(project) == before
+    shutil.rmtree(folder / "raw")
+    (folder / "notes.md").unlink()
+    add_subject(project, wish, [folder if is_source else tmp_path / "camera"], force=True)
+    assert len(list(folder.glob("*.txt"))) == is_source
+
+
+def test_an_archive_is_to_be_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "photos.zip").touch()
+    with pytest.raises(PhotosError, match=r"photos\.zip is an archive; unpack it") as caught:
+        collect([tmp_path / "photos.zip"])
+    assert len(caught.value.problems) == 1
+    photos = make_photos(tmp_path / "camera", 1)
+    assert collect([*photos, tmp_path / "photos.zip"]) == (photos, ["photos.zip"])
+
+
 def test_captions_come_along_under_the_names_of_their_photos(project: Path, tmp_path: Path) -> None:
     make_photos(tmp_path / "camera", 3)
     (tmp_path / "camera" / "photo 0.txt").write_text("a photo of {} in a park")
@@ -252,3 +286,18 @@ def test_dvc_gives_the_photos_a_version_or_says_why_not(project: Path, tmp_path:
     reason = track_photos(elsewhere, elsewhere / "photos")
     assert reason is not None
     assert "dvc init" in reason
+    shutil.copytree(project / "data/subjects/rex", elsewhere / "photos")
+    (elsewhere / ".dvc").mkdir()
+    (elsewhere / ".dvc/config").touch()  # of a project that was in git
+    reason = track_photos(elsewhere, elsewhere / "photos")
+    assert reason == f"the photos have no versions: {elsewhere} is no git repository; git init, then dvc add photos"
+
+
+def test_photos_get_their_version_when_another_command_of_dvc_is_done(project: Path) -> None:
+    program = "import sys, time\nfrom dvc.repo import Repo\nwith Repo().lock: print('held', flush=True); time.sleep(5)"
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=project, env=child_environment(), stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        assert track_photos(project, project / "data/subjects/rex") is None
+        assert other.wait() == 0

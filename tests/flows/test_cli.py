@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from servers import refusing
 from toy_project import REPOSITORY, dvc, make_photos, quiet, ran
 
+from dreambooth import __version__
 from dreambooth.errors import PipelineError
 from flows import batch, cli
 from flows.cli import _way_back
@@ -36,6 +38,12 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     done = dreambooth(tmp_path, "--help")
     assert "personalise" in done.stdout.lower()
     assert json.loads(done.stdout.splitlines()[-1]) == []
+
+
+def test_the_version_is_told_without_a_project_and_imports_nothing_heavy(tmp_path: Path) -> None:
+    done = dreambooth(tmp_path, "--version")
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [f"dreambooth {__version__}", "[]"]
 
 
 def test_outside_of_a_project_the_next_step_is_named(tmp_path: Path) -> None:
@@ -210,14 +218,40 @@ def test_stages_that_have_not_come_to_their_end_failed_or_did_not_run() -> None:
     assert undone_stages(stale, stale, []) == {}
 
 
-def test_a_server_that_does_not_answer_is_a_line_with_the_next_step(
+def test_a_server_that_does_not_answer_is_a_line_with_the_next_step_and_a_preset_is_said_to_stay(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
-    done = dreambooth(project, "run", "rex")
+    (project / "params").mkdir()
+    (project / "params" / "short.yaml").write_text("train:\n  max_train_steps: 7\n")
+    done = dreambooth(project, "run", "rex", "--preset", "short")
     assert done.returncode == 9
-    assert done.stderr.splitlines()[-1].startswith("E_PIPELINE: Failed to reach API at http://127.0.0.1:9/api")
+    kept, told = done.stderr.splitlines()[-2:]
+    assert told.startswith("E_PIPELINE: Failed to reach API at http://127.0.0.1:9/api")
+    assert kept.startswith("params.yaml keeps the values of short; to go back: ")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("status", "remedy"), [(401, "PREFECT_API_AUTH_STRING as its server has it"), (404, "http://HOST:4200/api")]
+)
+def test_a_server_that_refuses_is_a_row_of_the_doctor_and_a_line_of_what_needs_it(
+    project: Path, monkeypatch: pytest.MonkeyPatch, status: int, remedy: str
+) -> None:
+    with refusing(status) as address:
+        monkeypatch.setenv("PREFECT_API_URL", f"{address}/api")
+        looked = dreambooth(project, "doctor")
+        forgot = dreambooth(project, "forget", "rex")
+        ran = dreambooth(project, "run", "rex")
+    assert looked.returncode == 1
+    assert remedy in " ".join(looked.stdout.split())
+    assert "libraries" in looked.stdout
+    assert (forgot.returncode, ran.returncode) == (9, 9)
+    assert remedy in forgot.stderr
+    assert len(forgot.stderr.splitlines()) == 1
+    for done in (looked, forgot, ran):
+        assert "Traceback" not in done.stderr
 
 
 class Painter:

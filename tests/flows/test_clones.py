@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from prefect.states import Failed
+from servers import refusing
 from toy_project import REPOSITORY, dvc, git, kill_tree, make_origin, make_toy_project, post, prefect, quiet, worker
 from waiting import await_true
 
@@ -22,6 +24,7 @@ from dreambooth.yaml12 import load_yaml
 from flows import clones
 from flows.clone import PAUSES, RETRIES, _may_pass, hand_back
 from flows.graph import Graph
+from flows.program import failed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SUBJECTS = {"biscuit": "dog", "rex": "dog", "bad": "dog", "mug": "cup", "pot": "cup", "jar": "cup"}
@@ -240,6 +243,26 @@ def test_outputs_that_a_remote_does_not_take_stay_and_are_sent_when_it_does(proj
     remote.unlink()
     clones.publish(project, ["validate@rex"])
     assert [path for path in remote.rglob("*") if path.is_file()]
+
+
+@pytest.mark.fault(28)
+def test_a_remote_that_refuses_is_said_in_a_line_with_its_reason_and_is_asked_once(project: Path) -> None:
+    dvc(project, "repro", "validate@rex")
+    with refusing(403) as address:
+        dvc(project, "remote", "add", "--default", "store", f"{address}/store")
+        with pytest.raises(PipelineError) as refused:
+            clones.publish(project, ["validate@rex"])
+    message = str(refused.value)
+    assert re.search(r"dvc push in .* - 403, message='Forbidden'.*failed to upload; mend that", message)
+    assert len(message.splitlines()) == 1
+    assert not _may_pass(None, None, failed(refused.value))
+
+
+def test_a_machine_without_git_is_told_so_in_a_line(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys, "executable", str(project / "python"))  # beside which git may lie
+    with pytest.raises(PipelineError, match=r"git in .*: git is not there; install .* then run again"):
+        clones.git(project, "status")
 
 
 def test_a_folder_is_fetched_by_its_hash_and_one_that_the_remote_lacks_is_named(origin: Path, tmp_path: Path) -> None:

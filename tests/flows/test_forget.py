@@ -17,7 +17,7 @@ from toy_project import REPOSITORY, dvc, make_photos, quiet
 
 from dreambooth import erasure
 from dreambooth.erasure import Holdings
-from dreambooth.errors import ParamsError, SubjectError
+from dreambooth.errors import ParamsError, PipelineError, SubjectError
 from dreambooth.locks import AlreadyRunningError, only_one
 from dreambooth.params import names_id
 from flows import dvcstore, prefectstore
@@ -76,7 +76,7 @@ def test_a_comment_at_the_margin_ends_no_entry() -> None:
 @pytest.fixture
 def no_prefect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefectstore, "server", lambda: None)
-    monkeypatch.setattr(prefectstore, "_database_file", lambda: None)
+    monkeypatch.setattr(prefectstore, "_database_file", lambda: Path("nowhere"))
 
 
 def add_entry(root: Path, subject_id: str) -> None:
@@ -292,8 +292,10 @@ def test_what_a_stage_is_writing_is_not_erased_and_what_a_killed_one_wrote_is(pr
     notes.parent.mkdir(parents=True, exist_ok=True)
     written = str(project / "build/rex/evaluation")
     notes.write_text(json.dumps({"write": {written: {"pid": os.getpid(), "cmd": "dvc repro"}}}))
-    with pytest.raises(AlreadyRunningError, match=f"build/rex/evaluation is being computed: pid {os.getpid()}"):
-        _refuse_beside_stages(project, "rex")
+    (project.parent / "linked").symlink_to(project)
+    for root in (project, project.parent / "linked"):
+        with pytest.raises(AlreadyRunningError, match=f"build/rex/evaluation is being computed: pid {os.getpid()}"):
+            _refuse_beside_stages(root, "rex")
     _refuse_beside_stages(project, "biscuit")
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
@@ -338,6 +340,53 @@ def test_a_subject_with_the_name_of_a_module_takes_nobody_s_runs(project: Path) 
     assert dvcstore.kept_of(project, "rex").runs == {"ab/abcd/ef01"}
 
 
+@pytest.mark.usefixtures("no_prefect")
+@pytest.mark.threat(23)
+@pytest.mark.parametrize("name", ["dvc.lock", "data/subjects/biscuit.dvc"])
+def test_what_names_the_objects_of_dvc_is_mended_before_anything_is_erased(project: Path, name: str) -> None:
+    (project / name).write_text("<<<<<<< HEAD\nschema: '2.0'\n=======\n")
+    with pytest.raises(PipelineError, match=rf"{name} cannot be read \(line 2, .*\); mend it") as told:
+        inventory(project, "rex")
+    assert len(str(told.value).splitlines()) == 1
+
+
+@pytest.mark.usefixtures("no_prefect")
+@pytest.mark.threat(23)
+def test_empty_and_torn_entries_of_the_run_cache_are_passed_over_and_one_that_names_the_subject_goes(
+    project: Path,
+) -> None:
+    texts = {"aa": "", "bb": "cmd: python x.py rex\ndeps:\n- {path: 'mod", "cc": "cmd: x biscuit\ndeps: [", "dd": "- 1"}
+    entries = {name: project / f".dvc/cache/runs/{name}/{name}00/ee" for name in texts}
+    for name, file in entries.items():
+        file.parent.mkdir(parents=True)
+        file.write_text(texts[name])
+    erase(project, inventory(project, "rex"))
+    assert [name for name, file in entries.items() if file.exists()] == ["aa", "cc", "dd"]
+
+
+@pytest.mark.usefixtures("no_prefect")
+@pytest.mark.threat(23)
+def test_a_remote_that_cannot_be_read_is_said_and_what_it_may_have_is_erased_elsewhere(
+    project: Path, tmp_path: Path
+) -> None:
+    dvc(project, "remote", "add", "--default", "box", str(tmp_path / "remote"))
+    dvc(project, "add", "data/subjects/rex")
+    dvc(project, "push")
+    objects = [path for path in (tmp_path / "remote/files").rglob("*") if path.is_file()]
+    for path in (project / ".dvc/cache/files").rglob("*"):
+        if path.is_file() and path.suffix != ".dir":  # the list of them stays
+            path.unlink()
+    loop = tmp_path / "remote/runs/ab/abcd/ef"
+    loop.parent.mkdir(parents=True)
+    loop.symlink_to(loop)
+    found = inventory(project, "rex")
+    assert found.places["objects of DVC (cache and remotes)"] == len(objects) == 4
+    erase(project, found)
+    (line,) = [line for line in found.out_of_reach if line.startswith("DVC remote box: ")]
+    assert "symbolic links" in line
+    assert not any(path.exists() for path in objects)
+
+
 def left_copies(root: Path) -> list[Path]:
     """Make what a killed run and a killed sweep leave: copies of the project with photos and weights."""
     folders = [root / ".scratch/clone-a1b2c3d4", root / ".dvc/tmp/exps/standalone/tmpa1b2c3d4"]
@@ -352,7 +401,7 @@ def test_copies_that_killed_runs_and_sweeps_left_are_listed_and_erased(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prefectstore, "server", lambda: None)
-    monkeypatch.setattr(prefectstore, "_database_file", lambda: None)
+    monkeypatch.setattr(prefectstore, "_database_file", lambda: Path("nowhere"))
     folders = left_copies(project)
     with pytest.raises(SubjectError):  # a typing error is told, whatever was left
         inventory(project, "nobody")
@@ -393,6 +442,24 @@ def test_a_server_that_a_profile_of_prefect_names_is_asked(tmp_path: Path) -> No
             command, cwd=REPOSITORY, env={**environment, **more}, capture_output=True, text=True, check=True
         )
         assert done.stdout.strip() == said
+
+
+def test_the_database_that_a_profile_of_prefect_names_is_looked_at_and_one_that_is_no_sqlite_is_said(
+    tmp_path: Path,
+) -> None:
+    environment = {**quiet(tmp_path), "PREFECT_API_URL": ""}
+    program = "from flows.prefectstore import _database_file as file, count, erase; "
+    program += "print(file(), count('rex'), *erase('rex'))"
+    for url, said in (
+        (f"sqlite+aiosqlite:///{tmp_path}/ours.db", f"{tmp_path}/ours.db 0"),
+        ("postgresql+asyncpg://u:canary@db/prefect", "None 0 flow runs that name the subject in the database of"),
+    ):
+        profile = f'active = "box"\n[profiles.box]\nPREFECT_SERVER_DATABASE_CONNECTION_URL = "{url}"\n'
+        (tmp_path / "profiles.toml").write_text(profile)
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip().startswith(said)
+        assert "canary" not in done.stdout
 
 
 @pytest.mark.slow

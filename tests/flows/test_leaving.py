@@ -12,10 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from toy_project import REPOSITORY, kill_tree, post, quiet
+from toy_project import REPOSITORY, kill_tree, make_origin, post, quiet
 from waiting import await_true
 
 from dreambooth.interruption import ONE_REQUEST, is_alive
+from flows.clones import SWEEPS
 from flows.leaving import in_words
 
 SAVES = """
@@ -26,7 +27,7 @@ SAVES = """
             while not stop:
                 time.sleep(0.1)
             time.sleep(float(Path("seconds").read_text()))
-            Path("saved").touch()
+            Path(os.environ.get("TOY_SAVED", "saved")).touch()
             sys.stderr.write("E_INTERRUPTED: stopped after step 3 of 9, state saved\\n")
             raise SystemExit(75)
 """
@@ -67,6 +68,44 @@ def training(
     finally:
         kill_tree(run.pid)
         run.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.fault(17)
+@pytest.mark.parametrize(
+    ("number", "is_group"), [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)]
+)
+def test_a_sweep_that_is_told_to_stop_lets_its_stage_save_its_state_says_so_and_leaves_no_process(
+    saving: Path, tmp_path: Path, number: signal.Signals, is_group: bool
+) -> None:
+    """A service manager tells the command alone, `timeout` and a terminal its whole group."""
+    (saving / "data/base/emoji64/kept").touch()  # git knows no empty folder
+    make_origin(saving)
+    saved = tmp_path / "saved"
+    environment = {**os.environ, "COLUMNS": "160", "PYTHONPATH": str(REPOSITORY), "TOY_SAVED": str(saved)}
+    command = [sys.executable, "-m", "flows.cli", "sweep", "rex", "-S", "train.seed=1,2"]
+    with (saving / "said").open("w") as said:
+        run = subprocess.Popen(
+            command, cwd=saving, env=environment, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        experiments = saving / SWEEPS
+        await_true(lambda: run.poll() is not None or any(experiments.glob("*/started-train-rex")), patience=120)
+        assert run.poll() is None, (saving / "said").read_text()
+        below = psutil.Process(run.pid).children(recursive=True)
+        assert len(below) >= 2  # DVC and the stage
+        (os.killpg if is_group else os.kill)(run.pid, number)
+        assert run.wait(60) == 75
+        assert not [process for process in below if is_alive(process)]
+    finally:
+        kill_tree(run.pid)
+        run.wait()
+    assert saved.exists()
+    assert (saving / "said").read_text().splitlines()[-2:] == [
+        "stopping: the stages save their state first; the same signal again ends them at once",
+        "E_INTERRUPTED: stopped; the same command continues",
+    ]
+    assert not list((saving / "reports").glob("sweep-*.csv"))  # nothing failed
 
 
 def locks_of_dvc(root: Path) -> object:

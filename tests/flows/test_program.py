@@ -3,8 +3,9 @@
 import pytest
 from httpx import ConnectError, HTTPStatusError, ReadTimeout, Request, Response
 
+from dreambooth.errors import MACHINE_FAULT, PipelineError
 from flows import program
-from flows.program import is_away, left, patiently
+from flows.program import exit_code, failed, is_away, left, patiently, reached
 
 REQUEST = Request("GET", "http://server/api")
 
@@ -73,3 +74,45 @@ def test_an_artifact_that_the_server_does_not_take_costs_no_run(monkeypatch: pyt
     assert taken == [("table", "key", "words")]
     with pytest.raises(HTTPStatusError):
         left(lambda *_, **__: (_ for _ in ()).throw(refusal(422)), "table", "key")  # our own mistake is told
+
+
+@pytest.mark.parametrize(
+    ("status", "remedy"),
+    [
+        (401, "PREFECT_API_AUTH_STRING as its server has it, or PREFECT_API_KEY"),
+        (403, "PREFECT_API_AUTH"),
+        (404, "/api"),
+    ],
+)
+def test_a_server_that_refuses_is_a_line_that_names_what_it_would_have(status: int, remedy: str) -> None:
+    with pytest.raises(PipelineError) as told, reached():
+        raise refusal(status)
+    assert str(told.value).startswith(f"{status} (")
+    assert remedy in str(told.value)
+    assert len(str(told.value).splitlines()) == 1
+    with pytest.raises(HTTPStatusError), reached():
+        raise refusal(422)  # our own mistake
+
+
+@pytest.mark.threat(17)
+def test_a_password_in_an_address_is_in_no_state_and_on_no_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    error = PipelineError("git clone: http://somebody:canary@host/project.git: no such host")
+
+    def clone() -> list[str]:
+        raise error
+
+    assert exit_code(clone) == PipelineError.exit_code
+    exit_code(lambda: [str(error)])
+    for said in (str(failed(error, "hand back").message), *capsys.readouterr().err.splitlines()):
+        assert "http://***@host/project.git" in said
+        assert "canary" not in said
+
+
+def test_what_the_machine_lacks_is_a_line_and_a_fault_of_ours_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def write() -> list[str]:
+        raise OSError(28, "No space left on device")
+
+    assert exit_code(write) == MACHINE_FAULT
+    assert capsys.readouterr().err.startswith("E_DISK_FULL: the disk: no space left")
+    with pytest.raises(RuntimeError, match="ours"):
+        exit_code(lambda: (_ for _ in ()).throw(RuntimeError("ours")))

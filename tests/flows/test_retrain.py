@@ -12,6 +12,7 @@ from registered import write_export
 from test_cli import dreambooth
 from toy_project import REPOSITORY, dvc, quiet
 
+from dreambooth import versions
 from dreambooth.params import load_params
 from dreambooth.registry import register
 from flows.graph import Graph
@@ -94,6 +95,21 @@ def test_what_a_clone_made_and_could_not_register_is_stale(registered: Path, tin
     dvc(registered, "commit", "--force", "--quiet")
     shutil.rmtree(registered / "export")
     assert stale(registered, files=False) == {"rex": ("the export is not registered",)}
+
+
+@pytest.mark.slow
+def test_dvc_lock_is_read_once_for_all_subjects_and_again_when_it_changed(
+    registered: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, load = list[str](), versions.load_yaml
+    monkeypatch.setattr(versions, "load_yaml", lambda text: [read.append(text), load(text)][1])
+    (registered / "dvc.lock").touch()  # the fixture may have read it
+    assert stale(registered, files=False) == {}
+    assert len(read) == 1
+    write_export(registered, tiny_model_folder, "2" * 64, "rex")
+    dvc(registered, "commit", "--force", "--quiet")
+    assert stale(registered, files=False) == {"rex": ("the export is not registered",)}
+    assert len(read) == 2
 
 
 @pytest.mark.slow

@@ -40,3 +40,19 @@ def test_one_process_runs_what_is_asked_for_and_keeps_the_schedule(
             await_true(lambda: post(prefect_server, "flow_runs/filter", nightly))
         finally:
             served.terminate()
+
+
+def test_outside_of_a_project_or_without_what_it_serves_a_line_says_so(project: Path, tmp_path: Path) -> None:
+    environment = {**quiet(tmp_path / "prefect"), "PYTHONPATH": str(REPOSITORY)}
+    for folder, message in ((tmp_path, "no dvc.yaml and params.yaml in "), (project, f"{project}/prefect.yaml is not")):
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.serve"],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 9
+        assert done.stderr.startswith(f"E_PIPELINE: {message}")
+        assert len(done.stderr.splitlines()) == 1
