@@ -43,6 +43,17 @@ class _Place:
     root: str
     odb: Any
 
+    def require_erasable(self) -> None:
+        """Refuse a web server: DVC can delete nothing there, and one that does not answer looks empty.
+
+        Raises:
+            PipelineError: it is one.
+        """
+        if self.fs.protocol in ("http", "https"):
+            raise PipelineError(
+                f"{self.root} is a web server, where DVC deletes nothing; delete there what it was sent"
+            )
+
 
 def kept_of(root: Path, subject_id: str) -> Kept:
     """Find the objects and runs of a subject in dvc.lock, .dvc files, their git history, and the run caches.
@@ -61,6 +72,7 @@ def kept_of(root: Path, subject_id: str) -> Kept:
     with _places(root) as places:
         for place in places:
             with _noted(place, left):
+                place.require_erasable()
                 for name, text in _run_entries(place):
                     entry = _values(text)
                     if entry is None:  # empty or torn: DVC passes it over
@@ -82,6 +94,7 @@ def erase(root: Path, kept: Kept) -> list[str]:
     with _places(root) as places:
         for place in places:
             with _noted(place, left):
+                place.require_erasable()
                 for oid in sorted(kept.objects):
                     _remove(place.fs, place.odb.oid_to_path(oid))
                 for run in sorted(kept.runs):

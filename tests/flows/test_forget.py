@@ -387,6 +387,17 @@ def test_a_remote_that_cannot_be_read_is_said_and_what_it_may_have_is_erased_els
     assert not any(path.exists() for path in objects)
 
 
+def test_a_remote_on_a_web_server_is_said_to_keep_what_it_has_whether_it_answers_or_not(project: Path) -> None:
+    dvc(project, "remote", "add", "--default", "web", "http://127.0.0.1:9/store")
+    dvc(project, "add", "data/subjects/rex")
+    found = inventory(project, "rex")
+    receipt = erase(project, found)
+    line = "DVC remote web: http://127.0.0.1:9/store is a web server, where DVC deletes nothing; "
+    line += "delete there what it was sent"
+    assert found.out_of_reach.count(line) == 1
+    assert line in json.loads(receipt.read_text())["out_of_reach"]
+
+
 def left_copies(root: Path) -> list[Path]:
     """Make what a killed run and a killed sweep leave: copies of the project with photos and weights."""
     folders = [root / ".scratch/clone-a1b2c3d4", root / ".dvc/tmp/exps/standalone/tmpa1b2c3d4"]
