@@ -325,7 +325,7 @@ def _call(command: list[str], folder: Path, check: bool = True) -> "subprocess.C
             f"{name} in {folder}: {error.filename} is not there; install or make it, then run again"
         ) from None
     if check and done.returncode:
-        verb = next((word for word in command[1:] if word.isalpha() and word != "dvc"), "")
+        verb = next((word for word in command[1:] if re.fullmatch("[a-z][a-z-]+", word) and word != "dvc"), "")
         words = _last_words(done.stderr) or f"exit {done.returncode}"
         raise PipelineError(f"{name} {verb} in {folder}: {words}; mend that, then run again")
     return done

@@ -4,7 +4,7 @@ Where nothing changed it ends in seconds, without torch. Without a schedule: pre
 """
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -98,6 +98,7 @@ def retrain(
         subjects = choose_subjects(params, _ids(subject))
         graph = Graph.load(project, allow_missing=deployment == CLONE).select(subjects)
         stale = find_stale(project, graph, subjects, oldest_days, files=deployment != CLONE)
+        revision = {"revision": clones.head_of(project)} if deployment == CLONE and stale else {}
     except DreamboothError as error:
         return failed(error)
     if not stale:
@@ -106,7 +107,6 @@ def retrain(
         get_run_logger().info("%s: %s", one, ", ".join(reasons))
     if len(stale) > 1 and not has_limit():
         get_run_logger().warning("%s", without_limit())
-    revision = {"revision": clones.head_of(project)} if deployment == CLONE else {}
     if deployment == CLONE:
         _draw_classes(project, params, graph, stale, revision)
     works = _run_subjects(project, params, stale, deployment, revision)
@@ -215,10 +215,9 @@ def _draw_classes(root: Path, params: Params, graph: Graph, stale: Collection[st
     ]
     _await(works)
     for work in works:
-        if work.is_done:
-            clones.take_back(root, clones.repository_of(root), str(work.run.id), work.keys)
-        else:
+        if not work.is_done:
             get_run_logger().warning("%s: no class images: %s", work.keys[0], "; ".join(work.faults))
+    _take_back(root, works)
 
 
 def _run_subjects(
@@ -236,9 +235,19 @@ def _run_subjects(
     ]
     _await(works)
     if deployment == CLONE:
-        for work in works:
-            clones.take_back(root, clones.repository_of(root), str(work.run.id), work.keys)
+        _take_back(root, works)
     return works
+
+
+def _take_back(root: Path, works: Iterable[Work]) -> None:
+    """Take what clones made into dvc.lock; what git does not give is made again by the next run, from the remote."""
+    for work in works:
+        try:
+            found, why = clones.take_back(root, clones.repository_of(root), str(work.run.id), work.keys), "no branch"
+        except DreamboothError as error:
+            found, why = False, str(error)
+        if not found and work.is_done:
+            get_run_logger().warning("%s: dvc.lock stays as it was: %s", " ".join(work.keys), why)
 
 
 def _start(

@@ -129,6 +129,21 @@ def test_an_unchanged_project_is_skipped_without_torch(
 
 
 @pytest.mark.fault(36)
+def test_clones_of_a_project_without_git_are_refused_in_one_line(
+    project: Path, prefect_home: Path, prefect_server: str
+) -> None:
+    program = (
+        "import sys; from flows.retrain import retrain;"
+        "print(retrain('rex', 'personalize/clone', root=sys.argv[1], return_state=True).message)"
+    )
+    environment = {**quiet(prefect_home), "PREFECT_API_URL": prefect_server, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, project], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("E_PIPELINE: git rev-parse in ")
+    assert "Traceback" not in done.stderr
+
+
 def test_the_same_work_has_the_same_key_and_other_photos_or_parameters_another(project: Path) -> None:
     def key(subject: str = "rex") -> str:
         return inputs_hash(project, load_params(project / "params.yaml"), subject, ["never ran"])
