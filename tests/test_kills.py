@@ -436,9 +436,6 @@ def test_a_killed_dvc_repro_leaves_no_process_and_the_next_one_continues(
     tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, shell: str
 ) -> None:
     monkeypatch.setenv("SHELL", f"/bin/{shell}")
-    for name in ("DVC_SITE_CACHE_DIR", "DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / name))
-    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     values = tiny_values()
     values["train"] |= {"max_train_steps": 3000, "checkpointing_steps": 5, "train_batch_size": 1}
