@@ -30,7 +30,7 @@ def await_true(
         time.sleep(pause)
 
 
-def await_server(address: str, process: "subprocess.Popen[Any]", log: Path, patience: float = 600) -> None:
+def await_server(address: str, process: "subprocess.Popen[Any]", log: Path, patience: float = 300) -> None:
     """Wait until a server answers; fail with the end of its log if it does not, or has ended."""
     deadline = time.monotonic() + patience
     while not answers(address):
