@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -13,7 +15,19 @@ import psutil
 import pytest
 from tiny_project import REPOSITORY, add_photos
 
-from benchmarks.bench import VARIANTS, Measured, derive, floors, main, measure, report, second_subject, table
+from benchmarks.bench import (
+    VARIANTS,
+    Kept,
+    Measured,
+    comparison_key,
+    derive,
+    floors,
+    main,
+    measure,
+    report,
+    second_subject,
+    table,
+)
 from benchmarks.floors import Peaks, Work, count_work
 from benchmarks.recipe import Ours, Recipe, Reference, Variant, find_script
 from benchmarks.usage import CommandError, Usage, run
@@ -210,10 +224,18 @@ def test_the_script_is_found_in_a_checkout(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("there", [("short", "checkpoint"), pytest.param((), marks=pytest.mark.nightly)])
 def test_the_benchmark_runs_at_toy_size_and_says_what_it_did_not_measure(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: Sequence[str]
 ) -> None:
-    (tmp_path / "train_dreambooth.py").write_text(SCRIPT)
+    """Each of our four runs is four processes: those that are there were measured before a stop."""
+    script = tmp_path / "train_dreambooth.py"
+    script.write_text(SCRIPT)
+    recipe = replace(recipe, steps=3, train_batch_size=1)
+    for variant in there:
+        folder = tmp_path / "scratch" / comparison_key(recipe, script)
+        folder.mkdir(parents=True, exist_ok=True)
+        Kept(folder / "runs.json").run(f"1 {variant} ours", lambda: Usage(9.0, 9.0, 99.0))
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     arguments = {
         "reference": tmp_path, "base": recipe.base, "photos": recipe.photos, "resolution": 32, "steps": 3,

@@ -97,6 +97,7 @@ def repro(root: Path, *arguments: str, path: str | None = None) -> "subprocess.C
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_from_icon_packages_to_model_scorer_and_cards_and_then_nothing_to_do(toy_project: Path) -> None:
     done = repro(toy_project)
