@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import psutil
 import pytest
 from tiny_project import REPOSITORY, add_photos
 
+from benchmarks import usage
 from benchmarks.bench import (
     VARIANTS,
     Kept,
@@ -212,6 +214,17 @@ def test_the_cost_of_a_command_is_that_of_its_process(tmp_path: Path) -> None:
     cost = run([sys.executable, "-c", work], tmp_path, os.environ, tmp_path / "log")
     assert cost.memory > 200
     assert cost.cpu > 0
+
+
+def test_a_port_for_a_server_is_one_that_nobody_has_and_no_outgoing_connection_gets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = usage.free_port()
+    handed_out = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    assert not handed_out.exists() or usage.PORTS.stop <= int(handed_out.read_text().split()[0])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setattr(usage, "PORTS", [taken.getsockname()[1], free])
+        assert {usage.free_port() for _ in range(20)} == {free}
 
 
 def test_the_script_is_found_in_a_checkout(tmp_path: Path) -> None:
