@@ -15,7 +15,7 @@ help:
 	@echo "make demo    personalise the demo subjects on the bundled model (minutes, no GPU, no network)"
 	@echo "make test    pass the tests"
 	@echo "make nightly pass these and the tests that take minutes each"
-	@echo "make gpu     pass the tests of what a GPU alone does; make test calls it where there is one"
+	@echo "make gpu     pass the tests of what a GPU alone does"
 	@echo "make check   style and types"
 	@echo "make bench   time and memory of the whole recipe; REFERENCE=train_dreambooth.py compares with diffusers' script"
 	@echo "make faults  every fault and threat with the tests that prove it"
@@ -25,9 +25,6 @@ demo: .venv/ready          ## photos -> evaluated, exported and registered model
 
 test: .venv/ready          ## real servers, processes and kills too
 	$(PYTEST)
-	@if $(BIN)/python -c 'import sys; from dreambooth.drivers import has_gpu; sys.exit(not has_gpu())'; then \
-		$(MAKE) gpu; \
-	fi
 
 nightly: .venv/ready       ## these, and the ones that take minutes each
 	$(PYTEST) -m ""

@@ -100,9 +100,14 @@ def _index(kind: str) -> dict[str, Any]:
     return {"_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.42.1", **index}
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write one into a folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=list(UNET))
     parser.add_argument("folder", type=Path)
     given = parser.parse_args()
     write(given.kind, given.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,11 @@
 """Throw mutated photos at `open_photo`: each is a picture or one line with a code, in bounded time and memory.
 
-`python -m benchmarks.fuzz [COUNT] [SEED]`; 10,000 files without arguments. The same seed gives the same files.
+    python -m benchmarks.fuzz [COUNT] [SEED]
+
+10,000 files without arguments. The same seed gives the same files.
 """
 
+import argparse
 import io
 import resource
 import sys
@@ -82,14 +85,16 @@ def run(count: int, seed: int, limits: Photos, folder: Path) -> Counter[str]:
 
 def main() -> None:
     """Fuzz and print what became of the files, the time and the memory."""
-    given = [int(word) for word in sys.argv[1:3]]
-    count, seed = (given + [10_000, 0][len(given) :])[:2]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("count", nargs="?", type=int, default=10_000, help="files")
+    parser.add_argument("seed", nargs="?", type=int, default=0)
+    given = parser.parse_args()
     limits, start = load_params(Path("params.yaml")).photos, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        outcomes = run(count, seed, limits, Path(folder))
+        outcomes = run(given.count, given.seed, limits, Path(folder))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
     told = ", ".join(f"{code} {number}" for code, number in outcomes.most_common())
-    sys.stdout.write(f"{count} files in {time.monotonic() - start:.0f} s, peak {peak:.0f} MB: {told}\n")
+    sys.stdout.write(f"{given.count} files in {time.monotonic() - start:.0f} s, peak {peak:.0f} MB: {told}\n")
 
 
 def _outcome(path: Path, limits: Photos) -> tuple[str, bool]:

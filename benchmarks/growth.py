@@ -120,6 +120,8 @@ class Place:
             "PREFECT_HOME": str(self.folder / "prefect"),
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            "DVC_SITE_CACHE_DIR": str(self.folder / "dvc"),
+            "DVC_NO_ANALYTICS": "1",
             "HF_HUB_OFFLINE": "1",
         }
         environment = {**os.environ, **own}
@@ -215,8 +217,6 @@ TABLES = {
 
 def _many(place: Place, name: str, count: int) -> Path:
     """Make a project of so many subjects with this repository's stages under DVC."""
-    from dvc.repo import Repo
-
     names = [f"subject-{number:04d}" for number in range(count)]
 
     def change(values: dict[str, Any]) -> None:
@@ -229,7 +229,7 @@ def _many(place: Place, name: str, count: int) -> Path:
     for folder in ("dreambooth", "stages"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "dvc.yaml", root)
-    Repo.init(str(root), no_scm=True).close()
+    place.run(root, "dvc", "init", "--no-scm", "--quiet")
     return root
 
 

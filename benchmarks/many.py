@@ -10,7 +10,6 @@ of its own. CPU seconds are those of the command alone; wall seconds mean someth
 import argparse
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from benchmarks import usage
 from benchmarks.recipe import ROOT
+from benchmarks.usage import CommandError
 from dreambooth import tracking
 from dreambooth.folders import content_hash, new_folder
 from dreambooth.versions import HASH_TAG
@@ -32,10 +32,8 @@ OUTPUTS = ("build/{}/instance", "models/{}", "build/{}/evaluation", "reports/{}"
 RETRAIN = "from flows.retrain import retrain; state = retrain(return_state=True); print(state.name, state.message)"
 
 
-def make_project(root: Path, count: int) -> list[str]:
+def make_project(root: Path, count: int, environment: dict[str, str]) -> list[str]:
     """Make a project of so many subjects whose stages never ran; return their ids."""
-    from dvc.repo import Repo
-
     ignored = shutil.ignore_patterns("__pycache__")
     for name in ("dreambooth", "stages", "data/prompts", "data/classes"):
         shutil.copytree(ROOT / name, root / name, ignore=ignored)
@@ -56,11 +54,16 @@ def make_project(root: Path, count: int) -> list[str]:
         folder.mkdir(parents=True)
         for number in range(4):
             (folder / f"{number}.png").write_bytes(f"{name} {number}".encode())
-    Repo.init(str(root), no_scm=True).close()
+    dvc(root, environment, "init", "--no-scm")
     return subjects
 
 
-def pretend(root: Path, subjects: list[str]) -> None:
+def dvc(root: Path, environment: dict[str, str], *arguments: str) -> None:
+    """Run the dvc command in a project."""
+    subprocess.run([sys.executable, "-m", "dvc", *arguments, "--quiet"], cwd=root, env=environment, check=True)
+
+
+def pretend(root: Path, subjects: list[str], environment: dict[str, str]) -> None:
     """Write what the stages would have made, and register the exports."""
     (root / "metrics").mkdir()
     folders = [f"build/classes/class-{number}" for number in range(CLASSES)]
@@ -70,7 +73,7 @@ def pretend(root: Path, subjects: list[str]) -> None:
     for place in folders:
         with new_folder(root / place, {"what": place}) as folder:
             (folder / "file.txt").write_text(place)
-    subprocess.run([sys.executable, "-m", "dvc", "commit", "--quiet", "--force"], cwd=root, check=True)
+    dvc(root, environment, "commit", "--force")
     client, _ = tracking.connect(root)
     for name in subjects:
         client.create_registered_model(name)
@@ -80,10 +83,8 @@ def pretend(root: Path, subjects: list[str]) -> None:
 @contextmanager
 def prefect_server(environment: dict[str, str], log: Path) -> Iterator[str]:
     """Start a server on a free port; yield the address of its API."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
+    port = usage.free_port()
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with log.open("w") as out, subprocess.Popen(command, env=environment, stdout=out, stderr=out) as server:
         try:
             while True:
@@ -91,6 +92,9 @@ def prefect_server(environment: dict[str, str], log: Path) -> Iterator[str]:
                     with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=2):
                         break
                 except OSError:
+                    if server.poll() is not None:
+                        last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+                        raise CommandError(f"the server of Prefect ended with {server.returncode}:\n{last}") from None
                     time.sleep(1)
             yield f"http://127.0.0.1:{port}/api"
         finally:
@@ -111,15 +115,17 @@ def measure(folder: Path, planned: int, unchanged: int) -> None:
         "PREFECT_HOME": str(folder / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
+        "DVC_SITE_CACHE_DIR": str(folder / "dvc"),
+        "DVC_NO_ANALYTICS": "1",
     }
     environment.pop("DREAMBOOTH_HOME", None)
     dreambooth = [sys.executable, "-m", "flows.cli"]
     log = folder / "log"
     many, few = folder / "planned", folder / "unchanged"
     if planned and not many.exists():
-        make_project(many, planned)
+        make_project(many, planned, environment)
     if unchanged and not few.exists():
-        pretend(few, make_project(few, unchanged))
+        pretend(few, make_project(few, unchanged, environment), environment)
     if planned:
         say(f"plan, {planned} subjects that never ran", usage.run([*dreambooth, "plan"], many, environment, log))
     if unchanged:

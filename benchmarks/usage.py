@@ -1,8 +1,10 @@
 """Run a command as its user would, and say what it cost: wall time, CPU time, and the most memory it held."""
 
 import os
+import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +16,8 @@ from pathlib import Path
 
 MEGABYTE = 1e6
 POLL_SECONDS = 0.2
+# Below 32768, where Linux begins to give outgoing connections their ports: none takes this one before its server does.
+PORTS = range(20000, 32000)
 
 
 class CommandError(Exception):
@@ -88,6 +92,15 @@ def run(command: Sequence[str], folder: Path, environment: Mapping[str, str], lo
         last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise CommandError(f"{' '.join(command[:4])} ... exited with {process.returncode}:\n{last}")
     return Usage(wall, cpu, memory * 1024 / MEGABYTE, watch.peak)
+
+
+def free_port() -> int:
+    """Return a port for a server on which nobody listens."""
+    while True:
+        port = secrets.choice(PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class _GpuWatch:

@@ -11,11 +11,16 @@ from typing import Any
 import pytest
 from tiny_project import TINY_RESOLUTION, make_project, tiny_values, write_tokenizer
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("DO_NOT_TRACK", "1")
-os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+# Who exports what docs/operations.md says, or runs the tests in a hook of git, keeps project, servers and repository.
+OF_THE_USER = ("DREAMBOOTH_", "PREFECT_", "MLFLOW_", "DVC_", "GIT_")
+for name in [name for name in os.environ if name.startswith(OF_THE_USER) or name == "HF_TOKEN"]:
+    del os.environ[name]
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+os.environ["DO_NOT_TRACK"] = "1"
+os.environ["DVC_TEST"] = "true"  # tells nobody, and asks nobody for a newer version
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("DREAMBOOTH_TRACKING", "off")  # a new database takes seconds; who tests tracking takes this away
+os.environ["DREAMBOOTH_TRACKING"] = "off"  # a new database takes seconds; who tests tracking takes this away
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models lose more to the threads' meetings than they win
 
 
@@ -37,11 +42,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep DVC and Prefect out of the home of whoever tests."""
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("DVC_SITE_CACHE_DIR", "DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR", "PREFECT_HOME"):
+            patch.setenv(name, str(folder / name))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep every test out of the user's caches and settings."""
+    """Keep every test out of the caches and settings of the one before."""
     monkeypatch.setenv("DREAMBOOTH_CACHE", str(tmp_path / "cache"))
-    for name in ("DREAMBOOTH_SCRATCH", "MLFLOW_TRACKING_URI"):
+    for name in ("DREAMBOOTH_DEBUG", "DREAMBOOTH_HOME", "DREAMBOOTH_SCRATCH", "MLFLOW_TRACKING_URI"):
         monkeypatch.setenv(name, "")  # so that they are gone after the test as well, whoever has set them in it
         monkeypatch.delenv(name)
 
@@ -114,11 +129,14 @@ def project(tmp_path: Path, tiny_model_folder: Path, params_values: dict[str, An
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mount a file system of 3 MB in memory."""
+    """Mount a file system of 3 MB in memory: as this user, else as the root that sudo makes of it without asking."""
     place = tmp_path / "disk"
     place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("this user may not mount")
+    mount = ["mount", "-t", "tmpfs", "-o", f"size=3m,uid={os.getuid()}", "tmpfs", str(place)]
+    for ahead in ([], ["sudo", "-n"]):
+        if shutil.which((ahead or mount)[0]) and not subprocess.run([*ahead, *mount], capture_output=True).returncode:
+            break
+    else:
+        pytest.skip("no small disk: this user may not mount, nor may its sudo without a password")
     yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
+    subprocess.run([*ahead, "umount", "--lazy", str(place)], check=True)

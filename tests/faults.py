@@ -3,15 +3,14 @@
 `make faults` prints the table; with --write it becomes docs/faults.md.
 """
 
-import contextlib
-import io
+import ast
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import pytest
-
-TABLE = Path(__file__).resolve().parents[1] / "docs/faults.md"
+TESTS = Path(__file__).resolve().parent
+TABLE = TESTS.parent / "docs/faults.md"
 MISSING = "**missing**"
 
 FAULTS: Mapping[int, tuple[str, str]] = {
@@ -97,34 +96,36 @@ KINDS = {"fault": FAULTS, "threat": THREATS}
 Proofs = dict[tuple[str, int], list[str]]
 
 
-class _Collector:
-    """A plugin of pytest that takes the marks of the collected tests down."""
-
-    def __init__(self) -> None:
-        self.proofs: Proofs = {}
-        self.unknown: list[str] = []
-
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Take every fault and threat that a test says it proves."""
-        for item in items:
-            test = item.nodeid.partition("[")[0]
-            for kind, rows in KINDS.items():
-                for number in (number for mark in item.iter_markers(kind) for number in mark.args):
-                    if number not in rows:
-                        self.unknown.append(f"{test}: there is no {kind} {number}")
-                    names = self.proofs.setdefault((kind, number), [])
-                    if test not in names:
-                        names.append(test)
-
-
 def collect() -> Proofs:
-    """Return the tests that say they prove a row, by (kind, number); in a process that may import every test."""
-    collector, said = _Collector(), io.StringIO()
-    with contextlib.redirect_stdout(said):
-        code = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "-n", "0", "-m", ""], plugins=[collector])
-    if code or collector.unknown:
-        raise SystemExit("\n".join(collector.unknown) or said.getvalue())
-    return collector.proofs
+    """Return the tests that say they prove a row, by (kind, number); the files are read, not imported.
+
+    Raises:
+        SystemExit: a mark with a number of no row, or at no test.
+    """
+    proofs: Proofs = {}
+    faults: list[str] = []
+    for path in sorted(TESTS.rglob("test_*.py")):
+        tree, place = ast.parse(path.read_text(encoding="utf-8")), path.relative_to(TESTS.parent).as_posix()
+        at_tests = set()
+        for test in tree.body:
+            if not isinstance(test, ast.FunctionDef) or not test.name.startswith("test_"):
+                continue
+            for mark in (mark for decorator in test.decorator_list for mark in _marks(decorator)):
+                at_tests.add(mark)
+                kind, numbers = mark.func.attr, [ast.literal_eval(number) for number in mark.args]
+                faults += [f"{place}::{test.name}: there is no {kind} {n}" for n in numbers if n not in KINDS[kind]]
+                for number in numbers:
+                    proofs.setdefault((kind, number), []).append(f"{place}::{test.name}")
+        faults += [f"{place}:{mark.lineno}: a mark of no test" for mark in _marks(tree) if mark not in at_tests]
+    if faults:
+        raise SystemExit("\n".join(faults))
+    return {row: list(dict.fromkeys(tests)) for row, tests in proofs.items()}
+
+
+def _marks(tree: ast.AST) -> list[Any]:
+    """Return the calls of `pytest.mark.fault` and `pytest.mark.threat`, also those of the cases of a test."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    return [call for call in calls if call.func.attr in KINDS and ast.unparse(call.func.value) == "pytest.mark"]
 
 
 def render(proofs: Proofs) -> str:

@@ -2,17 +2,34 @@
 
 import itertools
 import os
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import psutil
 import pytest
 from tiny_project import REPOSITORY, add_photos
 
-from benchmarks.bench import VARIANTS, Measured, derive, floors, main, measure, report, second_subject, table
+from benchmarks import usage
+from benchmarks.bench import (
+    VARIANTS,
+    Kept,
+    Measured,
+    comparison_key,
+    derive,
+    floors,
+    main,
+    measure,
+    report,
+    second_subject,
+    table,
+)
 from benchmarks.floors import Peaks, Work, count_work
 from benchmarks.recipe import Ours, Recipe, Reference, Variant, find_script
 from benchmarks.usage import CommandError, Usage, run
@@ -199,6 +216,17 @@ def test_the_cost_of_a_command_is_that_of_its_process(tmp_path: Path) -> None:
     assert cost.cpu > 0
 
 
+def test_a_port_for_a_server_is_one_that_nobody_has_and_no_outgoing_connection_gets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = usage.free_port()
+    handed_out = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    assert not handed_out.exists() or usage.PORTS.stop <= int(handed_out.read_text().split()[0])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setattr(usage, "PORTS", [taken.getsockname()[1], free])
+        assert {usage.free_port() for _ in range(20)} == {free}
+
+
 def test_the_script_is_found_in_a_checkout(tmp_path: Path) -> None:
     place = tmp_path / "examples/dreambooth"
     place.mkdir(parents=True)
@@ -209,10 +237,18 @@ def test_the_script_is_found_in_a_checkout(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("there", [("short", "checkpoint"), pytest.param((), marks=pytest.mark.nightly)])
 def test_the_benchmark_runs_at_toy_size_and_says_what_it_did_not_measure(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: Sequence[str]
 ) -> None:
-    (tmp_path / "train_dreambooth.py").write_text(SCRIPT)
+    """Each of our four runs is four processes: those that are there were measured before a stop."""
+    script = tmp_path / "train_dreambooth.py"
+    script.write_text(SCRIPT)
+    recipe = replace(recipe, steps=3, train_batch_size=1)
+    for variant in there:
+        folder = tmp_path / "scratch" / comparison_key(recipe, script)
+        folder.mkdir(parents=True, exist_ok=True)
+        Kept(folder / "runs.json").run(f"1 {variant} ours", lambda: Usage(9.0, 9.0, 99.0))
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     arguments = {
         "reference": tmp_path, "base": recipe.base, "photos": recipe.photos, "resolution": 32, "steps": 3,
@@ -237,7 +273,26 @@ def test_without_a_reference_ours_alone_is_reported(recipe: Recipe) -> None:
     assert "reference / ours" not in text
 
 
+PROGRAMS = [
+    path.stem
+    for path in (REPOSITORY / "benchmarks").glob("*.py")
+    if f"python -m benchmarks.{path.stem}" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_says_what_is_measured_and_how(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = import_module(f"benchmarks.{name}")
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as done:
+        module.main()
+    assert done.value.code == 0
+    assert module.__doc__ in capsys.readouterr().out
+
+
 def test_help_names_the_arithmetic() -> None:
-    command = [sys.executable, "-m", "benchmarks.bench", "--help"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert "(cold - warm) / images" in done.stdout
+    from benchmarks import bench
+
+    assert "(cold - warm) / images" in str(bench.__doc__)

@@ -2,6 +2,9 @@
 
 import logging
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from dreambooth.errors import ParamsError, PipelineError
 from dreambooth.params import load_params
 from dreambooth.registry import register
 from dreambooth.versions import generation_of, predict
-from flows import batch
+from flows import batch, cli
 from flows.generate import draw_registered
 
 PROMPTS = ["a photo of {} in space", "a photo of sks, in space", "a photo of zwx"]
@@ -38,6 +41,22 @@ def fresh(tmp_path: Path, empty_database: Path) -> Path:
     root = tmp_path / "project"
     write_project(root, empty_database)
     return root
+
+
+@pytest.fixture
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """Run the command in this process, which has imported everything."""
+
+    def run(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        monkeypatch.chdir(root)
+        monkeypatch.setattr(sys, "argv", ["dreambooth", *arguments])
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        return subprocess.CompletedProcess(arguments, int(done.value.code or 0), *capsys.readouterr())
+
+    return run
 
 
 def test_a_version_is_asked_in_its_own_words_and_keeps_its_pictures(root: Path) -> None:
@@ -97,12 +116,12 @@ def test_what_the_model_refuses_is_no_traceback(root: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [("generate", BISCUIT, "{}"), ("promote", BISCUIT), ("versions", BISCUIT)])
 def test_a_subject_without_a_version_is_run_where_no_export_lies_and_registered_where_one_does(
-    fresh: Path, arguments: tuple[str, ...]
+    fresh: Path, arguments: tuple[str, ...], call: Callable[..., "subprocess.CompletedProcess[str]"]
 ) -> None:
     for exported, verb in ((False, "run"), (True, "register")):
         if exported:
             (fresh / "export" / BISCUIT).mkdir(parents=True)
-        done = command(fresh, *arguments)
+        done = call(fresh, *arguments)
         assert done.returncode != 0
         assert done.stderr.rstrip().endswith(f"; dreambooth {verb} {BISCUIT}"), done.stderr
 
@@ -110,8 +129,10 @@ def test_a_subject_without_a_version_is_run_where_no_export_lies_and_registered_
 @pytest.mark.parametrize(
     "arguments", [("generate", "nosuch", "{}"), *((one, "nosuch") for one in ("promote", "rollback", "versions"))]
 )
-def test_of_nobody_there_is_no_version(fresh: Path, arguments: tuple[str, ...]) -> None:
-    done = command(fresh, *arguments)
+def test_of_nobody_there_is_no_version(
+    fresh: Path, arguments: tuple[str, ...], call: Callable[..., "subprocess.CompletedProcess[str]"]
+) -> None:
+    done = call(fresh, *arguments)
     assert done.returncode == 3
     assert done.stderr.startswith("E_SUBJECT: ")
     assert "'nosuch'" in done.stderr

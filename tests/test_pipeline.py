@@ -1,18 +1,20 @@
 """dvc.yaml, params.yaml and stages/ say the same: what is declared is what is read and written."""
 
-import json
 import os
 import re
-import subprocess
+import stat
 import sys
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.numpy
 import yaml
 from imports import import_closure
+from processes import FORKED
 from tiny_project import REPOSITORY, make_project, tiny_values
 
 from dreambooth import drawings, evaluation
@@ -158,23 +160,47 @@ def test_every_declared_parameter_exists(stage: str) -> None:
             value = value[part]
 
 
-WATCH = """
-import json, os, sys
-from pathlib import Path
-root, stage, subject = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-seen = {"read": set(), "written": set()}
-def hook(event, arguments):
-    if event == "open" and isinstance(arguments[0], str) and arguments[0].startswith(str(root)):
-        writing = isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
-        seen["written" if writing else "read"].add(os.path.relpath(arguments[0], root))
-import importlib
-module = importlib.import_module(f"stages.{stage}")
-from dreambooth.params import load_params
-params = load_params(root / "params.yaml")
-sys.addaudithook(hook)
-module.run(params, subject, root)
-print(json.dumps({kind: sorted(paths) for kind, paths in seen.items()}))
-"""
+def run_stage(stage: str, subject: str, root: Path) -> None:
+    import_module(f"stages.{stage}").run(load_params(root / "params.yaml"), subject, root)
+
+
+def note_reads(work: Callable[[Path], None], root: Path, noted: Path, environment: dict[str, str]) -> None:
+    """Be a process that works in a project, and note the files there that Python opens to read."""
+    os.environ.update(environment)
+    os.chdir(root)
+    read: set[str] = set()
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and not isinstance(arguments[0], int) and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            path = os.path.relpath(os.fsdecode(arguments[0]))
+            here = not path.startswith("..") and Path(path).exists()  # rmtree gives names in other folders alone
+            if here and path != "params.yaml":
+                read.add(path)
+
+    sys.addaudithook(watch)
+    work(root)
+    noted.write_text("\n".join(read))
+
+
+def files(root: Path) -> dict[str, tuple[int, ...]]:
+    """Return what changes with a write, for every file, and which folders there are."""
+    found = {}
+    for path in root.rglob("*"):
+        about = path.lstat()
+        changing = () if stat.S_ISDIR(about.st_mode) else (about.st_mtime_ns, about.st_ino, about.st_size)
+        found[str(path.relative_to(root))] = changing
+    return found
+
+
+def touched(root: Path, work: Callable[[Path], None]) -> tuple[list[str], list[str]]:
+    """Return what a process reads in a project, as far as Python opens it, and what is another file after it."""
+    before, noted = files(root), root.with_name("read")
+    process = FORKED.Process(target=note_reads, args=(work, root, noted, dict(os.environ)))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    after = files(root)
+    return noted.read_text().splitlines(), [path for path in before | after if before.get(path) != after.get(path)]
 
 
 @pytest.mark.slow
@@ -182,16 +208,50 @@ def test_a_stage_touches_only_the_folders_it_declares(tmp_path: Path, tiny_model
     root = make_project(tmp_path / "project", tiny_model_folder, tiny_values())
     for stage in ("validate", "prior", "train", "evaluate", "report", "export"):
         subject, module = ("dog" if stage == "prior" else "biscuit"), import_module(f"stages.{stage}")
-        finished = subprocess.run(
-            [sys.executable, "-c", WATCH, str(root), stage, subject],
-            cwd=root, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        touched = json.loads(finished.stdout.splitlines()[-1])
+        read, written = touched(root, partial(run_stage, stage, subject))
         inputs = [path.format(id=subject, class_id="dog") for path in module.INPUTS]
         outputs = [path.format(id=subject) for path in module.OUTPUTS]
         free = (".scratch", "mlflow.db", "mlartifacts")
-        assert strangers(touched["read"], [*inputs, *outputs, *free]) == [], stage
-        assert strangers(touched["written"], [*outputs, *free]) == [], stage
+        assert set(outputs) <= set(written), stage
+        assert strangers(read, [*inputs, *outputs, *free]) == [], stage
+        assert strangers(written, [*outputs, *free]) == [], stage
+
+
+WAYS_TO_WRITE: dict[str, Callable[[Path], Any]] = {
+    "open": lambda file: file.write_text("new"),
+    "append": lambda file: file.open("a").write("more"),
+    "a file descriptor": lambda file: os.close(os.open(file, os.O_CREAT | os.O_WRONLY)),
+    "another language": lambda file: safetensors.numpy.save_file({}, file),
+    "rename": lambda file: Path("there.txt").rename(file),
+    "link": lambda file: file.symlink_to("there.txt"),
+    "removal": lambda file: Path("there.txt").unlink(),
+    "folder": lambda file: file.mkdir(),
+}
+
+
+def write_elsewhere(way: str, root: Path) -> None:
+    WAYS_TO_WRITE[way](Path("elsewhere.txt"))
+
+
+@pytest.mark.parametrize("way", WAYS_TO_WRITE)
+def test_whichever_way_a_stage_writes_elsewhere_it_is_found(way: str, tmp_path: Path) -> None:
+    root = tmp_path / "project"
+    root.mkdir()
+    (root / "there.txt").touch()
+    _, written = touched(root, partial(write_elsewhere, way))
+    assert strangers(written, ["models/biscuit"])
+
+
+def read_there(root: Path) -> None:
+    Path("there.txt").read_text()
+
+
+def test_what_a_stage_reads_elsewhere_is_found(tmp_path: Path) -> None:
+    root = tmp_path / "project"
+    root.mkdir()
+    (root / "there.txt").touch()
+    assert touched(root, read_there) == (["there.txt"], [])
+    assert strangers(["there.txt"], ["models/biscuit"]) == ["there.txt"]
 
 
 def strangers(paths: list[str], allowed: list[str]) -> list[str]:
@@ -203,5 +263,5 @@ def strangers(paths: list[str], allowed: list[str]) -> list[str]:
             path == place or path.startswith((f"{place}/", f"{Path(place).parent}/.{Path(place).name}.", f"{place}-"))
             for place in allowed
         )
-        and Path(path).as_posix() not in {Path(place).parent.as_posix() for place in allowed}
+        and Path(path) not in {parent for place in allowed for parent in Path(place).parents}
     ]

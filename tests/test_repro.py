@@ -31,9 +31,7 @@ def reproduced(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path
     """Return a project with this repository's dvc.yaml and code in which `dvc repro` ran once."""
     folder = tmp_path_factory.mktemp("repro")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("DVC_SITE_CACHE_DIR", "DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR", "DREAMBOOTH_CACHE"):
-            patch.setenv(name, str(folder / name))
-        patch.setenv("DVC_NO_ANALYTICS", "1")
+        patch.setenv("DREAMBOOTH_CACHE", str(folder / "cache"))
         root = make_project(folder / "project", tiny_model_folder, tiny_values())
         for name in ("dreambooth", "stages"):
             shutil.copytree(REPOSITORY / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,6 +1,5 @@
 """Wait for what other threads, processes and servers do; find a port for one."""
 
-import socket
 import subprocess
 import time
 import urllib.request
@@ -10,12 +9,7 @@ from typing import Any
 
 import pytest
 
-
-def free_port() -> int:
-    """Return a port on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from benchmarks.usage import free_port as free_port
 
 
 def await_true(
@@ -36,7 +30,7 @@ def await_true(
         time.sleep(pause)
 
 
-def await_server(address: str, process: "subprocess.Popen[Any]", log: Path, patience: float = 600) -> None:
+def await_server(address: str, process: "subprocess.Popen[Any]", log: Path, patience: float = 300) -> None:
     """Wait until a server answers; fail with the end of its log if it does not, or has ended."""
     deadline = time.monotonic() + patience
     while not answers(address):

@@ -11,17 +11,6 @@ from toy_project import make_toy_project, post, quiet
 from waiting import await_server, free_port
 
 
-@pytest.fixture(autouse=True)
-def _own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep DVC's and our caches out of the home of whoever tests."""
-    folder = tmp_path_factory.mktemp("caches")
-    for name in ("DVC_SITE_CACHE_DIR", "DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR", "DREAMBOOTH_CACHE"):
-        monkeypatch.setenv(name, str(folder / name))
-    monkeypatch.setenv("DVC_TEST", "true")  # asks nobody for a newer version
-    monkeypatch.delenv("DREAMBOOTH_HOME", raising=False)
-    monkeypatch.delenv("DREAMBOOTH_GPU_SLOT", raising=False)
-
-
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """Return a project of two dogs, biscuit and rex, none of whose stages ever ran."""

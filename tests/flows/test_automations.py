@@ -16,7 +16,6 @@ from waiting import await_true
 
 from flows.automations import SILENCE
 
-pytestmark = pytest.mark.timeout(600)
 JITTER = 1.3  # by which a worker of Prefect lengthens the time between two questions, at most
 
 

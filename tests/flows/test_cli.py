@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from flows.tables import undone_in_words, undone_stages
 HEAVY = ("torch", "prefect", "dvc", "mlflow", "diffusers", "transformers", "PIL", "pandas")
 
 
-def dreambooth(root: Path, *arguments: str, before: str = "") -> "subprocess.CompletedProcess[str]":
+def dreambooth(root: Path, *arguments: str, before: str = "", **variables: str) -> "subprocess.CompletedProcess[str]":
     """Run the command as a program, and end with the heavy modules it imported as the last line of stdout."""
     program = (
         "import sys, atexit, json\n"
@@ -30,7 +31,7 @@ def dreambooth(root: Path, *arguments: str, before: str = "") -> "subprocess.Com
     )
     command = [sys.executable, "-c", program, *arguments]
     path = os.pathsep.join((str(Path(__file__).parent), str(REPOSITORY)))  # of this checkout, wherever it is installed
-    environment = {**quiet(root.parent / "prefect"), "COLUMNS": "160", "PYTHONPATH": path}
+    environment = {**quiet(root.parent / "prefect"), "COLUMNS": "160", "PYTHONPATH": path, **variables}
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -72,13 +73,14 @@ def test_debug_is_the_value_of_an_option_where_it_stands_as_one(tmp_path: Path) 
     assert done.stderr.startswith("E_PIPELINE: no dvc.yaml")
 
 
-def test_debug_reaches_the_stages(project: Path) -> None:
+@pytest.mark.slow
+def test_debug_reaches_the_stages(project: Path, prefect_server: str) -> None:
     told = (
         (project / "dvc.yaml").read_text().replace("python toy.py validate", "echo debug=$DREAMBOOTH_DEBUG; exit 3 #")
     )
     (project / "dvc.yaml").write_text(told)
-    assert "debug=1" in dreambooth(project, "--debug", "run", "rex").stderr
-    assert "debug=1" not in dreambooth(project, "run", "rex").stderr
+    assert "debug=1" in dreambooth(project, "--debug", "run", "rex", PREFECT_API_URL=prefect_server).stderr
+    assert "debug=1" not in dreambooth(project, "run", "rex", PREFECT_API_URL=prefect_server).stderr
 
 
 @pytest.mark.fault(13)
@@ -145,12 +147,14 @@ def test_status_shows_what_is_out_of_date_without_torch_or_prefect(project: Path
 
 
 @pytest.mark.slow
-def test_run_trains_registers_and_then_is_up_to_date_in_seconds_without_torch_or_prefect(project: Path) -> None:
+def test_run_trains_registers_and_then_is_up_to_date_in_seconds_without_torch_or_prefect(
+    project: Path, prefect_server: str
+) -> None:
     fake = (
         "import flow_program; from dreambooth import registry, versions; registry.register = flow_program.register\n"
         "versions.find, versions.find_export = flow_program.find, flow_program.find_export"
     )
-    done = dreambooth(project, "run", "rex", before=fake)
+    done = dreambooth(project, "run", "rex", before=fake, PREFECT_API_URL=prefect_server)
     assert done.returncode == 0, done.stderr
     assert "models:/rex@challenger (v1)" in done.stdout
     assert "0.300 (base) -> 0.600 (personalised)" in done.stdout
@@ -166,10 +170,10 @@ def test_run_trains_registers_and_then_is_up_to_date_in_seconds_without_torch_or
 
 
 @pytest.mark.slow
-def test_run_exits_with_the_reason_of_a_subject_that_failed(project: Path) -> None:
+def test_run_exits_with_the_reason_of_a_subject_that_failed(project: Path, prefect_server: str) -> None:
     dvc(project, "repro", "prior@dog")
     (project / "fail-validate-rex").touch()
-    done = dreambooth(project, "run", "rex")
+    done = dreambooth(project, "run", "rex", PREFECT_API_URL=prefect_server)
     assert done.returncode == 9
     assert "E_PIPELINE: validate@rex: E_TRAIN: the loss is NaN" in done.stderr
     assert "not registered" in done.stdout
@@ -177,12 +181,13 @@ def test_run_exits_with_the_reason_of_a_subject_that_failed(project: Path) -> No
 
 @pytest.mark.slow
 def test_a_failed_run_tells_the_failed_stages_from_those_that_did_not_run_and_how_to_undo_a_preset(
-    project: Path,
+    project: Path, prefect_server: str
 ) -> None:
     (project / "params").mkdir()
     (project / "params" / "short.yaml").write_text("train:\n  max_train_steps: 7\n")
     (project / "fail-prior-dog").touch()
-    done = dreambooth(project, "run", "rex", "--preset", "short")
+    run = partial(dreambooth, project, "run", "rex", "--preset", "short", PREFECT_API_URL=prefect_server)
+    done = run()
     assert done.returncode == 9
     table = {line[:14].strip(): line[14:].strip() for line in done.stdout.splitlines()}
     assert table["class images"] == "failed"
@@ -193,7 +198,7 @@ def test_a_failed_run_tells_the_failed_stages_from_those_that_did_not_run_and_ho
         "params.yaml keeps the values of short; to go back: put in again what stands left of the arrows above",
         "E_PIPELINE: prior@dog: E_TRAIN: the loss is NaN at step 3; lower train.learning_rate (exit 6)",
     ]
-    assert "params.yaml keeps" not in dreambooth(project, "run", "rex", "--preset", "short").stderr  # nothing changed
+    assert "params.yaml keeps" not in run().stderr  # nothing changed
 
 
 def test_what_a_preset_wrote_is_undone_by_git_where_git_has_what_stood_there(

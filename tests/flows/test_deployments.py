@@ -35,11 +35,9 @@ def site(
         **quiet(prefect_home),
         "PREFECT_API_URL": prefect_server,
         "DREAMBOOTH_HOME": str(root),
-        "DREAMBOOTH_TRACKING": "off",
+        "DREAMBOOTH_CACHE": str(folder / "cache"),
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]),
     }
-    for name in ("DVC_SITE_CACHE_DIR", "DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR", "DREAMBOOTH_CACHE"):
-        environment[name] = str(folder / name)
     prefect(environment, "work-pool", "create", "dreambooth", "--type", "process", "--overwrite")
     prefect(environment, "work-pool", "set-concurrency-limit", "dreambooth", "4")
     prefect(environment, "deploy", "--all")

@@ -20,7 +20,7 @@ from dreambooth.registry import register
 from dreambooth.versions import CHAMPION, aliases_of
 from flows import clones
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 OLD, NEW = "1" * 64, "2" * 64  # fingerprints of two trainings
 BEFORE, AFTER = {"code": "1", "photos": "p"}, {"code": "2", "photos": "q"}  # how they were evaluated
 

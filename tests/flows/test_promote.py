@@ -32,12 +32,13 @@ print(json.dumps([run([], Path(sys.argv[1])), calls]))
 
 
 @pytest.mark.slow
-def test_a_refusal_is_told_tried_once_and_stops_nobody(project: Path, tmp_path: Path) -> None:
+def test_a_refusal_is_told_tried_once_and_stops_nobody(project: Path, prefect_home: Path, prefect_server: str) -> None:
     told = {"title": "biscuit", "decision": {"line": "-"}, "metrics": {"identity": {"base": 0.4, "personalised": 0.5}}}
     (project / "reports/biscuit").mkdir(parents=True)
     (project / "reports/biscuit/report.json").write_text(json.dumps(told))
     command = [sys.executable, "-c", PROGRAM, str(project)]
-    done = subprocess.run(command, env=quiet(tmp_path / "prefect"), capture_output=True, text=True, check=False)
+    environment = {**quiet(prefect_home), "PREFECT_API_URL": prefect_server}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     failures, calls = json.loads(done.stdout.splitlines()[-1])
     assert failures == ["E_GATE: keep: identity +0.000"]

@@ -64,11 +64,11 @@ def change(project: Path, name: str, value: object) -> None:
 @pytest.mark.slow
 @pytest.mark.fault(20)
 def test_a_run_without_room_is_refused_before_its_first_stage_if_earlier_runs_tell_sizes_and_else_warned_about(
-    project: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path, monkeypatch: pytest.MonkeyPatch, prefect_server: str
 ) -> None:
     full = "import shutil; shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10, 9, 1)"
     (project / "fail-prior-dog").touch()
-    guessed = dreambooth(project, "run", "rex", before=full)
+    guessed = dreambooth(project, "run", "rex", before=full, PREFECT_API_URL=prefect_server)
     assert re.search(rf"WARNING .*plan: {NO_ROOM}", guessed.stderr)
     assert "prior@dog" in ran(project)  # nobody knows what it needs, so it is tried
     (project / "fail-prior-dog").unlink()
@@ -82,7 +82,7 @@ def test_a_run_without_room_is_refused_before_its_first_stage_if_earlier_runs_te
     leave_free(monkeypatch, needed - 1)
     with pytest.raises(DiskFullError, match=rf"8 stages need {needed:,} bytes, .* {needed - 1:,} are free; make room"):
         require_room(project, graph, graph)
-    done = dreambooth(project, "run", "rex", before=full)
+    done = dreambooth(project, "run", "rex", before=full, PREFECT_API_URL=prefect_server)
     assert done.returncode != 0
     assert "E_DISK_FULL: " in done.stderr, done.stderr
     assert "the outputs of 4 stages need" in " ".join(done.stderr.split())

@@ -10,7 +10,7 @@ import pytest
 from toy_project import REPOSITORY, post, prefect, quiet, ran
 from waiting import await_true
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 
 def test_one_process_runs_what_is_asked_for_and_keeps_the_schedule(
