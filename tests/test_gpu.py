@@ -83,9 +83,8 @@ def prepared(
         rows = dataset.rows_of_step(step, trainer.rows_per_step, *by_role, values.prior_loss_weight, values.seed)
         for _ in range(MOST_SKIPPED):
             told = take_step(trainer, rows, step, values.learning_rate)
-            if told[
-                "grad_norm"
-            ].isfinite():  # the flag of accelerate says nothing where the fused kernel skips by itself
+            # The flag of accelerate says nothing of this where the fused kernel skips by itself.
+            if told["grad_norm"].isfinite():
                 break
         return told
 
