@@ -111,9 +111,8 @@ def _database_file() -> Path | None:
     """Return the file of the database that the environment, or the profile of Prefect, names; None: it is no SQLite."""
     from prefect.settings import Settings
 
-    named = (
-        Settings().server.database.connection_url
-    )  # those of today: Prefect keeps what it found when it was imported
+    # Of today: Prefect keeps what it found when it was imported.
+    named = Settings().server.database.connection_url
     url = named.get_secret_value() if named else ""
     return Path(urlsplit(url).path.removeprefix("/")) if url.startswith("sqlite") else None
 

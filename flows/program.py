@@ -117,7 +117,7 @@ def exit_code(run: Callable[[], Sequence[str]]) -> int:
         failures, code = run(), PipelineError.exit_code
     except DreamboothError as error:
         failures, code = [f"{error.code}: {line}" for line in str(error).splitlines()], error.exit_code
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, MemoryError) as error:
         if not (told := machine_fault(error)):
             raise
         failures, code = [told], MACHINE_FAULT
