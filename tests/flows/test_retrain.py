@@ -4,7 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -112,38 +114,42 @@ def test_dvc_lock_is_read_once_for_all_subjects_and_again_when_it_changed(
     assert len(read) == 2
 
 
-@pytest.mark.slow
-@pytest.mark.fault(37)
-def test_an_unchanged_project_is_skipped_without_torch(
-    registered: Path, prefect_home: Path, prefect_server: str
-) -> None:
+@pytest.fixture
+def retrained(prefect_home: Path, prefect_server: str) -> Callable[..., tuple[list[Any], str]]:
+    """Run the flow in a process: name, message and type of its state and whether torch was imported, and its stderr."""
     program = (
-        "import json, sys; from flows.retrain import retrain; state = retrain(return_state=True); "
+        "import json, sys; from flows.retrain import retrain; state = retrain(*sys.argv[1:], return_state=True); "
         "print(json.dumps([state.name, state.message, state.type.value, 'torch' in sys.modules]))"
     )
     environment = {**quiet(prefect_home), "PREFECT_API_URL": prefect_server, "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=registered, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == ["Skipped", "skipped: unchanged", "COMPLETED", False]
+
+    def run(root: Path, *arguments: str) -> tuple[list[Any], str]:
+        command = [sys.executable, "-c", program, *arguments]
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.fault(37)
+def test_an_unchanged_project_is_skipped_without_torch(
+    registered: Path, retrained: Callable[..., tuple[list[Any], str]]
+) -> None:
+    assert retrained(registered)[0] == ["Skipped", "skipped: unchanged", "COMPLETED", False]
+
+
+@pytest.mark.slow
+def test_clones_of_a_project_without_git_are_refused_in_one_line(
+    project: Path, retrained: Callable[..., tuple[list[Any], str]]
+) -> None:
+    (_, message, _, _), said = retrained(project, "rex", "personalize/clone")
+    assert message.startswith("E_PIPELINE: git rev-parse in ")
+    assert "Traceback" not in said
 
 
 @pytest.mark.fault(36)
-def test_clones_of_a_project_without_git_are_refused_in_one_line(
-    project: Path, prefect_home: Path, prefect_server: str
-) -> None:
-    program = (
-        "import sys; from flows.retrain import retrain;"
-        "print(retrain('rex', 'personalize/clone', root=sys.argv[1], return_state=True).message)"
-    )
-    environment = {**quiet(prefect_home), "PREFECT_API_URL": prefect_server, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [sys.executable, "-c", program, project], env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith("E_PIPELINE: git rev-parse in ")
-    assert "Traceback" not in done.stderr
-
-
 def test_the_same_work_has_the_same_key_and_other_photos_or_parameters_another(project: Path) -> None:
     def key(subject: str = "rex") -> str:
         return inputs_hash(project, load_params(project / "params.yaml"), subject, ["never ran"])
