@@ -140,17 +140,21 @@ def settle(client: "MlflowClient", name: str, alias: str) -> int | None:
 
 def disagreement(client: "MlflowClient", name: str, alias: str) -> str | None:
     """Say how an alias and the log differ; None if they agree."""
-    moves = counted(read_log(client, name), alias)
-    wanted, points_to = moves[-1].after if moves else None, aliases_of(client, name).get(alias)
+    wanted, points_to = _last_of_log(client, name, alias), aliases_of(client, name).get(alias)
     return None if wanted == points_to else f"{alias} is version {points_to or 'none'}, the log says {wanted or 'none'}"
 
 
 def deleted(client: "MlflowClient", name: str, alias: str) -> int | None:
     """Return the version that the log ends with if somebody has deleted it, and with it the alias; else None."""
-    moves = counted(read_log(client, name), alias)
-    wanted = moves[-1].after if moves else None
+    wanted = _last_of_log(client, name, alias)
     is_gone = wanted is not None and find_version(client, name, wanted, None) is None
     return wanted if is_gone and alias not in aliases_of(client, name) else None
+
+
+def _last_of_log(client: "MlflowClient", name: str, alias: str) -> int | None:
+    """Return the version that the log says an alias points to; None before its first move."""
+    moves = counted(read_log(client, name), alias)
+    return moves[-1].after if moves else None
 
 
 def recover(root: Path, subject_id: str) -> list[Entry]:
