@@ -116,6 +116,12 @@ def unused_gpu() -> str | None:
     )
 
 
+def computes_on(device: torch.device) -> list[str]:
+    """Say what computes, and what is amiss with it: on the wrong device that takes hours."""
+    told = unused_gpu()
+    return [f"computes on {device}", *([f"warning: {told}"] if told else [])]
+
+
 def gpu_lacks_bfloat16() -> bool:
     """Whether there is a GPU that only emulates bfloat16 (before Ampere): many times slower than float16."""
     return torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)

@@ -27,7 +27,7 @@ from dreambooth.folders import (
 )
 from dreambooth.images import read_prepared
 from dreambooth.locks import only_one
-from dreambooth.models import default_device, model_hash, resolve_model, unused_gpu
+from dreambooth.models import computes_on, default_device, model_hash, resolve_model
 from dreambooth.params import Params
 from dreambooth.sampling import settings_of
 from dreambooth.scorer import BundledScorer
@@ -42,9 +42,8 @@ OUTPUTS = ("build/{id}/evaluation", "metrics/{id}.json")
 def run(params: Params, subject_id: str, root: Path) -> None:
     """Write build/<id>/evaluation/ (pictures, grid.png, {scores,prompts,class_images}.csv) and metrics/<id>.json."""
     trained = root / INPUTS[0].format(id=subject_id)
-    say(f"evaluate {subject_id}: computes on {default_device()}")
-    if told := unused_gpu():
-        say(f"evaluate {subject_id}: warning: {told}")
+    for line in computes_on(default_device()):
+        say(f"evaluate {subject_id}: {line}")
     model, encoders = read_manifest(trained)["fingerprint"], encoders_of(params, root)
     with _alone_with_drawings(root, subject_id):
         found = compare(params, subject_id, root, {"personalised": (trained, model)}, encoders)

@@ -17,12 +17,12 @@ from dreambooth.latents import encode_images
 from dreambooth.models import (
     DTYPES,
     Model,
+    computes_on,
     default_device,
     device_name,
     load_model,
     model_hash,
     resolve_model,
-    unused_gpu,
 )
 from dreambooth.params import Params
 from dreambooth.photos import PhotoReport, check_photos, require_usable
@@ -101,11 +101,10 @@ def _own(params: Params, class_id: str, root: Path, about: dict[str, Any]) -> Pi
 def _load(
     class_id: str, base: Path, dtype: torch.dtype, device: torch.device, parts: Sequence[str] | None = None
 ) -> Model:
-    """Load parts of the base, and say what computes now: on the wrong device that takes hours."""
+    """Load parts of the base, and say what computes now."""
     model = load_model(base, dtype, device, parts=parts)
-    say(f"prior {class_id}: computes on {device}")
-    if told := unused_gpu():
-        say(f"prior {class_id}: warning: {told}")
+    for line in computes_on(device):
+        say(f"prior {class_id}: {line}")
     return model
 
 
