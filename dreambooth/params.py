@@ -7,7 +7,7 @@ import copy
 import difflib
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -501,12 +501,18 @@ def with_values(content: Mapping[str, Any], values: Mapping[str, Any]) -> dict[s
         if isinstance(part, dict) and sections and name in part:
             part[name] = value
             continue
-        near = difflib.get_close_matches(name, part or (), n=1) if isinstance(part, dict) and sections else []
-        hint = f"did you mean {'.'.join([*sections, *near])}?" if near else "write section.name, such as train.seed"
-        faults.append(f"{path}: there is no such parameter in params.yaml; {hint}")
+        known = part if isinstance(part, dict) and sections else {}
+        faults.append(f"{path}: there is no such parameter in params.yaml; {nearest_path(path, known)}")
     if faults:
         raise ParamsError(faults)
     return changed
+
+
+def nearest_path(path: str, known: Iterable[str]) -> str:
+    """Say which parameter an unknown path probably means, among the names that are known in its section."""
+    section, _, name = path.rpartition(".")
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {section}.{near[0]}?" if near else "write section.name, such as train.seed"
 
 
 def describe(path: str) -> list[str]:

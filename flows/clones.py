@@ -21,13 +21,14 @@ import psutil
 from dreambooth.errors import PipelineError, shown
 from dreambooth.folders import scratch_folder, write_file
 from dreambooth.locks import AlreadyRunningError, only_one
-from dreambooth.params import load_params, parse_params, with_values
+from dreambooth.params import load_params, parse_params
 from dreambooth.pointer import dvc_cache
 from dreambooth.tracking import tracking_uri
 from dreambooth.yaml12 import dump_yaml, load_yaml
 from flows.dvcrun import child_environment
 from flows.graph import Graph
-from flows.project import PARAMS, write_params_text
+from flows.presets import put
+from flows.project import PARAMS, read_params_text, write_params_text
 
 LOCK = "dvc.lock"
 PROMPTS = "data/prompts"
@@ -137,19 +138,20 @@ def share_folders(home: Path) -> None:
 
 
 def override(project: Path, values: Mapping[str, Any]) -> None:
-    """Write parameters into params.yaml, where DVC hashes them: {"train.learning_rate": 2e-6}.
+    """Put parameters into params.yaml, where DVC hashes them: {"train.learning_rate": 2e-6}; its comments stay.
 
     Raises:
         ParamsError: no such parameter, or a value that it does not take; the file is as it was.
     """
     if not values:
         return
-    content = with_values(load_params(project / PARAMS).model_dump(mode="json"), values)
-    parse_params(content)
+    load_params(project / PARAMS)  # refuses a file that is missing or cannot be read
+    text, _ = put(read_params_text(project), values, "an override")
+    parse_params(load_yaml(text))
     if (project / PARAMS).resolve().is_relative_to(project.resolve()):
-        write_params_text(project, dump_yaml(content))
+        write_params_text(project, text)
     else:  # what a link leads to outside of the clone is read by others too
-        write_file(project / PARAMS, dump_yaml(content).encode())
+        write_file(project / PARAMS, text.encode())
 
 
 def _params_files(project: Path) -> list[str]:

@@ -12,7 +12,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from dreambooth.errors import ParamsError
-from dreambooth.params import parse_params
+from dreambooth.params import nearest_path, parse_params
 from dreambooth.yaml12 import YamlError, load_yaml
 from flows.project import PARAMS, read_params_text, write_params_text
 
@@ -144,12 +144,18 @@ def put(text: str, values: Mapping[str, Any], source: str) -> tuple[str, list[Ch
     yaml.indent(mapping=2, sequence=4, offset=2)  # as params.yaml has its lists, also once DVC has moved them
     _plain_values(text)  # refuses what ruamel.yaml would fail at
     whole = yaml.load(text.replace("\r\n", "\n"))  # it would keep the first of two in comments alone
-    unknown = [path for path in values if path.rpartition(".")[2] not in _section(whole, path)]
+    places = {path: _section(whole, path) for path in values}
+    unknown = {path: place for path, place in places.items() if path.rpartition(".")[2] not in place}
     if unknown:
-        raise ParamsError([f"{PARAMS}: {path}: unknown, but {source} sets it" for path in unknown])
+        raise ParamsError(
+            [
+                f"{PARAMS}: {path}: unknown, but {source} sets it; {nearest_path(path, place)}"
+                for path, place in unknown.items()
+            ]
+        )
     changes = []
     for path, value in values.items():
-        section, key = _section(whole, path), path.rpartition(".")[2]
+        section, key = places[path], path.rpartition(".")[2]
         before = section[key]
         if before != value or isinstance(before, bool) is not isinstance(value, bool):
             changes.append(Change(path, _plain(before), value))
@@ -164,9 +170,10 @@ def _by_path(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _section(whole: CommentedMap, path: str) -> CommentedMap:
-    """Return the map that holds the last part of a path; an empty one where there is none."""
-    part: Any = whole
-    for name in path.split(".")[:-1]:
+    """Return the map that holds the last part of a path; an empty one where there is none, as of a whole section."""
+    *sections, _ = path.split(".")
+    part: Any = whole if sections else None
+    for name in sections:
         part = part.get(name) if isinstance(part, CommentedMap) else None
     return part if isinstance(part, CommentedMap) else CommentedMap()
 

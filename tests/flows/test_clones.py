@@ -168,12 +168,23 @@ def test_a_clone_has_its_parameters_overridden_where_dvc_hashes_them(tmp_path: P
     assert params.subject("biscuit").identifier == "zwx"
     before = (root / "params.yaml").read_bytes()
     for values, message in (
-        ({"train.rate": 1}, "no such parameter"),
+        ({"train.learning_rat": 1}, r"an override sets it; did you mean train\.learning_rate\?"),
+        ({"train": {}}, "write section.name"),
         ({"train.learning_rate": "fast"}, "learning_rate"),
     ):
         with pytest.raises(ParamsError, match=message):
             clones.override(root, values)
     assert (root / "params.yaml").read_bytes() == before
+
+
+def test_an_override_changes_as_many_lines_as_it_has_values_and_keeps_the_comments(tmp_path: Path) -> None:
+    before = (REPOSITORY / "params.yaml").read_text().splitlines()
+    shutil.copy(REPOSITORY / "params.yaml", tmp_path)
+    clones.override(tmp_path, {"train.learning_rate": 3e-6, "train.seed": 7})
+    after = (tmp_path / "params.yaml").read_text().splitlines()
+    changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    assert len(changed) == 2
+    assert [new.partition("#")[2] for _, new in changed] == [old.partition("#")[2] for old, _ in changed]
 
 
 def test_linked_parameters_stay_a_link_and_what_it_leads_to_is_handed_back(tmp_path: Path) -> None:
