@@ -4,6 +4,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dreambooth.vocabulary import find_vocabulary, split
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -32,8 +34,14 @@ def identifier_fault(identifier: str, class_noun: str) -> str | None:
     return None
 
 
+def known_words(root: Path, class_nouns: Iterable[str]) -> frozenset[str]:
+    """Return the words whose meaning an identifier should not carry: of prompts, classes and the bundled scorer."""
+    vocabulary = find_vocabulary(root)
+    return COMMON.union(*map(split, class_nouns), *(vocabulary.phrases if vocabulary else ()))
+
+
 def identifier_remarks(
-    identifier: str, ids: Sequence[int], pieces: Sequence[str], vocabulary: int, words: Collection[str] = COMMON
+    identifier: str, ids: Sequence[int], pieces: Sequence[str], vocabulary: int, words: Collection[str]
 ) -> Iterator[str]:
     """Yield what is questionable about an identifier, in the words of a warning.
 
@@ -42,7 +50,7 @@ def identifier_remarks(
         ids: of its tokens, without start and end.
         pieces: the same tokens in letters.
         vocabulary: how many tokens there are; those after the bytes are merges, the frequent ones first.
-        words: whose meaning an identifier should not carry, in lower case.
+        words: as of `known_words`, in lower case.
     """
     letters = [piece.removesuffix(END_OF_WORD) for piece in pieces]
     if len(ids) > MAX_PIECES:
@@ -69,7 +77,7 @@ def identifier_remarks(
         )
 
 
-def remarks_by_tokenizer(identifiers: Iterable[str], folder: Path | None, words: Collection[str] = COMMON) -> list[str]:
+def remarks_by_tokenizer(identifiers: Iterable[str], folder: Path | None, words: Collection[str]) -> list[str]:
     """Return the remarks of a tokenizer; none where it is not at hand (the training asks its own).
 
     Args:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from dreambooth.errors import ModelError, UnknownWordError
+from dreambooth.errors import DreamboothError, ModelError, UnknownWordError
 
 SCORER, VOCABULARY = "data/base/scorer", "vocabulary.json"
 NEXT_STEP = "restore it from git, or make it again: dvc repro base/dvc.yaml:scorer"
@@ -73,6 +73,15 @@ def read_vocabulary(content: bytes, path: Path) -> Vocabulary:
     if strangers := sorted({token for token in phrases.values() if token is not None} - set(tokens)):
         raise ModelError(f"{path}: phrases stand for {strangers}, which are no tokens; {NEXT_STEP}")
     return Vocabulary(tokens, phrases)
+
+
+def find_vocabulary(root: Path) -> Vocabulary | None:
+    """Read the words of a project's bundled scorer; None where they are missing or broken, as the evaluation says."""
+    path = root / SCORER / VOCABULARY
+    try:
+        return read_vocabulary(read_file(path), path)
+    except DreamboothError:
+        return None
 
 
 def read_file(path: Path) -> bytes:

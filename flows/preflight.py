@@ -4,11 +4,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dreambooth.bases import LOCAL_MODELS, locate
-from dreambooth.errors import DreamboothError
-from dreambooth.identifiers import COMMON, remarks_by_tokenizer
+from dreambooth.identifiers import known_words, remarks_by_tokenizer
 from dreambooth.params import Base, Params
 from dreambooth.prompts import load_templates
-from dreambooth.vocabulary import SCORER, VOCABULARY, Vocabulary, read_file, read_vocabulary, split
+from dreambooth.vocabulary import SCORER, VOCABULARY, find_vocabulary
 from flows.graph import GPU_ENTRIES, Graph
 
 EVALUATE = "evaluate"
@@ -48,8 +47,7 @@ def poor_identifiers(
     """Say which identifiers mean something already, as far as the tokenizer of the base is at hand."""
     if params.train.learns_token:  # the identifier becomes a token of its own
         return
-    identifiers, vocabulary = list(identifiers), _vocabulary(root)
-    words = COMMON.union(*map(split, class_nouns), *(vocabulary.phrases if vocabulary else ()))
+    identifiers, words = list(identifiers), known_words(root, class_nouns)
     yield from remarks_by_tokenizer(identifiers, tokenizer_folder(root, params.base), words)
     if RIFLE in identifiers and not _is_bundled(root, params.base):
         yield (
@@ -60,7 +58,7 @@ def poor_identifiers(
 
 def unknown_nouns(root: Path, params: Params, class_nouns: Iterable[str]) -> Iterator[str]:
     """Say which words of classes the bundled scorer never saw: nothing of such a class can be promoted by it."""
-    vocabulary = _vocabulary(root)
+    vocabulary = find_vocabulary(root)
     if params.evaluate.encoders != "bundled" or vocabulary is None:
         return
     for class_noun in class_nouns:
@@ -102,15 +100,6 @@ def tokenizer_folder(root: Path, base: Base) -> Path | None:
 
 def _is_bundled(root: Path, base: Base) -> bool:
     return root / base.pretrained_model_name_or_path == root / BUNDLED
-
-
-def _vocabulary(root: Path) -> Vocabulary | None:
-    """Read the words of the bundled scorer; None where it is missing, or broken, as the evaluation will say."""
-    path = root / SCORER / VOCABULARY
-    try:
-        return read_vocabulary(read_file(path), path)
-    except DreamboothError:
-        return None
 
 
 def _evaluated(graph: Graph) -> list[str]:

@@ -27,7 +27,7 @@ from dreambooth.folders import (
     sha256_of,
     write_file,
 )
-from dreambooth.identifiers import COMMON, identifier_remarks
+from dreambooth.identifiers import identifier_remarks, known_words
 from dreambooth.images import png_bytes, read_captions, read_prepared
 from dreambooth.latents import encode_images
 from dreambooth.locks import only_one
@@ -102,7 +102,7 @@ def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = 
         train(model, instance, prior, params.train, None, checkpoints)
         return
     _require_room(params, model, checkpoints)
-    _say_remarks(params, subject_id, model, len(instance))
+    _say_remarks(params, subject_id, root, model, len(instance))
     _say_rows(params.train, subject_id, len(instance), about["class_images"], model.device)
     target = root / OUTPUTS[0].format(id=subject_id)
     with only_one(scratch_folder(root) / "locks", f"train-{subject_id}", f"the training of {subject_id}"):
@@ -158,10 +158,10 @@ def _say_rows(settings: Train, subject_id: str, photos: int, class_images: int, 
         say(f"train {subject_id}: warning: {class_images - rows} class images are never seen; fewer are enough")
 
 
-def _say_remarks(params: Params, subject_id: str, model: Model, photos: int) -> None:
+def _say_remarks(params: Params, subject_id: str, root: Path, model: Model, photos: int) -> None:
     word, tokenizer = params.subject(subject_id).identifier, model.tokenizer
     ids = tokenizer(word, add_special_tokens=False)["input_ids"]
-    known = COMMON | set(params.class_of(subject_id).class_noun.casefold().split())
+    known = known_words(root, [params.class_of(subject_id).class_noun])
     steps, warmup = max_train_steps(params.train, photos), params.train.lr_warmup_steps
     pieces = tokenizer.convert_ids_to_tokens(ids)
     remarks = [*identifier_remarks(word, ids, pieces, len(tokenizer), known), *params.idle]

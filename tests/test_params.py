@@ -284,7 +284,7 @@ def test_an_identifier_that_prompts_are_made_of_is_refused(values: dict[str, Any
     ],
 )
 def test_the_tokenizer_of_the_base_says_whether_a_word_is_rare_and_short(word: str, said: str | None) -> None:
-    remarks = remarks_by_tokenizer([word], TOKENIZER)
+    remarks = remarks_by_tokenizer([word], TOKENIZER, COMMON)
     assert (remarks == []) if said is None else re.search(said, remarks[0])
 
 
@@ -314,7 +314,7 @@ def test_an_identifier_that_holds_a_known_word_is_told_and_random_letters_are_no
 @pytest.mark.fault(12)
 def test_an_identifier_of_frequent_pieces_alone_is_told() -> None:
     def told(*pieces: str, ids: Sequence[int] = (600, 700)) -> list[str]:
-        return list(identifier_remarks("redsofa", ids, pieces, 49408))
+        return list(identifier_remarks("redsofa", ids, pieces, 49408, COMMON))
 
     assert "knows as 'red', 'sofa': " in told("red", "sofa</w>")[0]
     assert told("red", "sofa</w>", ids=(600, 40000)) == []
@@ -332,7 +332,8 @@ def test_the_two_files_of_a_tokenizer_say_the_same_as_the_one(tmp_path: Path) ->
 
 
 def test_without_a_tokenizer_at_hand_nothing_is_said(tmp_path: Path) -> None:
-    assert remarks_by_tokenizer(["biscuit"], tmp_path) == remarks_by_tokenizer(["biscuit"], None) == []
+    assert remarks_by_tokenizer(["biscuit"], tmp_path, COMMON) == []
+    assert remarks_by_tokenizer(["biscuit"], None, COMMON) == []
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from toy_project import REPOSITORY, dvc
 
 from dreambooth.errors import EvaluationError, ModelError
 from dreambooth.folders import scratch_folder
-from dreambooth.params import Base, Params, load_params
+from dreambooth.models import load_model
+from dreambooth.params import Base, Params, load_params, parse_params
 from dreambooth.vocabulary import SCORER
+from dreambooth.yaml12 import load_yaml
 from flows.graph import Graph, Stage
 from flows.lanes import Lanes
 from flows.plan import (
@@ -30,6 +32,7 @@ from flows.plan import (
     work_of,
 )
 from flows.preflight import BUNDLED, poor_identifiers, remarks, require_inputs
+from stages import train
 
 
 @pytest.fixture
@@ -191,6 +194,18 @@ def test_an_identifier_is_looked_up_in_the_tokenizer_of_the_base_and_in_the_cach
     assert "'sks' is a rifle to Stable Diffusion" in told(hub, "sks")[0]
     word = params.model_copy(update={"train": params.train.model_copy(update={"method": "textual_inversion"})})
     assert list(poor_identifiers(project, word, ["<dog>"], ["dog"])) == []  # it becomes a token of its own
+
+
+@pytest.mark.fault(12)
+@pytest.mark.parametrize("word", ["mydog", "redfox", "xbeach", "zdog"])
+def test_the_training_says_of_an_identifier_what_the_plan_says(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    values = load_yaml((REPOSITORY / "params.yaml").read_text())
+    values["subjects"]["chime"]["identifier"] = word
+    params, base = parse_params(values), REPOSITORY / BUNDLED
+    planned = list(poor_identifiers(REPOSITORY, params, [word], [params.class_of("chime").class_noun]))
+    train._say_remarks(params, "chime", REPOSITORY, load_model(base, parts=["tokenizer"]), 3)
+    assert [f"train chime: warning: {remark}" for remark in planned] == capsys.readouterr().out.splitlines()
+    assert len(planned) == 1
 
 
 @pytest.mark.parametrize(
