@@ -5,6 +5,8 @@ The base comes first; the others are trainings of one subject.
 
 import io
 import json
+import resource
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,14 +24,7 @@ from dreambooth.evaluation import BASE, COST, Encoders, Reference, Scores
 from dreambooth.folders import code_hash, write_file
 from dreambooth.grid import comparison_grid
 from dreambooth.images import png_bytes
-from dreambooth.models import (
-    DTYPES,
-    default_device,
-    device_name,
-    library_versions,
-    load_model,
-    peak_megabytes,
-)
+from dreambooth.models import DTYPES, default_device, device_name, library_versions, load_model
 from dreambooth.prompts import fill
 from dreambooth.sampling import SamplerSettings
 
@@ -129,10 +124,18 @@ def compare_models(
         for name, images in drawn.items()
     }
     seconds["seconds_per_image_scored"] = (time.monotonic() - begin) / (len(models) * len(plan.noise_seeds))
-    cost = seconds | {"megabytes_of_memory_at_the_peak": peak_megabytes()}
+    cost = seconds | {"megabytes_of_memory_at_the_peak": _peak_megabytes()}
     flat = {name: [is_flat(image) for image in images] for name, images in drawn.items()}
     how = fingerprint(plan, models[BASE].fingerprint, encoders, photos_hash)
     return Comparison(plan, models, squares, photos, drawn, flat, scores, how, cost)
+
+
+def _peak_megabytes() -> float:
+    """Return the most memory that this process has held so far: of the GPU when there is one, else of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def write_comparison(target: Path, found: Comparison) -> None:

@@ -1,13 +1,12 @@
 """Load, identify and save the parts of a Stable Diffusion pipeline; safetensors only, never code from its folder.
 
+What decides about the last bits of a result has its names here too: device and libraries.
 diffusers and transformers are imported when a part is loaded: a stage that finds its work done does not wait for them.
 """
 
 import json
 import platform
-import resource
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,7 +19,6 @@ import torch
 from dreambooth import adapters, lora, processes
 from dreambooth.adapters import EMBEDDINGS_FILE, LORA_FILE
 from dreambooth.bases import LOCAL_MODELS, locate
-from dreambooth.drivers import has_nvidia
 from dreambooth.errors import ModelError, first_line, machine_fault
 from dreambooth.families import FAMILIES, SD, SDXL, Family
 from dreambooth.folders import sha256_of, sha256_of_file
@@ -94,50 +92,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-
-
-def gpu_in_words() -> str | None:
-    """Return name and memory of the GPU; None without one."""
-    if not torch.cuda.is_available():
-        return None
-    about = torch.cuda.get_device_properties(0)
-    return f"{about.name}, {about.total_memory / 1e9:.0f} GB"
-
-
-def unused_gpu() -> str | None:
-    """Say of a GPU that is here and that torch cannot use what helps; None without such a one."""
-    if torch.cuda.is_available() or not has_nvidia():
-        return None
-    made_for = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-    return (
-        f"the driver of a GPU is here, but torch {torch.__version__}, built {made_for}, cannot use it: all is computed "
-        "on the CPU; nvidia-smi says which CUDA the driver knows, https://pytorch.org/get-started/locally/ which torch "
-        "to install for it"
-    )
-
-
-def computes_on(device: torch.device) -> list[str]:
-    """Say what computes, and what is amiss with it: on the wrong device that takes hours."""
-    told = unused_gpu()
-    return [f"computes on {device}", *([f"warning: {told}"] if told else [])]
-
-
-def gpu_lacks_bfloat16() -> bool:
-    """Whether there is a GPU that only emulates bfloat16 (before Ampere): many times slower than float16."""
-    return torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def cpu_has_tiles() -> bool:
-    """Whether the CPU multiplies matrices of bfloat16 in tiles (AMX): twice as fast as float32."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
-
-
-def peak_megabytes() -> float:
-    """Return the most memory that this process has held so far: of the GPU when there is one, else of the machine."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def library_versions() -> dict[str, str]:

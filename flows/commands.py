@@ -96,7 +96,7 @@ def plan(
     ] = None,
 ) -> None:
     """Say what a run would do before it starts: stages, time, space and cost, by what earlier runs took here."""
-    from dreambooth.drivers import has_gpu
+    from dreambooth.hardware import has_gpu
     from dreambooth.params import load_params
     from flows.graph import Graph
     from flows.lanes import Lanes, lanes_of, one_gpu

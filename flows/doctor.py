@@ -209,15 +209,15 @@ def _copies(root: Path) -> Iterator[Finding]:
 
 def _device(params: Params | None) -> Iterator[Finding]:
     """Say what computes, and what it could do that the parameters do not ask for."""
-    from dreambooth import models
+    from dreambooth import hardware
 
-    gpu, dtype, remedy = models.gpu_in_words(), params.base.inference_dtype if params else None, ""
-    if dtype == "float32" and (gpu or models.cpu_has_tiles()):
+    gpu, dtype, remedy = hardware.gpu_in_words(), params.base.inference_dtype if params else None, ""
+    if dtype == "float32" and (gpu or hardware.cpu_has_tiles()):
         half = "float16" if gpu else "bfloat16"
         remedy = f"base.inference_dtype: {half} draws about twice as fast here (docs/recipes.md)"
-    elif dtype == "bfloat16" and models.gpu_lacks_bfloat16():
+    elif dtype == "bfloat16" and hardware.gpu_lacks_bfloat16():
         remedy = "this GPU only emulates bfloat16: base.inference_dtype: float16, train.mixed_precision: fp16"
-    found, unused = gpu or "the CPU: there is no GPU that torch can use", models.unused_gpu()
+    found, unused = gpu or "the CPU: there is no GPU that torch can use", hardware.unused_gpu()
     yield Finding("warning" if unused else "good", "device", found, unused or remedy)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from dreambooth.drivers import has_gpu
 from dreambooth.errors import PipelineError
+from dreambooth.hardware import has_gpu
 from dreambooth.memory import free_memory
 from dreambooth.params import Params
 from flows.graph import GPU_ENTRIES, Graph

@@ -20,8 +20,8 @@ from prefect.futures import PrefectFuture, wait
 from prefect.states import Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from dreambooth.drivers import has_gpu
 from dreambooth.errors import DreamboothError, PipelineError
+from dreambooth.hardware import has_gpu
 from dreambooth.params import Params, load_params
 from flows import plan, summary
 from flows.dvcrun import DvcRunner, StageRun

@@ -25,9 +25,10 @@ from dreambooth.folders import (
     sha256_of,
     write_file,
 )
+from dreambooth.hardware import computes_on
 from dreambooth.images import read_prepared
 from dreambooth.locks import only_one
-from dreambooth.models import computes_on, default_device, model_hash, resolve_model
+from dreambooth.models import default_device, model_hash, resolve_model
 from dreambooth.params import Params
 from dreambooth.sampling import settings_of
 from dreambooth.scorer import BundledScorer

@@ -12,18 +12,10 @@ from dreambooth.dataset import Posterior
 from dreambooth.errors import SubjectError
 from dreambooth.families import Sizes, drawn_sizes
 from dreambooth.folders import cache_folder, new_folder, scratch_folder, sha256_of_file
+from dreambooth.hardware import computes_on
 from dreambooth.images import png_bytes, to_square
 from dreambooth.latents import encode_images
-from dreambooth.models import (
-    DTYPES,
-    Model,
-    computes_on,
-    default_device,
-    device_name,
-    load_model,
-    model_hash,
-    resolve_model,
-)
+from dreambooth.models import DTYPES, Model, default_device, device_name, load_model, model_hash, resolve_model
 from dreambooth.params import Params
 from dreambooth.photos import PhotoReport, check_photos, require_usable
 from dreambooth.priors import ensure_class_images, prior_key, read_class_images, save_class_latents

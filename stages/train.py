@@ -27,20 +27,12 @@ from dreambooth.folders import (
     sha256_of,
     write_file,
 )
+from dreambooth.hardware import gpu_lacks_bfloat16, unused_gpu
 from dreambooth.identifiers import identifier_remarks, known_words
 from dreambooth.images import png_bytes, read_captions, read_prepared
 from dreambooth.latents import encode_images
 from dreambooth.locks import only_one
-from dreambooth.models import (
-    Model,
-    device_name,
-    gpu_lacks_bfloat16,
-    library_versions,
-    load_model,
-    model_hash,
-    resolve_model,
-    unused_gpu,
-)
+from dreambooth.models import Model, device_name, library_versions, load_model, model_hash, resolve_model
 from dreambooth.optimizers import state_bytes
 from dreambooth.params import Params, Train
 from dreambooth.previews import Previews

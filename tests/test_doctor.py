@@ -12,7 +12,7 @@ from registered import write_project
 from tiny_project import REPOSITORY, add_photos, tiny_values
 
 import dreambooth
-from dreambooth import drivers, health, models, tracking
+from dreambooth import hardware, health, tracking
 from dreambooth.locks import only_one
 from dreambooth.params import parse_params
 from dreambooth.photos import check_photos
@@ -183,8 +183,8 @@ def test_what_computes_is_told_and_a_precision_that_would_draw_faster(
     found: str,
     hint: str,
 ) -> None:
-    monkeypatch.setattr(models, "gpu_in_words", lambda: gpu)
-    monkeypatch.setattr(models, "cpu_has_tiles", lambda: tiles)
+    monkeypatch.setattr(hardware, "gpu_in_words", lambda: gpu)
+    monkeypatch.setattr(hardware, "cpu_has_tiles", lambda: tiles)
     params_values["base"]["inference_dtype"] = dtype
     (finding,) = _device(parse_params(params_values))
     assert finding.found.startswith(found)
@@ -194,8 +194,8 @@ def test_what_computes_is_told_and_a_precision_that_would_draw_faster(
 def test_a_gpu_that_only_emulates_bfloat16_is_told_to_take_float16(
     params_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "gpu_in_words", lambda: "T4, 16 GB")
-    monkeypatch.setattr(models, "gpu_lacks_bfloat16", lambda: True)
+    monkeypatch.setattr(hardware, "gpu_in_words", lambda: "T4, 16 GB")
+    monkeypatch.setattr(hardware, "gpu_lacks_bfloat16", lambda: True)
     for dtype in ("float32", "bfloat16", "float16"):
         params_values["base"]["inference_dtype"] = dtype
         (finding,) = _device(parse_params(params_values))
@@ -206,7 +206,7 @@ def test_a_gpu_that_only_emulates_bfloat16_is_told_to_take_float16(
 def test_a_gpu_that_torch_cannot_use_is_a_warning_unless_it_is_hidden(
     params_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: str | None
 ) -> None:
-    monkeypatch.setattr(drivers, "NVIDIA", (str(tmp_path),))
+    monkeypatch.setattr(hardware, "NVIDIA", (str(tmp_path),))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")

@@ -25,8 +25,8 @@ STAGES = ("prior", "validate", "train", "evaluate", "report", "export")
 # They cannot change what a stage writes: how a run is called, told and checked.
 WITHOUT_EFFECT = {
     "dreambooth/__init__.py",
-    "dreambooth/drivers.py",  # warns of a GPU that is not used
     "dreambooth/errors.py",
+    "dreambooth/hardware.py",  # says what computes
     "dreambooth/hub.py",  # why something could not be fetched
     "dreambooth/identifiers.py",  # warns of a word
     "dreambooth/interruption.py",

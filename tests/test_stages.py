@@ -18,7 +18,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tiny_project import REPOSITORY, TINY_RESOLUTION, add_photos, tiny_values, write_params
 
-from dreambooth import comparison, drivers, tracking, trainer
+from dreambooth import comparison, hardware, tracking, trainer
 from dreambooth.beside import Side, lay_beside
 from dreambooth.errors import DivergedError, EvaluationError, OutOfMemoryError, PhotosError, SubjectError
 from dreambooth.folders import TornFolderError, content_hash, read_manifest, scratch_folder
@@ -270,7 +270,7 @@ def test_class_images_that_were_drawn_before_come_from_the_store(
 def test_each_stage_that_computes_says_on_what_and_warns_of_a_gpu_that_torch_cannot_use(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(drivers, "NVIDIA", (str(tmp_path),))
+    monkeypatch.setattr(hardware, "NVIDIA", (str(tmp_path),))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     run_all(project)

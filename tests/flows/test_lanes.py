@@ -8,7 +8,7 @@ import psutil
 import pytest
 from test_cli import dreambooth
 
-from dreambooth import drivers
+from dreambooth import hardware
 from dreambooth.errors import PipelineError
 from dreambooth.params import Params, load_params
 from flows import lanes, personalize
@@ -69,7 +69,7 @@ def test_a_base_from_the_hub_is_trained_alone(project: Path, params: Params) -> 
 def test_a_gpu_is_for_one_at_a_time(
     project: Path, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drivers, "DRIVERS", (str(tmp_path),))
+    monkeypatch.setattr(hardware, "DRIVERS", (str(tmp_path),))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert lanes_of(project, params, graph("prior@dog")) == Lanes()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden
