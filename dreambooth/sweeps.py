@@ -19,6 +19,8 @@ from dreambooth.params import parse_params, with_values
 from dreambooth.yaml12 import YamlError, load_yaml
 
 Values = dict[str, Any]
+PREFIX = "sweep-"  # of the names of experiments, and of the files of a sweep
+TABLE = f"reports/{PREFIX}{{}}.csv"
 BEFORE_QUOTE = r"(\\*)('|\Z)"  # where a backslash of Hydra escapes: before a quote, and at the end
 MEASURES = (
     "identity_gain", "identity_low", "identity_high", "prompt_gain", "prompt_low", "prompt_high", "pres_rise", "copies",
@@ -121,7 +123,7 @@ def name_of(subjects: Sequence[str], values: Mapping[str, Any], tree: str) -> st
         values: its parameters.
         tree: hash of the files of the project as git knows them.
     """
-    return f"sweep-{sha256_of({'subjects': list(subjects), 'values': dict(values), 'tree': tree})[:10]}"
+    return f"{PREFIX}{sha256_of({'subjects': list(subjects), 'values': dict(values), 'tree': tree})[:10]}"
 
 
 def override_of(path: str, value: Any) -> str:
@@ -237,34 +239,43 @@ def csv_text(results: Sequence[Result]) -> str:
     return text.getvalue()
 
 
-def read_seconds(path: Path) -> dict[tuple[str, str], float]:
-    """Return how long trainings took, by experiment and subject, from the CSV of an earlier call; empty without one."""
-    if not path.is_file():
-        return {}
+def table_path(root: Path, name: str) -> Path:
+    """Return where the table of a sweep lies; its picture and its log have the same stem."""
+    return root / TABLE.format(name)
+
+
+def tables(root: Path) -> list[Path]:
+    """Return the tables of all sweeps of a project."""
+    return sorted(root.glob(TABLE.format("*")))
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a table, by the names of the columns; anybody can write into such a file."""
     with path.open(encoding="utf-8", newline="") as file:
-        return {
-            (row["experiment"], row["subject"]): float(row["train_seconds"])
-            for row in csv.DictReader(file)
-            if row.get("train_seconds")
-        }
+        return list(csv.DictReader(file))
+
+
+def read_seconds(path: Path) -> dict[tuple[str, str], float]:
+    """Return how long trainings took, by experiment and subject, from the table of an earlier call; empty without."""
+    found = rows(path) if path.is_file() else []
+    return {
+        (row["experiment"], row["subject"]): float(row["train_seconds"]) for row in found if row.get("train_seconds")
+    }
 
 
 def read_tried(path: Path, experiment: str) -> Tried | None:
-    """Return what the CSV of a sweep says of one experiment; None where it has no row of it."""
-    with path.open(encoding="utf-8", newline="") as file:
-        table = csv.DictReader(file)
-        rows = [row for row in table if row.get("experiment") == experiment]
-        columns = list(table.fieldnames or ())
-    if not rows:
+    """Return what the table of a sweep says of one experiment; None where it has no row of it."""
+    found = [row for row in rows(path) if row.get("experiment") == experiment]
+    if not found:
         return None
+    columns = list(found[0])
     parameters = columns[columns.index("subject") + 1 : columns.index(MEASURES[0])]
-    return Tried(tuple(row["subject"] for row in rows), tuple(parameters), rows[0].get("error") or "")
+    return Tried(tuple(row["subject"] for row in found), tuple(parameters), found[0].get("error") or "")
 
 
 def is_about(path: Path, subject_id: str) -> bool:
-    """Tell whether the CSV of a sweep has a row of this subject."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return any(row.get("subject") == subject_id for row in csv.DictReader(file))
+    """Tell whether the table of a sweep has a row of this subject."""
+    return any(row.get("subject") == subject_id for row in rows(path))
 
 
 def picture_of(results: Sequence[Result]) -> bytes | None:

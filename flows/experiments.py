@@ -1,15 +1,14 @@
 """Find and remove the experiments of DVC that sweeps made of one subject: refs of git, which their tables name."""
 
-import csv
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from dreambooth import sweeps
 from flows.clones import git
 
 EXPERIMENTS = "refs/exps/"
 SHOWN = ".dvc/tmp/exps/cache"  # parameters and metrics by commit, of `dvc exp show`, which makes it again
-PREFIX = "sweep-"  # of the experiments that `dreambooth sweep` names; a table is a file that anybody can write into
 
 
 def experiments_of(root: Path, subject_id: str) -> dict[str, str]:
@@ -36,8 +35,8 @@ def remove(root: Path, experiments: Iterable[tuple[str, str]]) -> None:
 
 
 def _names(root: Path, subject_id: str) -> Iterator[str]:
-    for table in (root / "reports").glob("sweep-*.csv"):
-        with table.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                if row.get("subject") == subject_id and (row.get("experiment") or "").startswith(PREFIX):
-                    yield str(row["experiment"])
+    """Yield the experiments of a subject that sweeps named; other words in their tables name nothing of theirs."""
+    for table in sweeps.tables(root):
+        for row in sweeps.rows(table):
+            if row.get("subject") == subject_id and (row.get("experiment") or "").startswith(sweeps.PREFIX):
+                yield row["experiment"]

@@ -157,7 +157,7 @@ def _paths(root: Path, subject_id: str) -> Iterator[Path]:
     for place in PLACES:
         yield from leftovers(root / place, subject_id)
     yield from _in_scratch(root, subject_id, SCRATCH)
-    for table in (root / "reports").glob("sweep-*.csv"):
+    for table in sweeps.tables(root):
         if sweeps.is_about(table, subject_id):
             beside = (table, table.with_suffix(".png"), scratch_folder(root) / f"{table.stem}.log")
             yield from (path for path in beside if path.exists())

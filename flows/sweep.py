@@ -114,7 +114,7 @@ def sweep(
     """
     content = params.model_dump(mode="json")
     grid = sweeps.read_grid(settings, content)
-    table = root / "reports" / f"sweep-{_table_name(name, subjects, grid[0], content)}.csv"
+    table = sweeps.table_path(root, _table_name(name, subjects, grid[0], content))
     _require_known(root, params, subjects)
     tree, known = _tree(root), _experiments(root)
     names = [sweeps.name_of(subjects, values, tree) for values in grid]
@@ -154,7 +154,7 @@ def take_over(root: Path, experiment: str) -> tuple[list[Change], tuple[str, ...
 
 def _tried(root: Path, experiment: str) -> Tried:
     """Find an experiment in the tables of the sweeps, the newest first."""
-    tables = sorted((root / "reports").glob("sweep-*.csv"), key=lambda path: path.stat().st_mtime, reverse=True)
+    tables = sorted(sweeps.tables(root), key=lambda path: path.stat().st_mtime, reverse=True)
     for table in tables:
         if (found := sweeps.read_tried(table, experiment)) is not None:
             return found

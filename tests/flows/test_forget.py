@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from toy_project import REPOSITORY, dvc, make_photos, quiet
 
-from dreambooth import erasure
+from dreambooth import erasure, sweeps
 from dreambooth.erasure import Holdings
 from dreambooth.errors import ParamsError, PipelineError, SubjectError
 from dreambooth.locks import AlreadyRunningError, only_one
@@ -193,7 +193,8 @@ def experiments_in(root: Path) -> set[str]:
 def test_the_experiments_of_a_subject_s_sweeps_go_and_those_of_others_stay(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours, theirs = [f"sweep-{number:010x}" for number in (1, 2)], "sweep-00000000ff"
+    ours = [sweeps.name_of(["rex"], {"train.seed": seed}, "tree") for seed in (1, 2)]
+    theirs = sweeps.name_of(["biscuit"], {"train.seed": 1}, "tree")
     add_experiments(project, [theirs, "my-own", *ours])
     for subject_id, names in (("rex", [*ours, "my-own"]), ("biscuit", [theirs])):
         table = project / "reports" / f"sweep-{subject_id}-seed.csv"
