@@ -2,8 +2,6 @@
 
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +25,7 @@ from dreambooth.photos import (
 )
 from dreambooth.prompts import read_caption
 from dreambooth.yaml12 import dump_yaml
-from flows.dvcrun import child_environment
+from flows.commandline import DVC, last_words, run_quietly
 from flows.generate import slug
 from flows.preflight import poor_identifiers, unknown_nouns
 from flows.project import PARAMS, means, read_params_text, write_params_text
@@ -208,22 +206,13 @@ def track_photos(root: Path, folder: Path) -> str | None:
     name = folder.relative_to(root).as_posix()
     if not (root / ".dvc").is_dir():
         return f"{root} has no .dvc folder, so the photos have no versions; dvc init, then dvc add {name}"
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "--wait-for-lock", "add", name],  # not --quiet: it would say no error either
-        cwd=root,
-        env=child_environment(),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_quietly([*DVC, "--wait-for-lock", "add", name], root)  # not --quiet: it would say no error either
     if done.returncode == 0:
         return None
-    told = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
-    said = " ".join(" ".join(told or [done.stderr]).split())
+    said = last_words(done)
     if "is not a git repository" in said:
         return f"the photos have no versions: {root} is no git repository; git init, then dvc add {name}"
-    return f"the photos have no versions: {said or f'exit {done.returncode}'}; then: dvc add {name}"
+    return f"the photos have no versions: {said}; then: dvc add {name}"
 
 
 def _is(source: Path) -> bool:

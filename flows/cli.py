@@ -256,7 +256,7 @@ def _way_back_told(root: Path, presets: list[str]) -> Iterator[None]:
 
 def _way_back(root: Path, before: str) -> str:
     """Say how params.yaml gets back the text that it had: by git, if that is what git would put there."""
-    from flows.clones import git
+    from flows.commandline import git
 
     try:
         known = git(root, "show", f":./{PARAMS}")

@@ -1,31 +1,27 @@
 """Work in clones: make one, change parameters in it, hand back what was made (DVC remote, branch runs/<id>), take it.
 
-What a run made is had again without its clone: a training with the photos that it saw, a folder of DVC by its hash.
-A clone lives for one run. Cache, scratch and MLflow database are those of the home: the checkout of the worker.
+What a run made can be restored after its clone is gone: a training with the photos that it saw, a folder of DVC by its
+hash. A clone lives for one run. Cache, scratch and MLflow database are those of the home: the checkout of the worker.
 """
 
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from dreambooth.errors import PipelineError, shown
 from dreambooth.folders import scratch_folder, write_file
-from dreambooth.locks import AlreadyRunningError, only_one
+from dreambooth.locks import only_one
 from dreambooth.params import load_params, parse_params
 from dreambooth.pointer import dvc_cache
 from dreambooth.tracking import tracking_uri
 from dreambooth.yaml12 import dump_yaml, load_yaml
-from flows.dvcrun import child_environment
+from flows.commandline import ROBOT, dvc, git, run_quietly
+from flows.copies import OWNER
 from flows.graph import Graph
 from flows.presets import put
 from flows.project import PARAMS, read_params_text, write_params_text
@@ -34,23 +30,8 @@ LOCK = "dvc.lock"
 PROMPTS = "data/prompts"
 CONFIG = ".dvc/config.local"
 BRANCH = "runs/{}"
-OWNER = "owner"  # the lock in the folder of a clone
-SWEEPS = ".dvc/tmp/exps/standalone"  # where `dvc exp run --temp` computes, a folder for each experiment
 REMOTE = re.compile(r"^remote\.(.+)\.url=(.+)$", re.MULTILINE)  # a line of `dvc config --list`
 FOLDER_HASH = re.compile(r"[0-9a-f]{32}\.dir")
-ROBOT = ("-c", "user.name=dreambooth", "-c", "user.email=dreambooth@localhost")
-
-
-@dataclass(frozen=True)
-class Copy:
-    """A copy of the project in which a run or an experiment of a sweep works, or worked until it was killed."""
-
-    folder: Path
-    """All of it, to be removed."""
-    project: Path
-    user: str
-    """Who works in it, in words; empty: nobody."""
-    is_clone: bool
 
 
 def repository_of(home: Path) -> str:
@@ -58,7 +39,7 @@ def repository_of(home: Path) -> str:
     named = os.environ.get("DREAMBOOTH_REPOSITORY")
     if named:
         return named
-    found = _call(["git", "remote", "get-url", "origin"], home, check=False)
+    found = run_quietly(["git", "remote", "get-url", "origin"], home)
     return found.stdout.strip() or str(home)
 
 
@@ -96,39 +77,6 @@ def _configure(clone: Path, home: Path) -> None:
     for name, place in REMOTE.findall(dvc(home, "config", "--list")):
         if Path(place).is_absolute():  # perhaps written in relation to the home
             dvc(clone, "remote", "modify", "--local", name, "url", place)
-
-
-def copies(home: Path) -> list[Copy]:
-    """List the copies of the project in the scratch folder and in DVC's folder of experiments, with who uses each."""
-    clones = sorted(folder for folder in scratch_folder(home).glob("clone-*") if folder.is_dir())
-    sweeps = sorted(folder for folder in (home / SWEEPS).glob("tmp*") if folder.is_dir())
-    if not clones + sweeps:
-        return []
-    working = _working_folders()
-    found = [Copy(one, one / "project", _holder(one) or _user(one, working), True) for one in clones]
-    return found + [Copy(one, one, _user(one, working), False) for one in sweeps]
-
-
-def _holder(folder: Path) -> str:
-    """Say who holds the lock of a clone, on whatever machine; nobody after a kill, where the system frees it."""
-    if not (folder / f"{OWNER}.lock").is_file():
-        return ""
-    try:
-        with only_one(folder, OWNER, f"work in {folder}"):
-            return ""
-    except AlreadyRunningError as error:
-        return str(error)
-
-
-def _user(folder: Path, working: Mapping[Path, int]) -> str:
-    """Say which process works in a folder: a stage may outlive the run that was killed, and DVC locks nothing."""
-    place = folder.resolve()
-    pid = next((pid for path, pid in working.items() if path.is_relative_to(place)), None)
-    return "" if pid is None else f"pid {pid} works in {folder}; wait for it, or stop it"
-
-
-def _working_folders() -> dict[Path, int]:
-    return {Path(one.info["cwd"]): one.pid for one in psutil.process_iter(["cwd"]) if one.info["cwd"]}
 
 
 def share_folders(home: Path) -> None:
@@ -190,7 +138,7 @@ def commit_back(clone: Path, run_id: str) -> str | None:
 def take_back(home: Path, repository: str, run_id: str, keys: Collection[str]) -> bool:
     """Take the entries of subjects and classes from dvc.lock of runs/<id> into that of the home; False without one."""
     branch = BRANCH.format(run_id)
-    fetched = _call(["git", "fetch", "--quiet", repository, f"refs/heads/{branch}"], home, check=False)
+    fetched = run_quietly(["git", "fetch", "--quiet", repository, f"refs/heads/{branch}"], home)
     if fetched.returncode:
         return False
     theirs = load_yaml(git(home, "show", f"FETCH_HEAD:{LOCK}"))
@@ -264,7 +212,7 @@ def _revision_that_names(clone: Path, repository: str, md5: str, subject_id: str
     runs = f"refs/remotes/origin/{BRANCH.format('')}"
     newest_first = git(clone, "for-each-ref", "--sort=-committerdate", "--format=%(refname)", runs).splitlines()
     for revision in ("HEAD", *newest_first):
-        if md5 in _call(["git", "show", f"{revision}:{LOCK}"], clone, check=False).stdout:
+        if md5 in run_quietly(["git", "show", f"{revision}:{LOCK}"], clone).stdout:
             return revision
     raise PipelineError(
         f"{LOCK} names the export {md5} of {subject_id} neither here nor on a branch {BRANCH.format('<id>')} of "
@@ -295,49 +243,3 @@ def fetch(home: Path, md5: str) -> None:
         dvc(clone, "fetch", "fetched.dvc")
     if not (dvc_cache(home) / md5[:2] / md5[2:]).is_file():  # of a list of files that is nowhere DVC only warns
         raise PipelineError(f"the DVC remote of {repository_of(home)} lacks {md5}; dvc push it from where it was made")
-
-
-def git(folder: Path, *arguments: str) -> str:
-    """Run git and return what it says.
-
-    Raises:
-        PipelineError: with its last words.
-    """
-    return _call(["git", *arguments], folder).stdout.strip()
-
-
-def dvc(folder: Path, *arguments: str) -> str:
-    """Run dvc and return what it says.
-
-    Raises:
-        PipelineError: with its last words.
-    """
-    return _call([sys.executable, "-m", "dvc", *arguments], folder).stdout.strip()
-
-
-def _call(command: list[str], folder: Path, check: bool = True) -> "subprocess.CompletedProcess[str]":
-    environment = {**child_environment(), "GIT_TERMINAL_PROMPT": "0"}
-    name = "git" if command[0] == "git" else "dvc"
-    try:
-        done = subprocess.run(
-            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError as error:  # the program, or the folder
-        raise PipelineError(
-            f"{name} in {folder}: {error.filename} is not there; install or make it, then run again"
-        ) from None
-    if check and done.returncode:
-        verb = next((word for word in command[1:] if re.fullmatch("[a-z][a-z-]+", word) and word != "dvc"), "")
-        words = _last_words(done.stderr) or f"exit {done.returncode}"
-        raise PipelineError(f"{name} {verb} in {folder}: {words}; mend that, then run again")
-    return done
-
-
-def _last_words(said: str) -> str:
-    """Return the last lines of what a program said; all from the last but one on that DVC calls an error.
-
-    The last one sums up ("6 files failed to upload"), the one before has the cause.
-    """
-    lines = [line for line in said.splitlines() if line.strip()]
-    errors = [number for number, line in enumerate(lines) if line.startswith("ERROR: ")]
-    return " ".join(lines[errors[-2:][0] if errors else -3 :])

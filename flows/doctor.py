@@ -22,7 +22,7 @@ from dreambooth.folders import PLACES, WORKS, is_private, leftovers, scratch_fol
 from dreambooth.params import Params, load_params
 from dreambooth.redaction import redact
 from dreambooth.tracking import PENDING, unsent
-from flows.clones import copies
+from flows.copies import copies
 from flows.project import PARAMS
 
 LOW_BYTES = 2e9  # of free disk

@@ -3,10 +3,8 @@
 And read one file as it was at a revision of git.
 """
 
-import contextlib
 import json
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from dreambooth.errors import PipelineError
 from dreambooth.params import names_id
 from dreambooth.redaction import redact
 from dreambooth.yaml12 import YamlError, load_yaml
+from flows.commandline import git, is_in_repository
 
 # The folders with a folder or a file for each subject: a module may have the name of one, stages/train.py.
 _FOLDERS = frozenset({"build", "models", "export", "reports"})
@@ -61,7 +60,8 @@ def kept_of(root: Path, subject_id: str) -> Kept:
     An object that also belongs to something else (class images, the base, another subject's photo) is left out.
 
     Raises:
-        PipelineError: dvc.lock or a .dvc file is no YAML: what it alone names would stay without a trace.
+        PipelineError: dvc.lock or a .dvc file is no YAML, or git cannot read their history: what it alone names would
+            stay without a trace.
     """
     mine: set[str] = set()
     others: set[str] = set()
@@ -247,20 +247,13 @@ def _under_data(out: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _history(root: Path) -> Iterator[str]:
-    """Yield every committed version of dvc.lock and of the .dvc files; nothing without git."""
-    log = ["rev-list", "--all", "--objects", "--", "dvc.lock", "data/subjects"]
-    for line in _git(root, *log).splitlines():
+    """Yield every committed version of dvc.lock and of the .dvc files; nothing without a repository."""
+    if not is_in_repository(root):
+        return
+    for line in git(root, "rev-list", "--all", "--objects", "--", "dvc.lock", "data/subjects").splitlines():
         sha, _, path = line.partition(" ")
         if path.endswith(("dvc.lock", ".dvc")):
-            yield _git(root, "cat-file", "blob", sha)
-
-
-def _git(root: Path, *arguments: str) -> str:
-    with contextlib.suppress(OSError):
-        command = ["git", "-C", str(root), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        return done.stdout if done.returncode == 0 else ""
-    return ""
+            yield git(root, "cat-file", "blob", sha)
 
 
 def _run_entries(place: _Place) -> Iterator[tuple[str, str]]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dreambooth import sweeps
-from flows.clones import git
+from flows.commandline import git, is_in_repository
 
 EXPERIMENTS = "refs/exps/"
 SHOWN = ".dvc/tmp/exps/cache"  # parameters and metrics by commit, of `dvc exp show`, which makes it again
@@ -14,7 +14,7 @@ SHOWN = ".dvc/tmp/exps/cache"  # parameters and metrics by commit, of `dvc exp s
 def experiments_of(root: Path, subject_id: str) -> dict[str, str]:
     """Return the commit of each ref of an experiment whose row in the table of a sweep has this subject."""
     names = set(_names(root, subject_id))
-    if not names or not any((folder / ".git").exists() for folder in (root, *root.parents)):
+    if not names or not is_in_repository(root):
         return {}
     commits = commits_of(root)
     named = {commit for ref, commit in commits.items() if ref.rpartition("/")[2] in names}

@@ -23,7 +23,7 @@ from dreambooth.tracking import PENDING, unsent
 from dreambooth.yaml12 import dump_yaml
 from flows import dvcstore, prefectstore, summary
 from flows.check import CHECKED
-from flows.clones import Copy, copies
+from flows.copies import Copy, copies
 from flows.dvcstore import Kept, being_written
 from flows.entries import UnreadError, forget_entry, read_plainly
 from flows.experiments import experiments_of

@@ -17,7 +17,8 @@ from dreambooth.folders import scratch_folder, write_file
 from dreambooth.params import Params
 from dreambooth.sweeps import SEED, Recipe, Result, Tried, Values
 from dreambooth.yaml12 import load_yaml
-from flows.clones import ROBOT, git, share_folders
+from flows.clones import share_folders
+from flows.commandline import ROBOT, git
 from flows.dvcrun import DvcRunner
 from flows.dvcstore import read_at
 from flows.experiments import commits_of

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from toy_project import REPOSITORY, dvc, make_photos
+from toy_project import REPOSITORY, dvc, git, make_photos
 
-from dreambooth.errors import ParamsError, PhotosError, SubjectError
+from dreambooth.errors import ParamsError, PhotosError, PipelineError, SubjectError
 from dreambooth.params import load_params
+from flows import commandline
 from flows.add import Wish, add_subject, class_of_noun, collect, new_names, track_photos, with_subject
 from flows.dvcrun import child_environment
 from flows.graph import Graph
@@ -291,6 +292,19 @@ def test_dvc_gives_the_photos_a_version_or_says_why_not(project: Path, tmp_path:
     (elsewhere / ".dvc/config").touch()  # of a project that was in git
     reason = track_photos(elsewhere, elsewhere / "photos")
     assert reason == f"the photos have no versions: {elsewhere} is no git repository; git init, then dvc add photos"
+
+
+def test_photos_without_a_version_are_told_with_all_that_dvc_says_of_it(project: Path) -> None:
+    git(project, "init", "--quiet")
+    dvc(project, "config", "--unset", "core.no_scm")
+    git(project, "add", "--force", "data/subjects/rex")
+    reason = track_photos(project, project / "data/subjects/rex")
+    assert reason is not None
+    assert "is already tracked by SCM" in reason
+    assert "git rm -r --cached 'data/subjects/rex'" in reason
+    with pytest.raises(PipelineError) as refused:
+        commandline.dvc(project, "add", "data/subjects/rex")
+    assert str(refused.value).partition(": ")[2].partition("; mend that")[0] in reason
 
 
 def test_photos_get_their_version_when_another_command_of_dvc_is_done(project: Path) -> None:

@@ -21,7 +21,7 @@ from dreambooth import versions
 from dreambooth.errors import ParamsError, PipelineError
 from dreambooth.params import load_params
 from dreambooth.yaml12 import load_yaml
-from flows import clones
+from flows import clones, commandline, copies
 from flows.clone import PAUSES, RETRIES, _may_pass, hand_back
 from flows.graph import Graph
 from flows.program import failed
@@ -226,10 +226,10 @@ def test_a_killed_process_leaves_a_clone_that_nobody_uses_and_a_living_one_says_
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "cloned\n"
-        (used,) = clones.copies(home)
+        (used,) = copies.copies(home)
         assert f"pid {child.pid} on" in used.user
         child.kill()
-    (left,) = clones.copies(home)
+    (left,) = copies.copies(home)
     assert (left.folder, left.user, left.is_clone) == (used.folder, "", True)
     assert (left.project / "params.yaml").is_file()
 
@@ -273,7 +273,7 @@ def test_a_machine_without_git_is_told_so_in_a_line(project: Path, monkeypatch: 
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(sys, "executable", str(project / "python"))  # beside which git may lie
     with pytest.raises(PipelineError, match=r"git in .*: git is not there; install .* then run again"):
-        clones.git(project, "status")
+        commandline.git(project, "status")
 
 
 def test_a_folder_is_fetched_by_its_hash_and_one_that_the_remote_lacks_is_named(origin: Path, tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_a_clone_has_the_remotes_and_the_credentials_of_its_home(tmp_path: Path)
     git(home, "add", "--all")
     git(home, "commit", "--quiet", "--message", "toy")
     with clones.cloned(home, str(home), None) as clone:
-        assert dict(clones.REMOTE.findall(clones.dvc(clone, "config", "--list"))) == {
+        assert dict(clones.REMOTE.findall(commandline.dvc(clone, "config", "--list"))) == {
             "store": str(tmp_path / "my store"),
             "cloud": "s3://bucket/folder",
         }

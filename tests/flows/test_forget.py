@@ -22,7 +22,8 @@ from dreambooth.locks import AlreadyRunningError, only_one
 from dreambooth.params import names_id
 from flows import dvcstore, prefectstore
 from flows.check import check
-from flows.clones import OWNER, ROBOT, git
+from flows.commandline import ROBOT, git
+from flows.copies import OWNER
 from flows.doctor import _left_beside
 from flows.dvcstore import _names
 from flows.entries import without_subject
@@ -349,6 +350,15 @@ def test_what_names_the_objects_of_dvc_is_mended_before_anything_is_erased(proje
     with pytest.raises(PipelineError, match=rf"{name} cannot be read \(line 2, .*\); mend it") as told:
         inventory(project, "rex")
     assert len(str(told.value).splitlines()) == 1
+
+
+@pytest.mark.usefixtures("no_prefect")
+@pytest.mark.threat(23)
+def test_a_history_that_git_cannot_read_is_mended_before_anything_is_erased(project: Path) -> None:
+    """Of a subject trained long ago it may be all that names the objects of DVC."""
+    (project / ".git").write_text("gitdir: gone\n")
+    with pytest.raises(PipelineError, match=r"git rev-list in .*not a git repository: .*gone; mend that"):
+        inventory(project, "rex")
 
 
 @pytest.mark.usefixtures("no_prefect")

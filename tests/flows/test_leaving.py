@@ -16,7 +16,7 @@ from toy_project import REPOSITORY, kill_tree, make_origin, post, quiet
 from waiting import await_true
 
 from dreambooth.interruption import ONE_REQUEST, is_alive
-from flows.clones import SWEEPS
+from flows.copies import SWEEPS
 from flows.leaving import in_words
 
 SAVES = """

@@ -67,9 +67,9 @@ def make_photos(folder: Path, count: int, seed: int = 0) -> list[Path]:
 
 def git(folder: Path, *arguments: str) -> str:
     """Run git as the runs do."""
-    from flows import clones
+    from flows import commandline
 
-    return clones.git(folder, *clones.ROBOT, *arguments)
+    return commandline.git(folder, *commandline.ROBOT, *arguments)
 
 
 def make_origin(root: Path) -> Path:
