@@ -126,7 +126,7 @@ def compare_models(
     seconds["seconds_per_image_scored"] = (time.monotonic() - begin) / (len(models) * len(plan.noise_seeds))
     cost = seconds | {"megabytes_of_memory_at_the_peak": _peak_megabytes()}
     flat = {name: [is_flat(image) for image in images] for name, images in drawn.items()}
-    how = fingerprint(plan, models[BASE].fingerprint, encoders, photos_hash)
+    how = conditions(plan, models[BASE].fingerprint, encoders, photos_hash)
     return Comparison(plan, models, squares, photos, drawn, flat, scores, how, cost)
 
 
@@ -156,8 +156,8 @@ def write_comparison(target: Path, found: Comparison) -> None:
     (target / "grid.png").write_bytes(png_bytes(sheet))
 
 
-def fingerprint(plan: Plan, base_hash: str, encoders: Encoders, photos_hash: str) -> dict[str, Any]:
-    """Say what scores depend on besides the model: only those with the same hash may be compared."""
+def conditions(plan: Plan, base_hash: str, encoders: Encoders, photos_hash: str) -> dict[str, Any]:
+    """Say what scores depend on besides the model: only those made under the same conditions may be compared."""
     return {
         "base": base_hash,
         "cases": [asdict(case) for case in plan.cases],

@@ -202,7 +202,7 @@ def _in_a_line(error: BaseException) -> str:
     return redact(" ".join(str(error).split()) or type(error).__name__)
 
 
-def read_plainly(path: Path) -> Any:
+def read_dvc_file(path: Path) -> Any:
     """Return the values of dvc.lock or of a .dvc file.
 
     Raises:
@@ -218,7 +218,7 @@ def _entries_of_project(root: Path) -> Iterator[Mapping[str, Any]]:
     """Yield every entry of a lock file, of today and of the history of git."""
     for path in [root / "dvc.lock", *root.glob("data/subjects/*.dvc")]:
         if path.is_file():
-            yield from _entries(read_plainly(path))
+            yield from _entries(read_dvc_file(path))
     for text in _history(root):
         yield from _entries(_values(text))
 

@@ -13,7 +13,7 @@ class UnreadError(Exception):
     """Say why params.yaml tells nothing."""
 
 
-def read_plainly(root: Path) -> dict[str, Any]:
+def plain_params(root: Path) -> dict[str, Any]:
     """Return params.yaml as plain values: whoever forgets a subject need not mend the other parameters before."""
     try:
         content = load_yaml(read_params_text(root))
@@ -31,7 +31,7 @@ def forget_entry(root: Path, subject_id: str) -> list[str]:
         ParamsError: the entry is written in a way that its lines cannot be taken out.
     """
     try:
-        before = read_plainly(root)
+        before = plain_params(root)
     except UnreadError as error:
         return [f"{PARAMS}, which cannot be read ({error}): take out by hand what it says of {subject_id}"]
     if subject_id not in before["subjects"]:

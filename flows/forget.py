@@ -25,7 +25,7 @@ from flows import dvcstore, prefectstore, summary
 from flows.check import CHECKED
 from flows.copies import Copy, copies
 from flows.dvcstore import Kept, being_written
-from flows.entries import UnreadError, forget_entry, read_plainly
+from flows.entries import UnreadError, forget_entry, plain_params
 from flows.experiments import experiments_of
 from flows.experiments import remove as remove_experiments
 from flows.project import PARAMS
@@ -141,7 +141,7 @@ def erase(root: Path, found: Inventory) -> Path:
 def _idle_class(root: Path, subject_id: str) -> str | None:
     """Return the class that nobody will be of without a subject: `dvc repro` would go on drawing images of it."""
     try:
-        subjects = read_plainly(root)["subjects"]
+        subjects = plain_params(root)["subjects"]
     except UnreadError:
         return None
     classes = {name: entry.get("class_id") for name, entry in subjects.items() if isinstance(entry, dict)}
@@ -267,7 +267,7 @@ def _remove(path: Path) -> None:
 
 def _mentions(root: Path, subject_id: str) -> int:
     try:
-        in_params = subject_id in read_plainly(root)["subjects"]
+        in_params = subject_id in plain_params(root)["subjects"]
     except UnreadError:
         in_params = names_id((root / PARAMS).read_text(encoding="utf-8", errors="replace"), subject_id)
     return int(in_params) + len(_stages(root, subject_id))
@@ -276,7 +276,7 @@ def _mentions(root: Path, subject_id: str) -> int:
 def _others(root: Path) -> list[str]:
     """Return the subjects that there still are: of params.yaml, or those with a report where that tells nothing."""
     try:
-        names = list(read_plainly(root)["subjects"])
+        names = list(plain_params(root)["subjects"])
     except UnreadError:
         names = [path.parent.name for path in (root / "reports").glob("*/report.json")]
     return [str(name) for name in names if re.fullmatch(ID_PATTERN, str(name)) and name not in RESERVED_IDS]
@@ -285,7 +285,7 @@ def _others(root: Path) -> list[str]:
 def _lock(root: Path) -> dict[str, Any]:
     """Return dvc.lock; nothing where there is none, or it has no stage."""
     file = root / "dvc.lock"
-    content = dvcstore.read_plainly(file) if file.is_file() else None
+    content = dvcstore.read_dvc_file(file) if file.is_file() else None
     return content if isinstance(content, dict) and isinstance(content.get("stages"), dict) else {}
 
 

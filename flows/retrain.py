@@ -50,7 +50,7 @@ VERDICTS = (f"{GateError.code}: ", f"{ConsentError.code}: ")  # how a refusal be
 RESTARTS = 3  # of a run whose worker died, see flows/automations.py
 ABANDONED = 120.0  # seconds after which nobody has started a crashed run again
 EVENT_PREFIX = "subject."  # of the resource id of the event subject.images.updated
-Promotion = Literal["gate", "approval", "none"]
+Mode = Literal["gate", "approval", "none"]
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Work:
 def retrain(
     subject: str | list[str] | None = None,
     deployment: str = LOCAL,
-    promotion: Promotion = "gate",
+    promotion: Mode = "gate",
     oldest_days: float | None = None,
     root: str | None = None,
 ) -> Any:
@@ -310,7 +310,7 @@ def _faults(client: SyncPrefectClient, run: FlowRun) -> list[str]:
     return said or [str((run.state.message if run.state else None) or run.state_name)]
 
 
-def _promote(root: Path, params: Params, works: Sequence[Work], promotion: Promotion) -> None:
+def _promote(root: Path, params: Params, works: Sequence[Work], promotion: Mode) -> None:
     """Offer what was made to the gate, or to a person; a refusal is a verdict and no failure."""
     for work in works:
         if not work.is_done:

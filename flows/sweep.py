@@ -53,10 +53,10 @@ class Sweep:
                 yield from (f"{subject_id}: {sweeps.with_seeds(one)}" for one in recipes)
             ranking = sweeps.ranked(recipes, drop)
             if ranking and ranking[0].values:
-                yield f"{subject_id}: {_take_over(subject_id, ranking, drop)}"
+                yield f"{subject_id}: {_best_in_words(subject_id, ranking, drop)}"
 
 
-def _take_over(subject_id: str, ranking: Sequence[Recipe], drop: float) -> str:
+def _best_in_words(subject_id: str, ranking: Sequence[Recipe], drop: float) -> str:
     """Say which recipe is the first, how sure that is, and the commands that take it over."""
     best = ranking[0]
     certainty = sweeps.certainty(ranking)
