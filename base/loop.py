@@ -1,4 +1,4 @@
-"""What both trainings share: how far they are, the rate, averaged weights, and checkpoints that survive a kill."""
+"""What all trainings of the bundled base share: progress, rate, averaged weights, checkpoints that survive a kill."""
 
 import math
 import os

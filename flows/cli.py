@@ -201,7 +201,7 @@ commands.add_to(app)
 
 
 def _tell(text: str) -> None:
-    """Say what goes on, beside what the command says."""
+    """Say a line on stderr, beside the results on stdout."""
     err.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -274,7 +274,7 @@ def _stop_trees(pids: Iterable[int]) -> None:
 def _still_there(processes: Iterable[psutil.Process], seconds: float) -> list[psutil.Process]:
     """Return which processes have not ended after so many seconds.
 
-    psutil's own wait would bury a child, and who started it would take its end for a success.
+    psutil's own wait would reap a child, and its Popen would then report exit code 0.
     """
     deadline = time.monotonic() + seconds
     while (left := [one for one in processes if is_alive(one)]) and time.monotonic() < deadline:

@@ -320,7 +320,7 @@ def _is_writing(root: Path) -> bool:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Look for no garbage meanwhile: DVC's objects of thousands of stages live to the end, and searching them costs."""
+    """Pause the garbage collector: DVC's objects of thousands of stages live to the end, and searching them costs."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -48,7 +48,7 @@ def lanes_of(root: Path, params: Params, graph: Graph) -> Lanes:
 
 
 def _shares(graph: Graph, cores: int, lanes: int) -> Iterator[tuple[str, int]]:
-    """Share the cores: all subjects wait for the class images of a class, which are few, and drawn with more cores."""
+    """Share the cores between the stages of an entry: class images are drawn by few stages, with more cores each."""
     for entry in sorted(GPU_ENTRIES):
         beside = min(lanes, sum(stage.entry == entry for stage in graph.stale))
         if beside > 1:
@@ -56,7 +56,7 @@ def _shares(graph: Graph, cores: int, lanes: int) -> Iterator[tuple[str, int]]:
 
 
 def one_gpu(count: int) -> str:
-    """Say what so many stages at a time take, where there are GPUs: a process gives none of them its own."""
+    """Say what so many stages at a time take, where there are GPUs: one process uses only its first GPU."""
     return (
         f"{count} stages at a time on {count} GPUs are {count} workers, each with a CUDA_VISIBLE_DEVICES of its own "
         '(docs/operations.md, "One slot a GPU"); the stages of one process all compute on its first GPU'

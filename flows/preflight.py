@@ -1,4 +1,4 @@
-"""What params.yaml asks for in vain, told before the first stage: the one that refuses it comes after the training."""
+"""Report what params.yaml asks for in vain up front: the stage that would refuse it runs after the training."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path

@@ -44,7 +44,7 @@ def is_away(error: BaseException) -> bool:
 
 
 def patiently(ask: Callable[[], T], patience: float = 600.0, sleep: Callable[[float], object] = time.sleep) -> T:
-    """Ask a server of Prefect, again and again while it is away: who waits for the runs of others outlives its pauses.
+    """Ask a server of Prefect again while it is away, so that a flow waiting for other runs survives an outage.
 
     Args:
         ask: what may be asked twice.

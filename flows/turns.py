@@ -2,7 +2,7 @@
 
 A limit counts on all machines together, so each machine names its own: DREAMBOOTH_GPU_SLOT, docs/decisions/0102.
 A slot is lent for LEASE seconds and kept by asking for it again and again, so that the slot of a killed process comes
-free by itself. A server that is away for a while costs nobody his work: docs/decisions/0065.
+free by itself. A server that is away for a while loses no work: docs/decisions/0065.
 """
 
 import os
