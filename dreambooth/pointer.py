@@ -44,7 +44,7 @@ def write_pointer(
 
     Args:
         folder: is made.
-        root: of the project; DREAMBOOTH_HOME overrules it where the version is served.
+        root: of the project; who asks for the version looks in his own first, see `resolve`.
         path: of the export, from the root.
         export_hash: content hash of the export.
         md5: of the folder in dvc.lock, "<32 digits>.dir"; None where DVC does not know this export.
@@ -55,37 +55,40 @@ def write_pointer(
     write_file(folder / POINTER, json.dumps(about, indent=1).encode() + b"\n")
 
 
-def resolve(folder: Path) -> Path:
+def resolve(folder: Path, home: Path | None = None) -> Path:
     """Return the folder of the pipeline: this one, or the one that it points to, found whole.
 
+    Args:
+        folder: of a version.
+        home: the project to look in; None takes DREAMBOOTH_HOME. After it comes the project that made the version,
+            which may be a clone that is gone, or a checkout that was moved.
+
     Raises:
-        ModelError: neither the project nor DVC's cache holds those files any more, or the pointer is none.
+        ModelError: neither a project nor its cache of DVC holds those files any more, or the pointer is none.
     """
     if not (folder / POINTER).is_file():
         return folder
     about = _read(folder / POINTER)
-    root = Path(os.environ.get("DREAMBOOTH_HOME") or about["root"])
-    place: Path = root / str(about["path"])
-    if _is_whole(place, about["hash"]):
-        return place
-    kept = _from_cache(root, about) if about["md5"] else None
-    if kept is None:
+    named = home or os.environ.get("DREAMBOOTH_HOME")
+    roots = list(dict.fromkeys(Path(root).absolute() for root in (named, about["root"]) if root))
+    found = next((place for root in roots if (place := _found_in(root, about))), None)
+    if found is None:
         raise ModelError(
-            f"{place} does not hold the export {about['hash'][:12]}, and neither does the cache of DVC "
-            f"({about['md5'] or 'never run through DVC'}); check out the commit of the version, then: "
+            f"{roots[0] / about['path']} does not hold the export {about['hash'][:12]}, and neither does the cache of "
+            f"DVC ({about['md5'] or 'never run through DVC'}); check out the commit of the version, then: "
             f"dvc pull {about['path']}; or name the folder of the project: DREAMBOOTH_HOME"
         )
-    return kept
+    return found
 
 
-def resolve_whole(folder: Path) -> tuple[Path, str]:
+def resolve_whole(folder: Path, home: Path | None = None) -> tuple[Path, str]:
     """Return what `resolve` does, and the content hash of that folder, whose files were read once to know it.
 
     Raises:
         ModelError: see `resolve`.
         TornFolderError: there is no pointer, and the folder is not what its manifest says.
     """
-    place, pointer = resolve(folder), folder / POINTER
+    place, pointer = resolve(folder, home), folder / POINTER
     return place, _read(pointer)["hash"] if pointer.is_file() else content_hash(place)
 
 
@@ -146,6 +149,14 @@ def _is_whole(folder: Path, export_hash: str) -> bool:
         return told == export_hash and content_hash(folder) == export_hash
     except TornFolderError:
         return False
+
+
+def _found_in(root: Path, about: dict[str, Any]) -> Path | None:
+    """Return where a project has the export: in its place, or in DVC's cache; None without either."""
+    place: Path = root / str(about["path"])
+    if _is_whole(place, about["hash"]):
+        return place
+    return _from_cache(root, about) if about["md5"] and root.is_dir() else None
 
 
 def _from_cache(root: Path, about: dict[str, Any]) -> Path | None:

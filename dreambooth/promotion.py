@@ -363,7 +363,7 @@ def _scored_again(
     name, source = champion.name, client.get_model_version_download_uri(champion.name, str(champion.version))
     place = sides[0].folder.with_name("again")
     with downloaded(root, source, name) as folder:
-        parts = resolve(folder / "artifacts" / name)
+        parts = resolve(folder / "artifacts" / name, root)
         rescore(params, name, project, parts, champion.tags[FINGERPRINT_TAG], place)
     return replace(sides[0], folder=place), replace(sides[1], folder=place, model="champion")
 

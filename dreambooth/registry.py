@@ -304,10 +304,10 @@ def _verify(client: "MlflowClient", root: Path, model: "LoggedModel", export: Ex
         if not faults:
             with downloaded(root, model.artifact_location, export.subject) as folder:
                 stored = folder / "artifacts" / export.subject
-                if resolve_whole(stored)[1] != export.hash:
+                if resolve_whole(stored, root)[1] != export.hash:
                     faults = ["the files are those of another export"]
                 require_beside(stored)
-                load_folder(folder)
+                load_folder(root, folder)
     except Exception as error:  # whatever it is, nobody else should meet it first
         faults = [redact(" ".join(str(error).split()) or type(error).__name__)]
     if faults:

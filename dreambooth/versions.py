@@ -1,6 +1,7 @@
 """Find, check and load the registered versions of a subject; nothing here changes the registry."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -164,7 +165,7 @@ def load_found(root: Path, found: RegisteredVersion) -> "PyFuncModel":
     with explained(root, f"load version {found.version} of {name}", remedy):
         source = client_of(root).get_model_version_download_uri(name, str(found.version))
         with downloaded(root, source, name) as folder:
-            return load_folder(folder)
+            return load_folder(root, folder)
 
 
 def generation_of(model: "PyFuncModel") -> dict[str, Any]:
@@ -262,7 +263,7 @@ def check_files(root: Path, client: "MlflowClient", version: "ModelVersion", dee
         if deep:
             with downloaded(root, source, name) as folder:
                 require_beside(folder / "artifacts" / name)
-                actual = resolve_whole(folder / "artifacts" / name)[1]
+                actual = resolve_whole(folder / "artifacts" / name, root)[1]
         else:
             actual = _shallow_hash(root, client, version, source)
     except (MlflowException, OSError, TornFolderError, ModelError) as error:
@@ -343,15 +344,25 @@ def downloaded(root: Path, source: str, subject_id: str) -> Iterator[Path]:
         yield Path(download_artifacts(artifact_uri=source, dst_path=target, tracking_uri=uri))
 
 
-def load_folder(folder: Path) -> "PyFuncModel":
-    """Load a model folder of MLflow with the code of this package, not the copy that lies in it."""
+def load_folder(root: Path, folder: Path) -> "PyFuncModel":
+    """Load a model folder of MLflow with the code of this package, not the copy that lies in it.
+
+    Args:
+        root: the project in which a pipeline is looked for that the folder only points to.
+        folder: with the file MLmodel.
+    """
     import mlflow.pyfunc
 
-    before = list(sys.path)
+    path, home = list(sys.path), os.environ.get("DREAMBOOTH_HOME")
+    os.environ["DREAMBOOTH_HOME"] = str(root)  # MLflow hands the model nothing else of ours
     try:
         return mlflow.pyfunc.load_model(str(folder), suppress_warnings=True)
     finally:
-        sys.path[:] = before
+        sys.path[:] = path
+        if home is None:
+            del os.environ["DREAMBOOTH_HOME"]
+        else:
+            os.environ["DREAMBOOTH_HOME"] = home
 
 
 def listing(client: "MlflowClient", model_id: str, folder: str) -> Iterator[tuple[str, int]]:
@@ -383,7 +394,7 @@ def _shallow_hash(root: Path, client: "MlflowClient", version: "ModelVersion", s
     if POINTER in present:
         with downloaded(root, f"{source}/{folder}/{POINTER}", version.name) as file:
             _require_sizes(present, named_beside(file))
-            return resolve_whole(file.parent)[1]
+            return resolve_whole(file.parent, root)[1]
     if MANIFEST not in present:
         raise TornFolderError(f"{folder}/{MANIFEST} is missing")
     with downloaded(root, f"{source}/{folder}/{MANIFEST}", version.name) as file:

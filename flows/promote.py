@@ -3,7 +3,6 @@
 Without a server: python -m flows.promote biscuit
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,7 +79,6 @@ def _fetch_exports(root: Path, subject_id: str, version: int | None) -> None:
     """Have challenger and champion in the cache of DVC where the registry only points there: docs/decisions/0054."""
     from dreambooth import versions
 
-    os.environ.setdefault("DREAMBOOTH_HOME", str(root))  # a pointer names the clone that made it, which is gone
     with versions.explained(root, f"find {subject_id}", "try again when it answers"):
         client = versions.client_of(root)
         challenger = versions.find_version(client, subject_id, version, None if version else versions.CHALLENGER)

@@ -232,7 +232,7 @@ def test_the_champion_is_loaded_before_the_challenger(
         write_export(root, tiny_model_folder, note)
         register(root, BISCUIT)
     loaded: list[Path] = []
-    monkeypatch.setattr(registered, "load_folder", loaded.append)
+    monkeypatch.setattr(registered, "load_folder", lambda root, folder: loaded.append(folder))
     client = tracking.connect(root)[0]
     move(client, BISCUIT, "register", "challenger", 3, 2)
     move(client, BISCUIT, "promote", "champion", None, 1)
@@ -339,6 +339,40 @@ def test_a_large_export_stays_in_dvc_and_is_served_from_there(root: Path, tiny_m
     shutil.rmtree(root / ".dvc/cache")
     with pytest.raises(RegistryError, match=r"neither does the cache of DVC .*dvc pull export/biscuit"):
         load(root, BISCUIT)
+
+
+def test_a_large_export_of_a_clone_that_is_gone_is_served_from_the_project_that_asks(
+    root: Path, tmp_path: Path
+) -> None:
+    from dvc.repo import Repo
+
+    with Repo.init(str(root), no_scm=True) as repo:
+        (added,) = repo.add(str(root / "export" / BISCUIT))
+        lock = {"stages": {"export": {"outs": [{"path": f"export/{BISCUIT}", "md5": added.outs[0].hash_info.value}]}}}
+    (root / "dvc.lock").write_text(json.dumps(lock))
+    register(root, BISCUIT, max_logged_bytes=0)
+    (place,) = places(root)
+    pointer = place / f"artifacts/artifacts/{BISCUIT}/pointer.json"
+    gone = tmp_path / "clone-1" / "project"
+    pointer.write_text(json.dumps(json.loads(pointer.read_text()) | {"root": str(gone)}))
+    shutil.rmtree(root / "export")
+    client, (version,) = tracking.connect(root)[0], versions(root)
+    assert registered.check_files(root, client, version, deep=False) == []
+    assert registered.check_files(root, client, version) == []
+    assert load(root, BISCUIT).predict(CALL)[0].startswith(b"\x89PNG")
+    assert "DREAMBOOTH_HOME" not in os.environ
+    assert not gone.parent.exists()
+
+
+def test_a_large_export_is_served_from_the_project_that_made_it_where_the_one_that_asks_has_none(
+    root: Path, tmp_path: Path
+) -> None:
+    register(root, BISCUIT, max_logged_bytes=0)
+    another = tmp_path / "another"
+    another.mkdir()
+    shutil.copyfile(root / "mlflow.db", another / "mlflow.db")
+    client, (version,) = tracking.connect(another)[0], versions(root)
+    assert registered.check_files(another, client, version) == []
 
 
 @pytest.mark.parametrize("limit", [None, 0], ids=["copied", "behind a pointer"])
