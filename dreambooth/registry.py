@@ -4,18 +4,17 @@ A version is made only after its files were uploaded, listed, compared with the 
 """
 
 import json
+import logging
 import shutil
 import subprocess
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from filelock import FileLock, Timeout
 
 from dreambooth import __version__
 from dreambooth.aliases import move, settle
@@ -31,10 +30,11 @@ from dreambooth.folders import (
     sha256_of,
     work_folder,
 )
+from dreambooth.locks import only_one_of
 from dreambooth.params import METHODS_OF_FORMAT, check_id
 from dreambooth.pointer import POINTER, require_beside, resolve_whole, write_pointer
 from dreambooth.redaction import redact
-from dreambooth.tracking import connect, database_file, ensure_run, paged, tracking_uri
+from dreambooth.tracking import connect, database_file, ensure_run, flat_metrics, paged, tracking_uri
 from dreambooth.versions import (
     CHALLENGER,
     CONSENT_TAG,
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
-LOCK_SECONDS = 3600.0
+_log = logging.getLogger(__name__)
 SCORES = ("evaluation.json", "prompts.csv", "class_images.csv", "scores.csv")  # what the gate reads of an evaluation
 ALONE = ("README.md", GENERATION, *METHODS_OF_FORMAT)  # parts of an export that are of use without its pipeline
 # What the shipped code of dreambooth imports to draw pictures; pinned to what the export was made with.
@@ -147,26 +147,14 @@ def register(root: Path, subject_id: str, max_logged_bytes: int | None = None) -
     return RegisteredVersion(subject_id, int(registered.version), version is None, export.hash, export.md5)
 
 
-@contextmanager
-def alone(root: Path, subject_id: str) -> Iterator[None]:
-    """Let one process at a time of a project change what is registered of a subject.
+def alone(root: Path, subject_id: str) -> AbstractContextManager[None]:
+    """Let one process at a time of a project change what is registered of a subject; the next one says whom it awaits.
 
     A promotion holds it while it draws both models again: `forget` takes it too, and nothing may be drawn of a subject
     after that.
     """
-    lock = FileLock(scratch_folder(root) / f"register-{subject_id}.lock", timeout=LOCK_SECONDS)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RegistryError(
-            f"another process has been at the versions of {subject_id} for {LOCK_SECONDS:.0f} s ({lock.lock_file}): it "
-            "registers, promotes, rolls back or forgets; a promotion that scores both models again may wait for its "
-            "turn on the GPU; try again when it is done, or end it"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+    what = f"a registration, promotion, rollback or erasure of {subject_id}"
+    return only_one_of(root, "register", subject_id, what, _log.warning)
 
 
 def _read_export(root: Path, subject_id: str, max_logged_bytes: int | None) -> Export:
@@ -420,15 +408,7 @@ def _metrics(root: Path, export: Export) -> dict[str, float]:
         content = json.loads((root / "metrics" / f"{export.subject}.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
-    return dict(_flat(content)) if about.get("model") == export.manifest.get("model") else {}
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, int | float):
-            yield f"{prefix}{name}", float(value)
+    return flat_metrics(content) if about.get("model") == export.manifest.get("model") else {}
 
 
 def _complete_run(client: "MlflowClient", root: Path, run_id: str, export: Export) -> None:

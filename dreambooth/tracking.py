@@ -142,6 +142,17 @@ def paged(search: Callable[..., Any], *arguments: Any, **named: Any) -> Iterator
             return
 
 
+def flat_metrics(content: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Return the numbers of metrics/<id>.json by their path, such as identity.by_kind.recontextualisation.base."""
+    found: dict[str, float] = {}
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            found |= flat_metrics(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float):
+            found[f"{prefix}{name}"] = float(value)
+    return found
+
+
 def explain(error: BaseException) -> str:
     """Return why MLflow failed in half a line, without secrets."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from dreambooth import __version__
 from dreambooth.consent import PERSON, require_consent
 from dreambooth.errors import DreamboothError, shown
-from dreambooth.folders import PLACES, WORKS, is_private, leftovers, scratch_folder
+from dreambooth.folders import PLACES, WORKS, checkpoint_folders, is_private, leftovers, scratch_folder
 from dreambooth.params import Params, load_params
 from dreambooth.redaction import redact
 from dreambooth.tracking import PENDING, unsent
@@ -156,6 +156,8 @@ def _prefect() -> Iterator[Finding]:
 
 
 def _scratch(root: Path, params: Params | None) -> Iterator[Finding]:
+    from flows.forget import interrupted
+
     folder = scratch_folder(root)
     free = shutil.disk_usage(folder).free
     yield Finding(
@@ -175,16 +177,16 @@ def _scratch(root: Path, params: Params | None) -> Iterator[Finding]:
     if waiting := len(list(unsent(root).glob(f"*/{PENDING}"))):
         yield Finding("warning", "metrics", f"{waiting} parcels wait for MLflow", "python -m dreambooth.tracking")
     known = set(params.subjects) if params else set()
-    for path in sorted(folder.glob("forget-*.json")):
-        subject_id = path.stem.removeprefix("forget-")
+    for subject_id in interrupted(root):
         remedy = f"dreambooth forget {subject_id} --yes"
         yield Finding("broken", f"forget {subject_id}", "was interrupted", remedy)
-    stale = [path.name for path in folder.glob("checkpoints/*") if path.name.rsplit("-", 1)[0] not in known]
+    checkpoints = checkpoint_folders(root)
+    stale = [path.name for path, whose in checkpoints.items() if whose not in known]
     if params and stale:
         yield Finding("warning", "checkpoints", f"of subjects that are no more: {', '.join(stale)}", "remove them")
-    idle = [path for path in folder.glob("checkpoints/*") if path.name not in stale and _days_idle(path) > IDLE_DAYS]
+    idle = [path for path, whose in checkpoints.items() if whose in known and _days_idle(path) > IDLE_DAYS]
     if params and idle:
-        named = ", ".join(f"{path.name} ({_bytes_of(path) / 1e9:.1f} GB)" for path in sorted(idle))
+        named = ", ".join(f"{path.name} ({_bytes_of(path) / 1e9:.1f} GB)" for path in idle)
         remedy = "continue them with the parameters they began with, or remove their folders"
         yield Finding("warning", "checkpoints", f"of trainings stopped over {IDLE_DAYS} days ago: {named}", remedy)
 

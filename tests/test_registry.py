@@ -4,18 +4,20 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
-from filelock import FileLock
 from PIL import Image
 from registered import load
 from waiting import await_server, free_port
@@ -24,7 +26,7 @@ from dreambooth import folders, registry, tracking
 from dreambooth import versions as registered
 from dreambooth.aliases import history, move, read_log
 from dreambooth.errors import RegistryError, SubjectError
-from dreambooth.folders import DiskFullError, TornFolderError, new_folder, scratch_folder
+from dreambooth.folders import DiskFullError, TornFolderError, new_folder
 from dreambooth.images import read_provenance
 from dreambooth.registry import SCORES, register
 from dreambooth.versions import RegisteredVersion, find
@@ -281,15 +283,19 @@ def test_scores_that_a_newer_evaluation_has_not_measured_are_not_those_of_the_on
     assert registered.rows(root, BISCUIT)[0].scores == {"identity.personalised": 0.75, "photos": 5.0}
 
 
-def test_who_waits_too_long_for_the_versions_of_a_subject_is_told_what_may_hold_them(
+def test_who_waits_for_the_versions_of_a_subject_says_at_once_for_whom_and_goes_on(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "LOCK_SECONDS", 0.1)
-    with (
-        FileLock(scratch_folder(root) / f"register-{BISCUIT}.lock"),
-        pytest.raises(RegistryError, match=r"at the versions of biscuit .*register-biscuit\.lock.*promotes.*or end it"),
-    ):
-        register(root, BISCUIT)
+    told: SimpleQueue[str] = SimpleQueue()
+    monkeypatch.setattr(registry._log, "warning", told.put)
+    with ThreadPoolExecutor() as pool:
+        with registry.alone(root, BISCUIT):
+            second = pool.submit(register, root, BISCUIT)
+            line = told.get(timeout=60)
+            assert not second.done()
+        assert second.result(timeout=60).version == 1
+    who = f"pid {os.getpid()} on {socket.gethostname()}"
+    assert line.endswith(f"rollback or erasure of biscuit is already running: {who}; waiting for it")
 
 
 def test_looking_for_a_version_makes_no_database(tmp_path: Path) -> None:
@@ -579,7 +585,7 @@ def test_a_server_takes_an_export_and_gives_it_back(root: Path, monkeypatch: pyt
         assert register(root, BISCUIT).version == 1
         assert lost.exists()
     assert not (root / "mlartifacts").exists()
-    assert {path.name for path in (root / ".scratch").iterdir()} <= {"mlflow.lock", f"register-{BISCUIT}.lock"}
+    assert {path.name for path in (root / ".scratch").iterdir()} <= {"mlflow.lock", "locks"}
 
 
 def environment(root: Path) -> dict[str, str]:
