@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from dreambooth import aliases
 from dreambooth.errors import RegistryError
+from dreambooth.mlflowstore import connect, database_file, explain, paged, tracking_uri
 from dreambooth.redaction import redact
-from dreambooth.tracking import connect, database_file, explain, paged, tracking_uri
 from dreambooth.versions import (
     CHALLENGER,
     CHAMPION,

@@ -16,10 +16,10 @@ from dreambooth.errors import DreamboothError, EvaluationError, GateError, Regis
 from dreambooth.folders import TornFolderError, read_manifest, sha256_of, work_folder
 from dreambooth.gate import decide, differing, read_scorecard
 from dreambooth.images import read_prepared
+from dreambooth.mlflowstore import explain
 from dreambooth.params import Params, check_id
 from dreambooth.pointer import resolve
 from dreambooth.registry import alone
-from dreambooth.tracking import explain
 from dreambooth.versions import (
     CHALLENGER,
     CHAMPION,

@@ -31,10 +31,10 @@ from dreambooth.folders import (
     work_folder,
 )
 from dreambooth.locks import only_one_of
+from dreambooth.mlflowstore import connect, database_file, ensure_run, flat_metrics, paged, tracking_uri
 from dreambooth.params import METHODS_OF_FORMAT, check_id
 from dreambooth.pointer import POINTER, require_beside, resolve_whole, write_pointer
 from dreambooth.redaction import redact
-from dreambooth.tracking import connect, database_file, ensure_run, flat_metrics, paged, tracking_uri
 from dreambooth.versions import (
     CHALLENGER,
     CONSENT_TAG,

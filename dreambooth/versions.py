@@ -14,10 +14,10 @@ from urllib.parse import urlsplit
 
 from dreambooth.errors import ConsentError, ModelError, ParamsError, RegistryError
 from dreambooth.folders import MANIFEST, TornFolderError, hash_of_files, work_folder
+from dreambooth.mlflowstore import connect, database_file, explain, paged, tracking_uri
 from dreambooth.params import check_id
 from dreambooth.pointer import POINTER, named_beside, require_beside, resolve_whole
 from dreambooth.redaction import redact
-from dreambooth.tracking import connect, database_file, explain, paged, tracking_uri
 from dreambooth.yaml12 import YamlError, load_yaml
 
 if TYPE_CHECKING:

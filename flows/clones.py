@@ -21,9 +21,9 @@ import psutil
 from dreambooth.errors import PipelineError, shown
 from dreambooth.folders import scratch_folder, write_file
 from dreambooth.locks import AlreadyRunningError, only_one
+from dreambooth.mlflowstore import tracking_uri
 from dreambooth.params import load_params, parse_params, with_values
 from dreambooth.pointer import dvc_cache
-from dreambooth.tracking import tracking_uri
 from dreambooth.yaml12 import dump_yaml, load_yaml
 from flows.dvcrun import child_environment
 from flows.graph import Graph

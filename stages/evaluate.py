@@ -27,11 +27,12 @@ from dreambooth.folders import (
 )
 from dreambooth.images import read_prepared
 from dreambooth.locks import only_one_of
+from dreambooth.mlflowstore import flat_metrics
 from dreambooth.models import computes_on, default_device, model_hash, resolve_model
 from dreambooth.params import Params
 from dreambooth.sampling import settings_of
 from dreambooth.scorer import BundledScorer
-from dreambooth.tracking import flat_metrics, open_run
+from dreambooth.tracking import open_run
 from dreambooth.vocabulary import SCORER
 from stages.entry import main, say
 

@@ -12,7 +12,7 @@ from registered import write_project
 from tiny_project import REPOSITORY, add_photos, tiny_values
 
 import dreambooth
-from dreambooth import drivers, health, models, tracking
+from dreambooth import drivers, health, mlflowstore, models
 from dreambooth.locks import only_one
 from dreambooth.params import parse_params
 from dreambooth.photos import check_photos
@@ -226,7 +226,7 @@ def test_what_is_left_behind_is_counted_on_every_page(
     from mlflow.tracking import MlflowClient
 
     write_project(tmp_path / "project", empty_database)
-    client, experiment = tracking.connect(tmp_path / "project")
+    client, experiment = mlflowstore.connect(tmp_path / "project")
     for number in range(count):
         client.create_logged_model(experiment, name=f"upload-{number}")
         client.create_run(experiment)

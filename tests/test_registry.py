@@ -22,7 +22,7 @@ from PIL import Image
 from registered import load
 from waiting import await_server, free_port
 
-from dreambooth import folders, registry, tracking
+from dreambooth import folders, mlflowstore, registry
 from dreambooth import versions as registered
 from dreambooth.aliases import history, move, read_log
 from dreambooth.errors import RegistryError, SubjectError
@@ -73,7 +73,9 @@ def write_evaluation(root: Path, model: str = "f" * 64, fingerprint: str = "e" *
 
 
 def versions(root: Path) -> list[Any]:
-    return sorted(tracking.connect(root)[0].search_model_versions(f"name = '{BISCUIT}'"), key=lambda v: int(v.version))
+    return sorted(
+        mlflowstore.connect(root)[0].search_model_versions(f"name = '{BISCUIT}'"), key=lambda v: int(v.version)
+    )
 
 
 def places(root: Path) -> list[Path]:
@@ -110,7 +112,7 @@ def test_the_challenger_is_what_was_registered_last_and_every_move_is_written_do
     challenger = find(root, BISCUIT, alias="challenger")
     assert challenger is not None
     assert challenger.version == 1
-    entries = read_log(tracking.connect(root)[0], BISCUIT)
+    entries = read_log(mlflowstore.connect(root)[0], BISCUIT)
     assert [(entry.before, entry.after) for entry in entries] == [(None, 1), (1, 2), (2, 1)]
     assert history(entries, "challenger") == [1, 2, 1]
 
@@ -208,7 +210,7 @@ def test_a_version_whose_files_are_gone_gets_them_back(root: Path) -> None:
 
 
 def test_a_version_whose_files_were_deleted_for_good_gives_way_to_a_new_one(root: Path) -> None:
-    client = tracking.connect(root)[0]
+    client = mlflowstore.connect(root)[0]
     register(root, BISCUIT)
     client.delete_logged_model(versions(root)[0].tags["dreambooth.model_id"])
     again = register(root, BISCUIT)
@@ -235,7 +237,7 @@ def test_the_champion_is_loaded_before_the_challenger(
         register(root, BISCUIT)
     loaded: list[Path] = []
     monkeypatch.setattr(registered, "load_folder", lambda root, folder: loaded.append(folder))
-    client = tracking.connect(root)[0]
+    client = mlflowstore.connect(root)[0]
     move(client, BISCUIT, "register", "challenger", 3, 2)
     move(client, BISCUIT, "promote", "champion", None, 1)
     load(root, BISCUIT)
@@ -261,7 +263,7 @@ def test_scores_and_grid_stand_beside_the_version(root: Path) -> None:
     register(root, BISCUIT)
     (stored,) = versions(root)
     assert stored.tags["metric.identity.personalised"] == "0.75"
-    run = tracking.connect(root)[0].get_run(stored.run_id)
+    run = mlflowstore.connect(root)[0].get_run(stored.run_id)
     assert run.data.metrics == {"identity.personalised": 0.75, "photos": 5.0}
     assert run.data.tags["dreambooth.key"] == "f" * 64  # the run that the training has opened, or will
     assert (root / "mlartifacts" / stored.run_id / "artifacts/grid.png").exists()
@@ -362,7 +364,7 @@ def test_a_large_export_of_a_clone_that_is_gone_is_served_from_the_project_that_
     gone = tmp_path / "clone-1" / "project"
     pointer.write_text(json.dumps(json.loads(pointer.read_text()) | {"root": str(gone)}))
     shutil.rmtree(root / "export")
-    client, (version,) = tracking.connect(root)[0], versions(root)
+    client, (version,) = mlflowstore.connect(root)[0], versions(root)
     assert registered.check_files(root, client, version, deep=False) == []
     assert registered.check_files(root, client, version) == []
     assert load(root, BISCUIT).predict(CALL)[0].startswith(b"\x89PNG")
@@ -377,7 +379,7 @@ def test_a_large_export_is_served_from_the_project_that_made_it_where_the_one_th
     another = tmp_path / "another"
     another.mkdir()
     shutil.copyfile(root / "mlflow.db", another / "mlflow.db")
-    client, (version,) = tracking.connect(another)[0], versions(root)
+    client, (version,) = mlflowstore.connect(another)[0], versions(root)
     assert registered.check_files(another, client, version) == []
 
 
@@ -386,7 +388,7 @@ def test_whoever_looks_at_an_export_reads_each_file_once(
     root: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None
 ) -> None:
     register(root, BISCUIT, max_logged_bytes=limit)
-    client, (version,) = tracking.connect(root)[0], versions(root)
+    client, (version,) = mlflowstore.connect(root)[0], versions(root)
     unet, read, hash_file = "unet/diffusion_pytorch_model.safetensors", list[Path](), folders.sha256_of_file
     monkeypatch.setattr(folders, "sha256_of_file", lambda path: read.append(path) or hash_file(path))
 
@@ -411,7 +413,7 @@ def test_an_export_that_took_the_place_of_another_is_told_from_it_without_readin
     register(root, BISCUIT, max_logged_bytes=0)
     shutil.rmtree(root / "export" / BISCUIT)
     write_export(root, tiny_model_folder, note="another")
-    client, (version,) = tracking.connect(root)[0], versions(root)
+    client, (version,) = mlflowstore.connect(root)[0], versions(root)
     monkeypatch.setattr(folders, "sha256_of_file", lambda path: pytest.fail(f"{path} was read"))
     assert "does not hold the export" in registered.check_files(root, client, version)[0]
 
@@ -462,7 +464,7 @@ def test_a_part_beside_the_pointer_that_is_lost_is_found_and_comes_back(
     register(root, BISCUIT, max_logged_bytes=100_000)
     (place,) = places(root)
     lost = place / f"artifacts/artifacts/{BISCUIT}" / LORA
-    client = tracking.connect(root)[0]
+    client = mlflowstore.connect(root)[0]
     (version,) = versions(root)
     assert registered.check_files(root, client, version, deep=True) == []
     size = lost.stat().st_size
@@ -590,7 +592,7 @@ def test_a_server_takes_an_export_and_gives_it_back(root: Path, monkeypatch: pyt
 
 def environment(root: Path) -> dict[str, str]:
     return os.environ | {
-        "MLFLOW_TRACKING_URI": tracking.tracking_uri(root),
+        "MLFLOW_TRACKING_URI": mlflowstore.tracking_uri(root),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "HOME": str(root),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # mlflow starts uvicorn by name

@@ -18,7 +18,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tiny_project import REPOSITORY, TINY_RESOLUTION, add_photos, tiny_values, write_params
 
-from dreambooth import comparison, drivers, tracking, trainer
+from dreambooth import comparison, drivers, mlflowstore, trainer
 from dreambooth.beside import Side, lay_beside
 from dreambooth.errors import DivergedError, EvaluationError, OutOfMemoryError, PhotosError, SubjectError
 from dreambooth.folders import TornFolderError, content_hash, read_manifest, scratch_folder
@@ -124,9 +124,9 @@ def test_the_training_is_logged_with_its_curve_and_its_scores(done: Path) -> Non
 
 
 def test_the_run_of_a_training_has_every_number_of_its_evaluation_so_that_a_registration_adds_none(done: Path) -> None:
-    client, experiment = tracking.connect(done)
+    client, experiment = mlflowstore.connect(done)
     (run,) = client.search_runs([experiment])
-    numbers = tracking.flat_metrics(json.loads((done / "metrics/biscuit.json").read_text()))
+    numbers = mlflowstore.flat_metrics(json.loads((done / "metrics/biscuit.json").read_text()))
     assert "identity.by_kind.recontextualisation.base" in numbers
     assert numbers.items() <= run.data.metrics.items()
 
@@ -509,7 +509,7 @@ def test_a_run_that_diverges_is_marked_leaves_no_model_and_cannot_be_evaluated(
     monkeypatch.setattr(trainer, "train_step", spoil)
     with pytest.raises(DivergedError, match="the loss is nan"):
         train.run(params, "biscuit", project)
-    (marked,) = tracking.connect(project)[0].search_runs(["1"])
+    (marked,) = mlflowstore.connect(project)[0].search_runs(["1"])
     assert marked.data.tags["diverged"] == "true"
     assert marked.info.status == "FAILED"
     assert not (project / "models/biscuit").exists()

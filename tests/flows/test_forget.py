@@ -482,7 +482,7 @@ def test_nothing_of_a_forgotten_subject_is_left_and_the_other_champion_still_loa
     sys.path.insert(0, str(REPOSITORY / "tests"))
     from registered import load, write_export
 
-    from dreambooth import aliases, tracking
+    from dreambooth import aliases, mlflowstore
     from dreambooth.registry import register
 
     home, remote, caches = tmp_path / "prefect", tmp_path / "remote", tmp_path / "caches"
@@ -516,7 +516,7 @@ def test_nothing_of_a_forgotten_subject_is_left_and_the_other_champion_still_loa
         shutil.rmtree(project / "export" / name)
         write_export(project, tiny_model_folder, name.encode().hex(), subject=name)
         register(project, name)
-        aliases.move(tracking.connect(project)[0], name, "promote", "champion", None, 1)
+        aliases.move(mlflowstore.connect(project)[0], name, "promote", "champion", None, 1)
     everywhere = (project, remote, home, caches)
     assert all(list(found_in(folder)) for folder in everywhere[:3])
     others = leave_behind(project, f"{SUBJECT}-2")
