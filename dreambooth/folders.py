@@ -97,7 +97,7 @@ def code_hash(modules: Sequence[str] | None = None) -> str:
 
 
 @contextmanager
-def new_folder(path: Path, about: Mapping[str, Any] | None = None) -> Iterator[Path]:
+def new_folder(path: Path, about: Mapping[str, Any]) -> Iterator[Path]:
     """Fill a folder beside its place, write its manifest last, then rename it to `path`.
 
     Whoever looks sees the old folder, or nothing, or the whole new one. Hidden files do not count as content.
@@ -115,7 +115,7 @@ def new_folder(path: Path, about: Mapping[str, Any] | None = None) -> Iterator[P
     temporary.mkdir()
     try:
         yield temporary
-        write_manifest(temporary, about or {})
+        write_manifest(temporary, about)
         _replace_folder(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -38,7 +38,7 @@ def write_pointer(
     path: str,
     export_hash: str,
     md5: str | None,
-    beside: Mapping[str, Mapping[str, Any]] | None = None,
+    beside: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Write pointer.json for <root>/<path>.
 
@@ -51,7 +51,7 @@ def write_pointer(
         beside: size and sha256 of the files of the export that lie beside the pointer, by name.
     """
     folder.mkdir(parents=True)
-    about = {"root": str(root.absolute()), "path": path, "hash": export_hash, "md5": md5, "beside": dict(beside or {})}
+    about = {"root": str(root.absolute()), "path": path, "hash": export_hash, "md5": md5, "beside": dict(beside)}
     write_file(folder / POINTER, json.dumps(about, indent=1).encode() + b"\n")
 
 

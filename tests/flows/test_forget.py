@@ -268,7 +268,9 @@ def test_what_a_killed_add_and_a_killed_writer_left_is_named_and_erased(project:
     for subject_id in ("tom", "tom-2"):
         kill_adding(project, photos, subject_id)
         program = "import sys, shutil, dreambooth.folders as f\nfrom pathlib import Path\nplace = Path(sys.argv[1])\n"
-        program += "with f.new_folder(place): pass\nkill_in(shutil, 'rmtree', 0)\nwith f.new_folder(place): pass\n"
+        program += (
+            "with f.new_folder(place, {}): pass\nkill_in(shutil, 'rmtree', 0)\nwith f.new_folder(place, {}): pass\n"
+        )
         killed(project, program, f"models/{subject_id}")
         shutil.rmtree(project / "models" / subject_id)
     (ours, theirs), (old, their_old) = (

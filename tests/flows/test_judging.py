@@ -81,7 +81,7 @@ class Site:
         dvc(root, "repro", "--force")
         photos = root / "build" / BISCUIT / "instance"
         (photos / "which.txt").unlink()
-        with new_folder(photos) as folder:
+        with new_folder(photos, {}) as folder:
             (folder / "which.txt").write_text(f"photos of {run}")
         inputs = {"instance": sha256_of(read_manifest(photos)["files"])}
         with new_folder(root / "models" / BISCUIT, {"fingerprint": training, "inputs": inputs}):
