@@ -44,13 +44,15 @@ from dreambooth.versions import (
     MD5_TAG,
     METRIC_PREFIX,
     MODEL_TAG,
+    SIZE_TAG,
     RegisteredVersion,
     downloaded,
     explained,
-    listing,
     load_folder,
     made_of,
     recorded_md5,
+    size_faults,
+    stored_sizes,
 )
 
 if TYPE_CHECKING:
@@ -269,20 +271,13 @@ def _write_pointed(folder: Path, root: Path, export: Export) -> None:
 
 def _faults(client: "MlflowClient", model: "LoggedModel", export: Export) -> list[str]:
     """Compare the names and sizes of what lies in MLflow with the manifest."""
-    folder = f"artifacts/{export.folder.name}"
-    present = dict(listing(client, model.model_id, folder))
-    is_pointer = f"{folder}/{POINTER}" in present
+    present = stored_sizes(client, model.model_id, export.subject)
+    is_pointer = POINTER in present
     if is_pointer and not export.is_pointed_to:  # the limit was raised since: the version stays as it is
         return []
     if export.is_pointed_to and not present:
-        return [f"{folder}/{POINTER} is missing"]
-    files = export.beside if is_pointer else export.files
-    sizes = {f"{folder}/{name}": entry["size"] for name, entry in files.items()}
-    return [
-        f"{name} has {present.get(name, 'no')} bytes, not {size}"
-        for name, size in sizes.items()
-        if present.get(name) != size
-    ]
+        return [f"{POINTER} is missing"]
+    return size_faults(present, export.beside if is_pointer else export.files)
 
 
 def _verify(client: "MlflowClient", root: Path, model: "LoggedModel", export: Export) -> None:
@@ -341,7 +336,7 @@ def _version_tags(root: Path, model: "LoggedModel", export: Export) -> dict[str,
         "dreambooth.subject": export.subject,
         "dreambooth.class_noun": export.generation["class_noun"],
         "dreambooth.identifier": export.generation["identifier"],
-        "dreambooth.size": export.size,
+        SIZE_TAG: export.size,
         "dreambooth.version": __version__,
         "dvc.path": f"export/{export.subject}",
         MD5_TAG: export.md5,

@@ -36,6 +36,7 @@ GATE_TAG = "dreambooth.gate"  # what the gate said where it was overruled
 CONSENT_TAG = "dreambooth.consent"
 FINGERPRINT_TAG = "dreambooth.fingerprint"
 MD5_TAG = "dvc.md5"
+SIZE_TAG = "dreambooth.size"
 
 
 @dataclass(frozen=True)
@@ -365,11 +366,26 @@ def load_folder(root: Path, folder: Path) -> "PyFuncModel":
             os.environ["DREAMBOOTH_HOME"] = home
 
 
-def listing(client: "MlflowClient", model_id: str, folder: str) -> Iterator[tuple[str, int]]:
+def stored_sizes(client: "MlflowClient", model_id: str, name: str) -> dict[str, int]:
+    """Return the size of every file of a subject's export, or of what points to it, in a logged model of MLflow."""
+    folder = f"artifacts/{name}"
+    return {path.removeprefix(f"{folder}/"): size for path, size in _listing(client, model_id, folder)}
+
+
+def size_faults(present: Mapping[str, int], files: Mapping[str, Any]) -> list[str]:
+    """Say which files of a manifest are missing or have another size; an empty list if none."""
+    return [
+        f"{name} has {present.get(name, 'no')} bytes, not {entry['size']}"
+        for name, entry in files.items()
+        if present.get(name) != entry["size"]
+    ]
+
+
+def _listing(client: "MlflowClient", model_id: str, folder: str) -> Iterator[tuple[str, int]]:
     """Yield path and size of every file below a folder of a logged model."""
     for entry in client.list_logged_model_artifacts(model_id, folder):
         if entry.is_dir:
-            yield from listing(client, model_id, entry.path)
+            yield from _listing(client, model_id, entry.path)
         else:
             yield entry.path, int(entry.file_size)
 
@@ -390,7 +406,7 @@ def _shallow_hash(root: Path, client: "MlflowClient", version: "ModelVersion", s
     What a pointer leads to is hashed.
     """
     folder = f"artifacts/{version.name}"
-    present = {path.removeprefix(f"{folder}/"): size for path, size in listing(client, version.tags[MODEL_TAG], folder)}
+    present = stored_sizes(client, version.tags[MODEL_TAG], version.name)
     if POINTER in present:
         with downloaded(root, f"{source}/{folder}/{POINTER}", version.name) as file:
             _require_sizes(present, named_beside(file))
@@ -404,12 +420,7 @@ def _shallow_hash(root: Path, client: "MlflowClient", version: "ModelVersion", s
 
 
 def _require_sizes(present: Mapping[str, int], files: Mapping[str, Any]) -> None:
-    wrong = [
-        f"{name} has {present.get(name, 'no')} bytes, not {entry['size']}"
-        for name, entry in files.items()
-        if present.get(name) != entry["size"]
-    ]
-    if wrong:
+    if wrong := size_faults(present, files):
         raise TornFolderError("; ".join(wrong))
 
 
@@ -427,6 +438,6 @@ def _row(root: Path, client: "MlflowClient", version: "ModelVersion", aliases: t
             for name, value in tags.items()
             if name.startswith(METRIC_PREFIX)
         },
-        size=int(tags["dreambooth.size"]) if "dreambooth.size" in tags else None,
+        size=int(tags[SIZE_TAG]) if SIZE_TAG in tags else None,
         faults=tuple(check_files(root, client, version, deep)) if looked else None,
     )

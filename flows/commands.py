@@ -100,9 +100,10 @@ def plan(
     from dreambooth.params import load_params
     from flows.graph import Graph
     from flows.lanes import Lanes, lanes_of, one_gpu
-    from flows.plan import make_plan, plan_table
+    from flows.plan import make_plan
     from flows.preflight import require_inputs
     from flows.project import choose_subjects
+    from flows.tables import plan_table
 
     root = find_root(context.obj)
     params = load_params(root / PARAMS)

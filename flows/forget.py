@@ -4,7 +4,7 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -267,7 +267,7 @@ def _mentions(root: Path, subject_id: str) -> int:
         in_params = subject_id in read_plainly(root)["subjects"]
     except UnreadError:
         in_params = names_id((root / PARAMS).read_text(encoding="utf-8", errors="replace"), subject_id)
-    return int(in_params) + len(_stages(root, subject_id))
+    return int(in_params) + len(_stages(_lock(root), subject_id))
 
 
 def _others(root: Path) -> list[str]:
@@ -286,16 +286,17 @@ def _lock(root: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) and isinstance(content.get("stages"), dict) else {}
 
 
-def _stages(root: Path, subject_id: str) -> list[str]:
-    stages = _lock(root).get("stages", {})
-    return [name for name in stages if name.endswith(f"@{subject_id}") and not name.startswith("prior@")]
+def _stages(lock: Mapping[str, Any], subject_id: str) -> list[str]:
+    """Return the stages of a subject in dvc.lock."""
+    return [
+        name for name in lock.get("stages", ()) if name.endswith(f"@{subject_id}") and not name.startswith("prior@")
+    ]
 
 
 def _forget_in_lock(root: Path, subject_id: str) -> None:
-    gone = _stages(root, subject_id)
-    if not gone:
-        return
     content = _lock(root)
+    if not (gone := _stages(content, subject_id)):
+        return
     content["stages"] = {name: entry for name, entry in content["stages"].items() if name not in gone}
     write_file(root / "dvc.lock", dump_yaml(content).encode())
 

@@ -23,7 +23,7 @@ from dreambooth.redaction import redact
 from flows import clones, summary
 from flows.program import exit_code, failed, left, states_of
 from flows.project import PARAMS, choose_subjects, find_root
-from flows.turns import gpu, has_limit
+from flows.turns import gpu_of_server
 
 if TYPE_CHECKING:
     from dreambooth.promotion import Promotion
@@ -59,7 +59,7 @@ def promote_one(
 
     def in_turn(*arguments: Any) -> None:
         """Draw with both models when no training has the GPU."""
-        with gpu("server" if has_limit() else "none", get_run_logger().warning):
+        with gpu_of_server(get_run_logger().warning):
             beside_champion(*arguments)
 
     try:

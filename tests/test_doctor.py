@@ -13,10 +13,11 @@ from tiny_project import REPOSITORY, add_photos, tiny_values
 
 import dreambooth
 from dreambooth import drivers, health, mlflowstore, models
+from dreambooth.health import Finding
 from dreambooth.locks import only_one
 from dreambooth.params import parse_params
 from dreambooth.photos import check_photos
-from flows.doctor import Finding, _copies, _device, _libraries, _program, _servers, examine, installed
+from flows.doctor import _copies, _device, _libraries, _program, _servers, examine, installed
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import astuple
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -122,9 +123,9 @@ def test_versions_that_somebody_made_in_the_log_by_hand_count_for_nothing_and_ar
     assert [entry.after for entry in aliases.recover(root, BISCUIT) if entry.alias == CHAMPION] == [1]
     assert promote(root, params, BISCUIT, 2).champion == champion(root) == 2
     assert rollback(root, params, BISCUIT).champion == 1
-    (fact,) = [fact for fact in health.examine(root, [BISCUIT]) if fact[1] == f"log of {BISCUIT}"]
-    assert fact[0] == "warning"
-    assert fact[2] == f"no entries, and passed over: version {', '.join(map(str, made))}"
+    (fact,) = [fact for fact in health.examine(root, [BISCUIT]) if fact.what == f"log of {BISCUIT}"]
+    assert fact.state == "warning"
+    assert fact.found == f"no entries, and passed over: version {', '.join(map(str, made))}"
 
 
 def test_the_challenger_is_promoted_where_no_version_is_named(root: Path, params: Params) -> None:
@@ -220,8 +221,8 @@ def test_a_champion_that_somebody_deleted_is_named_and_either_remedy_of_doctor_w
 ) -> None:
     client = mlflowstore.connect(root)[0]
 
-    def seen() -> list[health.Fact]:
-        return [fact for fact in health.examine(root, [BISCUIT]) if fact[0] != "good"]
+    def seen() -> list[tuple[str, ...]]:
+        return [astuple(one) for one in health.examine(root, [BISCUIT]) if one.state != "good"]
 
     try:
         write_export(root, tiny_model_folder, "4" * 64)
