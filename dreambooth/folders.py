@@ -160,7 +160,7 @@ def scratch_of(root: Path, subject_id: str) -> list[Path]:
 
 
 def leftovers(place: Path, name: str = "*") -> list[Path]:
-    """Return what killed writers left beside a folder or file, of whatever maker: .NAME.suffix.
+    """Return the temporary files and folders `.NAME.*` that killed writers, any of ours, left beside NAME.
 
     An id has no dot, so that nobody's name begins with another one's and a dot.
     """

@@ -190,7 +190,7 @@ def rollback(root: Path, params: Params, subject_id: str, force: str | None = No
 
 
 def beside_champion(root: Path, params: Params, subject_id: str, version: int, champion: int) -> Beside:
-    """Lay a version beside the champion by what was registered with both, for who decides; nothing is drawn.
+    """Compare a version with the champion from their registered evaluations, for a person's decision; nothing is drawn.
 
     Raises:
         EvaluationError: one of them was registered without an evaluation.

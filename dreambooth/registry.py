@@ -189,7 +189,10 @@ def _version_with(client: "MlflowClient", export: Export) -> "tuple[ModelVersion
 
 
 def _only_one(client: "MlflowClient", export: Export, made: "ModelVersion") -> "ModelVersion":
-    """Keep the oldest of the versions that several machines made of the same bytes at once: each sees those before."""
+    """Keep the oldest version where several machines registered the same bytes at once.
+
+    Each machine sees the versions that were made before its own.
+    """
     found = _version_with(client, export)  # one whose files somebody deleted for good is not kept for this one
     first = found[0] if found else made
     if int(first.version) < int(made.version):
@@ -199,7 +202,7 @@ def _only_one(client: "MlflowClient", export: Export, made: "ModelVersion") -> "
 
 
 def _challenge(client: "MlflowClient", name: str, version: int) -> None:
-    """Point `challenger` to what was registered last; whoever does so at the same time is as right."""
+    """Point `challenger` to what was registered last; of two that register at once either may win."""
     for _ in range(10):
         before = settle(client, name, CHALLENGER)
         if before == version:

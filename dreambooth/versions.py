@@ -132,7 +132,7 @@ def _recorded(lock: Path, inode: int, mtime_ns: int, size: int) -> dict[str, str
 
 
 def is_there(root: Path) -> bool:
-    """Tell whether anything can have been registered: asking MLflow for a database that is not there makes it."""
+    """Tell whether anything can have been registered: asking MLflow about a missing database would create it."""
     file = database_file(tracking_uri(root))
     return file is None or file.exists()
 
