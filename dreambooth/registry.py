@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
@@ -116,7 +116,9 @@ def _size(files: Mapping[str, Any]) -> int:
     return sum(entry["size"] for entry in files.values())
 
 
-def register(root: Path, subject_id: str, max_logged_bytes: int | None = None) -> RegisteredVersion:
+def register(
+    root: Path, subject_id: str, max_logged_bytes: int | None = None, say: Callable[[str], object] = _log.warning
+) -> RegisteredVersion:
     """Make export/<id> a version of the MLflow model <id> and point `challenger` to it; do nothing twice.
 
     An upload that was cut short is taken up again in its place. A version whose files are gone gets them back. A newer
@@ -127,6 +129,7 @@ def register(root: Path, subject_id: str, max_logged_bytes: int | None = None) -
         subject_id: of the subject.
         max_logged_bytes: a larger export stays where DVC keeps it, and the version points there, with the small parts
             beside that are of use alone; None copies all.
+        say: hears of another process that is waited for.
 
     Raises:
         TornFolderError: the export is not what its manifest says.
@@ -134,7 +137,7 @@ def register(root: Path, subject_id: str, max_logged_bytes: int | None = None) -
     """
     export = _read_export(root, check_id(subject_id), max_logged_bytes)
     remedy = f"the export stays as it is, repeat this alone: dreambooth register {subject_id}"
-    with explained(root, f"register {subject_id}", remedy), alone(root, subject_id):
+    with explained(root, f"register {subject_id}", remedy), alone(root, subject_id, say):
         client, experiment = connect(root)
         version, model = _version_with(client, export) or (None, _begun(client, experiment, export))
         model = model or _new_place(client, experiment, export)
@@ -149,14 +152,14 @@ def register(root: Path, subject_id: str, max_logged_bytes: int | None = None) -
     return RegisteredVersion(subject_id, int(registered.version), version is None, export.hash, export.md5)
 
 
-def alone(root: Path, subject_id: str) -> AbstractContextManager[None]:
-    """Let one process at a time of a project change what is registered of a subject; the next one says whom it awaits.
+def alone(root: Path, subject_id: str, say: Callable[[str], object]) -> AbstractContextManager[None]:
+    """Let one process at a time of a project change what is registered of a subject; `say` hears who is waited for.
 
     A promotion holds it while it draws both models again: `forget` takes it too, and nothing may be drawn of a subject
     after that.
     """
     what = f"a registration, promotion, rollback or erasure of {subject_id}"
-    return only_one_of(root, "register", subject_id, what, _log.warning)
+    return only_one_of(root, "register", subject_id, what, say)
 
 
 def _read_export(root: Path, subject_id: str, max_logged_bytes: int | None) -> Export:

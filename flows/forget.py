@@ -4,7 +4,7 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -98,15 +98,20 @@ def inventory(root: Path, subject_id: str) -> Inventory:
     return Inventory(subject_id, paths, kept, places, shared, experiments, _idle_class(root, subject_id), left)
 
 
-def erase(root: Path, found: Inventory) -> Path:
+def erase(root: Path, found: Inventory, say: Callable[[str], object]) -> Path:
     """Erase all of it, what is elsewhere first, so that an interruption loses no trace; return the receipt.
+
+    Args:
+        root: of the project.
+        found: by `inventory`.
+        say: hears of another process that is waited for.
 
     Raises:
         AlreadyRunningError: a stage of the subject is computing, and would write again what is erased.
     """
     subject_id = found.subject_id
     training = only_one_of(root, "train", subject_id, f"the training of {subject_id}")
-    with training, alone(root, subject_id):
+    with training, alone(root, subject_id, say):
         _refuse_beside_stages(root, subject_id)
         _refuse_beside_copies(root, subject_id)
         _write_journal(root, found)

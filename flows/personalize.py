@@ -70,7 +70,7 @@ def register(subject_id: str, root: Path, max_logged_bytes: int | None) -> "Regi
 
     try:
         with _registering:
-            version = registry.register(root, subject_id, max_logged_bytes)
+            version = registry.register(root, subject_id, max_logged_bytes, get_run_logger().warning)
     except DreamboothError as error:
         return failed(error, f"register {subject_id}")
     how = "registered" if version.created else "was registered before"

@@ -57,14 +57,16 @@ def promote_one(
     from dreambooth import promotion
     from stages.evaluate import beside_champion
 
+    warn = get_run_logger().warning
+
     def in_turn(*arguments: Any) -> None:
         """Draw with both models when no training has the GPU."""
-        with gpu_of_server(get_run_logger().warning):
+        with gpu_of_server(warn):
             beside_champion(*arguments)
 
     try:
         _fetch_exports(root, subject_id, version)
-        done = promotion.promote(root, params, subject_id, version, force, in_turn, clones.trained)
+        done = promotion.promote(root, params, subject_id, version, force, in_turn, clones.trained, warn)
     except (GateError, ConsentError) as error:
         return failed(error)
     except DreamboothError as error:

@@ -286,13 +286,12 @@ def test_scores_that_a_newer_evaluation_has_not_measured_are_not_those_of_the_on
 
 
 def test_who_waits_for_the_versions_of_a_subject_says_at_once_for_whom_and_goes_on(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path,
 ) -> None:
     told: SimpleQueue[str] = SimpleQueue()
-    monkeypatch.setattr(registry._log, "warning", told.put)
     with ThreadPoolExecutor() as pool:
-        with registry.alone(root, BISCUIT):
-            second = pool.submit(register, root, BISCUIT)
+        with registry.alone(root, BISCUIT, print):
+            second = pool.submit(register, root, BISCUIT, say=told.put)
             line = told.get(timeout=60)
             assert not second.done()
         assert second.result(timeout=60).version == 1

@@ -418,7 +418,7 @@ def test_all_that_a_training_and_an_evaluation_leave_in_the_scratch_folder_is_fo
     assert {path.relative_to(scratch).parts[0] for path in scratch.glob("**/*biscuit*")} == {
         "checkpoints", "evaluation", "latents", "locks", "trackers"
     }  # fmt: skip
-    forget.erase(project, found)
+    forget.erase(project, found, print)
     assert [path for path in scratch.rglob("*") if "biscuit" in path.name] == []
 
 
