@@ -60,8 +60,8 @@ def resolve(folder: Path, home: Path | None = None) -> Path:
 
     Args:
         folder: of a version.
-        home: the project to look in; None takes DREAMBOOTH_HOME. After it comes the project that made the version,
-            which may be a clone that is gone, or a checkout that was moved.
+        home: the project that asks, in which is looked first; None takes DREAMBOOTH_HOME. After it comes the project
+            that made the version, which may be a clone that is gone, or a checkout that was moved.
 
     Raises:
         ModelError: neither a project nor its cache of DVC holds those files any more, or the pointer is none.
@@ -69,12 +69,12 @@ def resolve(folder: Path, home: Path | None = None) -> Path:
     if not (folder / POINTER).is_file():
         return folder
     about = _read(folder / POINTER)
-    named = home or os.environ.get("DREAMBOOTH_HOME")
-    roots = list(dict.fromkeys(Path(root).absolute() for root in (named, about["root"]) if root))
-    found = next((place for root in roots if (place := _found_in(root, about))), None)
+    asking = Path(home or os.environ.get("DREAMBOOTH_HOME") or about["root"]).absolute()
+    roots = [root for root in dict.fromkeys((asking, Path(about["root"]).absolute())) if root.is_dir()]
+    found = next((place for root in roots if (place := _found_in(root, about, roots[0]))), None)
     if found is None:
         raise ModelError(
-            f"{roots[0] / about['path']} does not hold the export {about['hash'][:12]}, and neither does the cache of "
+            f"{asking / about['path']} does not hold the export {about['hash'][:12]}, and neither does the cache of "
             f"DVC ({about['md5'] or 'never run through DVC'}); check out the commit of the version, then: "
             f"dvc pull {about['path']}; or name the folder of the project: DREAMBOOTH_HOME"
         )
@@ -151,17 +151,20 @@ def _is_whole(folder: Path, export_hash: str) -> bool:
         return False
 
 
-def _found_in(root: Path, about: dict[str, Any]) -> Path | None:
+def _found_in(root: Path, about: dict[str, Any], asking: Path) -> Path | None:
     """Return where a project has the export: in its place, or in DVC's cache; None without either."""
     place: Path = root / str(about["path"])
     if _is_whole(place, about["hash"]):
         return place
-    return _from_cache(root, about) if about["md5"] and root.is_dir() else None
+    return _from_cache(root, about, asking) if about["md5"] else None
 
 
-def _from_cache(root: Path, about: dict[str, Any]) -> Path | None:
-    """Lay links to the files in DVC's cache out as the folder was; None if one is missing or damaged."""
-    place: Path = scratch_folder(root) / LAID_OUT / str(about["hash"])
+def _from_cache(root: Path, about: dict[str, Any], asking: Path) -> Path | None:
+    """Lay links to the files in DVC's cache out as the folder was, for the project that asks.
+
+    None if one is missing or damaged.
+    """
+    place: Path = scratch_folder(asking) / LAID_OUT / str(about["hash"])
     place.parent.mkdir(mode=0o700, exist_ok=True)
     with FileLock(place.with_suffix(".lock")):  # several processes of one server may ask at once
         return place if _is_whole(place, about["hash"]) else _laid_out(root, about, place)

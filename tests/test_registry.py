@@ -324,14 +324,20 @@ def test_a_dead_server_is_one_line_and_the_export_stays(root: Path, monkeypatch:
     assert "\n" not in str(caught.value)
 
 
-def test_a_large_export_stays_in_dvc_and_is_served_from_there(root: Path, tiny_model_folder: Path) -> None:
+def add_to_dvc(root: Path) -> str:
+    """Have the export in DVC's cache and in dvc.lock; return its md5."""
     from dvc.repo import Repo
 
     with Repo.init(str(root), no_scm=True) as repo:
         (added,) = repo.add(str(root / "export" / BISCUIT))
-        md5 = added.outs[0].hash_info.value
+        md5 = str(added.outs[0].hash_info.value)
     lock = {"schema": "2.0", "stages": {"export@biscuit": {"outs": [{"path": f"export/{BISCUIT}", "md5": md5}]}}}
     (root / "dvc.lock").write_text(json.dumps(lock))
+    return md5
+
+
+def test_a_large_export_stays_in_dvc_and_is_served_from_there(root: Path, tiny_model_folder: Path) -> None:
+    md5 = add_to_dvc(root)
     register(root, BISCUIT, max_logged_bytes=100_000)
     assert register(root, BISCUIT, max_logged_bytes=100_000).version == 1
     (stored,) = versions(root)
@@ -351,12 +357,7 @@ def test_a_large_export_stays_in_dvc_and_is_served_from_there(root: Path, tiny_m
 def test_a_large_export_of_a_clone_that_is_gone_is_served_from_the_project_that_asks(
     root: Path, tmp_path: Path
 ) -> None:
-    from dvc.repo import Repo
-
-    with Repo.init(str(root), no_scm=True) as repo:
-        (added,) = repo.add(str(root / "export" / BISCUIT))
-        lock = {"stages": {"export": {"outs": [{"path": f"export/{BISCUIT}", "md5": added.outs[0].hash_info.value}]}}}
-    (root / "dvc.lock").write_text(json.dumps(lock))
+    add_to_dvc(root)
     register(root, BISCUIT, max_logged_bytes=0)
     (place,) = places(root)
     pointer = place / f"artifacts/artifacts/{BISCUIT}/pointer.json"
@@ -374,12 +375,17 @@ def test_a_large_export_of_a_clone_that_is_gone_is_served_from_the_project_that_
 def test_a_large_export_is_served_from_the_project_that_made_it_where_the_one_that_asks_has_none(
     root: Path, tmp_path: Path
 ) -> None:
+    add_to_dvc(root)
     register(root, BISCUIT, max_logged_bytes=0)
     another = tmp_path / "another"
     another.mkdir()
     shutil.copyfile(root / "mlflow.db", another / "mlflow.db")
     client, (version,) = mlflowstore.connect(another)[0], versions(root)
     assert registered.check_files(another, client, version) == []
+    shutil.rmtree(root / "export")
+    assert registered.check_files(another, client, version) == []
+    assert list((another / ".scratch/pipelines").glob("*/unet"))  # laid out for who asks, who may forget it
+    assert not (root / ".scratch/pipelines").exists()
 
 
 @pytest.mark.parametrize("limit", [None, 0], ids=["copied", "behind a pointer"])
