@@ -82,7 +82,7 @@ def main() -> int:
     take_round(trainer, instance, prior, range(2), None)  # moments are there afterwards
     without, with_one = [], []
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints = Checkpoints(Path(folder))
+        checkpoints = Checkpoints(Path(folder), {}, lambda line: None, None)
         megabytes = capture(trainer, 0, {}).size / 1e6
         take_round(trainer, instance, prior, range(2), checkpoints)
         for number in range(given.rounds):

@@ -7,6 +7,7 @@
 
 import argparse
 import io
+import re
 import resource
 import sys
 import tempfile
@@ -14,6 +15,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,6 @@ from PIL import Image
 
 from dreambooth.images import UnusableError, open_photo
 from dreambooth.params import Photos, load_params
-from dreambooth.photos import CODES
 
 SLOWEST = 10.0  # seconds that one file may take
 Mutation = Callable[[bytearray, np.random.Generator], bytes]
@@ -97,12 +98,19 @@ def main() -> None:
     sys.stdout.write(f"{given.count} files in {time.monotonic() - start:.0f} s, peak {peak:.0f} MB: {told}\n")
 
 
+@cache
+def photo_codes() -> frozenset[str]:
+    """Return the codes of photos that docs/photos.md explains."""
+    told = (Path(__file__).resolve().parents[1] / "docs/photos.md").read_text(encoding="utf-8")
+    return frozenset(re.findall(r"^\| `([EW]_[A-Z_]+)` \| .+ \|$", told, re.MULTILINE))
+
+
 def _outcome(path: Path, limits: Photos) -> tuple[str, bool]:
     """Open one file; return what became of it, and whether that is what it should be."""
     try:
         picture = open_photo(path, limits).image
     except UnusableError as error:
-        return error.code, error.code in CODES and str(error).isprintable()
+        return error.code, error.code in photo_codes() and str(error).isprintable()
     is_sound = picture.mode == "RGB" and picture.width * picture.height <= limits.max_pixels and not picture.info
     return "picture", is_sound
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from benchmarks import usage
 from benchmarks.recipe import ROOT
 from benchmarks.usage import CommandError
-from dreambooth import tracking
+from dreambooth import mlflowstore
 from dreambooth.folders import content_hash, new_folder
 from dreambooth.versions import HASH_TAG
 from dreambooth.yaml12 import dump_yaml, load_yaml
@@ -74,7 +74,7 @@ def pretend(root: Path, subjects: list[str], environment: dict[str, str]) -> Non
         with new_folder(root / place, {"what": place}) as folder:
             (folder / "file.txt").write_text(place)
     dvc(root, environment, "commit", "--force")
-    client, _ = tracking.connect(root)
+    client, _ = mlflowstore.connect(root)
     for name in subjects:
         client.create_registered_model(name)
         client.create_model_version(name, "none", tags={HASH_TAG: content_hash(root / "export" / name)})

@@ -241,11 +241,13 @@ def _dtype(recipe: Recipe) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """Put a pipeline together: the last step of our recipe, as a process of its own."""
+    import torch
+
     from dreambooth.models import write_pipeline
 
     base, trained, folder = map(Path, arguments)
     folder.mkdir()
-    write_pipeline(base, trained, folder)
+    write_pipeline(base, trained, folder, torch.float16)
 
 
 if __name__ == "__main__":

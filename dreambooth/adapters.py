@@ -118,7 +118,7 @@ class TokenEmbedding(torch.nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen table, for who asks for its type or its place."""
+        """The frozen table, for callers that read its dtype or device."""
         return self.table.weight
 
     def forward(self, input_ids: Tensor) -> Tensor:

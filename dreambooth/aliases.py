@@ -70,6 +70,12 @@ def counted(entries: Sequence[Entry], alias: str) -> list[Entry]:
     return moves
 
 
+def last(entries: Sequence[Entry], alias: str) -> int | None:
+    """Return the version that the log says an alias points to; None before its first move."""
+    moves = counted(entries, alias)
+    return moves[-1].after if moves else None
+
+
 def history(entries: Sequence[Entry], alias: str) -> list[int]:
     """Return the versions an alias has pointed to, without those that were rolled back; the last one is current."""
     stack: list[int] = []
@@ -138,25 +144,6 @@ def settle(client: "MlflowClient", name: str, alias: str) -> int | None:
     return _follow_log(client, name, alias)
 
 
-def disagreement(client: "MlflowClient", name: str, alias: str) -> str | None:
-    """Say how an alias and the log differ; None if they agree."""
-    wanted, points_to = _last_of_log(client, name, alias), aliases_of(client, name).get(alias)
-    return None if wanted == points_to else f"{alias} is version {points_to or 'none'}, the log says {wanted or 'none'}"
-
-
-def deleted(client: "MlflowClient", name: str, alias: str) -> int | None:
-    """Return the version that the log ends with if somebody has deleted it, and with it the alias; else None."""
-    wanted = _last_of_log(client, name, alias)
-    is_gone = wanted is not None and find_version(client, name, wanted, None) is None
-    return wanted if is_gone and alias not in aliases_of(client, name) else None
-
-
-def _last_of_log(client: "MlflowClient", name: str, alias: str) -> int | None:
-    """Return the version that the log says an alias points to; None before its first move."""
-    moves = counted(read_log(client, name), alias)
-    return moves[-1].after if moves else None
-
-
 def recover(root: Path, subject_id: str) -> list[Entry]:
     """Finish what was interrupted: make the aliases of a subject what the log says; return the log."""
     with explained(root, f"read the log of {subject_id}", "try again when it answers"):
@@ -169,8 +156,7 @@ def recover(root: Path, subject_id: str) -> list[Entry]:
 def _follow_log(client: "MlflowClient", name: str, alias: str) -> int | None:
     """Set an alias until it is what the log says, also when others write the log meanwhile."""
     for _ in range(ROUNDS):
-        stack = history(read_log(client, name), alias)
-        wanted = stack[-1] if stack else None
+        wanted = last(read_log(client, name), alias)
         points_to = aliases_of(client, name).get(alias)
         if points_to == wanted or wanted is None or find_version(client, name, wanted, None) is None:
             return wanted  # also of a version that somebody has deleted: the next move begins there

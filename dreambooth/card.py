@@ -44,9 +44,9 @@ def card(
     base_hash: str,
     metrics: dict[str, Any],
     defaults: Mapping[str, Any],
-    consent: Consent | None = None,
-    method: str = "full",
-    class_images: int = 0,
+    consent: Consent | None,
+    method: str,
+    class_images: int,
 ) -> str:
     """Return the card: what it is, how to call it, its files, what was measured, what was not, from what it was made.
 

@@ -63,12 +63,12 @@ class State:
         """Bytes of its tensors."""
         return sum(tensor.nbytes for tensor in [*self.weights.values(), *self.moments.values()])
 
-    def copied(self, place: "State | None" = None) -> "State":
+    def copied(self, place: "State | None") -> "State":
         """Return it in the memory of the CPU, apart from what the next steps change.
 
         Args:
             place: an earlier copy, whose memory is taken again: to get and to clear new memory costs the training more
-                than the copying.
+                than the copying; None for the first one.
         """
         earlier = place or State(self.step, {})
         return replace(
@@ -89,12 +89,12 @@ class Checkpoints:
     def __init__(
         self,
         folder: Path,
-        inputs: Mapping[str, Any] | None = None,
-        say: Callable[[str], object] = lambda line: None,
-        resume_from: Path | None = None,
+        inputs: Mapping[str, Any],
+        say: Callable[[str], object],
+        resume_from: Path | None,
     ) -> None:
         self.folder, self.resume_from = folder, resume_from
-        self._inputs = json.loads(json.dumps(inputs or {}))
+        self._inputs = json.loads(json.dumps(inputs))
         self.changes: list[str] = []
         """What changed between a stop and a resume though the training went on."""
         self.say = say

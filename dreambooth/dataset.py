@@ -140,8 +140,8 @@ def collate(
     step: int,
     num_train_timesteps: int,
     seed: int,
-    noise_offset: float = 0.0,
-    instances: int | None = None,
+    noise_offset: float,
+    instances: int,
 ) -> Batch:
     """Draw what is random in a step's rows and stack them; each row's draws follow from (seed, step, index) alone.
 
@@ -151,12 +151,11 @@ def collate(
         num_train_timesteps: T.
         seed: of the training.
         noise_offset: standard deviation of what is added to the noise of a whole channel (Guttenberg 2023).
-        instances: see `Batch`; None: those among the rows.
+        instances: see `Batch`.
     """
     indices = [row.index for row in rows]
     views = [_view(row, step, seed) for row in rows]
     shape = views[0][0].mean.shape
-    is_instance = torch.tensor([row.sample.role == "instance" for row in rows])
     mean = torch.stack([posterior.mean for posterior, _ in views])
     std = torch.stack([posterior.std for posterior, _ in views])
     noise = rng.normal(shape, seed, "noise", step, indices)
@@ -167,8 +166,8 @@ def collate(
         noise=noise,
         timesteps=rng.integers(num_train_timesteps, seed, "timestep", step, indices),
         weights=torch.tensor([row.weight for row in rows]),
-        is_instance=is_instance,
-        instances=is_instance.sum() if instances is None else torch.tensor(instances),
+        is_instance=torch.tensor([row.sample.role == "instance" for row in rows]),
+        instances=torch.tensor(instances),
         prompts=tuple(row.sample.prompt for row in rows),
         taught=tuple(number for number, row in enumerate(rows) if row.sample.taught),
         sizes=stack_sizes([sizes for _, sizes in views]),

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from dreambooth.aliases import log_name
+from dreambooth.mlflowstore import connect, database_file, explain, paged, tracking_uri
 from dreambooth.redaction import redact
-from dreambooth.tracking import connect, database_file, explain, paged, tracking_uri
 from dreambooth.versions import HASH_TAG, all_versions, explained, is_there
 
 if TYPE_CHECKING:

@@ -82,7 +82,7 @@ def _mean_loss(trainer: Trainer, samples: Sequence[Sample], role: str) -> float:
     """Return the mean over rows; NaN without samples."""
     model, timesteps, seed = trainer.model, len(trainer.alphas_cumprod), trainer.settings.seed
     batches = fixed_batches(samples, role, timesteps, seed, trainer.rows_per_pass)
-    modules = [module for module in trainer.trained.values()]
+    modules = list(trainer.trained.values())
     for module in modules:
         module.eval()
     own = {"unet": model.unet, **model.encoders}  # without the wrapper of several processes: each measures all

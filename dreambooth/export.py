@@ -35,9 +35,9 @@ def write_export(
     params: Params,
     base_hash: str,
     metrics: dict[str, Any],
-    consent: Consent | None = None,
-    method: str = "full",
-    class_images: int = 0,
+    consent: Consent | None,
+    method: str,
+    class_images: int,
 ) -> None:
     """Fill a folder with a pipeline of diffusers, the other formats, the defaults of generation, and its card.
 

@@ -95,7 +95,7 @@ def diversity(generated: torch.Tensor) -> torch.Tensor:
     return 1 - _mean_cosine(generated, "seeds of a prompt")
 
 
-def copy_cosine(real: torch.Tensor, measured: float | None = None) -> float:
+def copy_cosine(real: torch.Tensor, measured: float | None) -> float:
     """Return the cosine above which an image is a copy: above that of the two most similar photos, which are none.
 
     Args:

@@ -23,6 +23,9 @@ MAX_TEXT = 1 << 20
 Work = Literal["upload", "download", "scores"]
 WORKS: tuple[Work, ...] = get_args(Work)
 """What is done in folders that go away; what killed processes left of them `dreambooth forget` and `doctor` find."""
+Cache = Literal["evaluation", "latents", "trackers"]
+CACHES: tuple[Cache, ...] = get_args(Cache)
+"""What a subject has in the scratch folder beside its checkpoints; `dreambooth forget` finds it."""
 PLACES = ("data/subjects", "models", "export", "reports", "metrics")
 """Where a folder or file of a subject's name is written beside its place; see `leftovers`."""
 
@@ -94,7 +97,7 @@ def code_hash(modules: Sequence[str] | None = None) -> str:
 
 
 @contextmanager
-def new_folder(path: Path, about: Mapping[str, Any] | None = None) -> Iterator[Path]:
+def new_folder(path: Path, about: Mapping[str, Any]) -> Iterator[Path]:
     """Fill a folder beside its place, write its manifest last, then rename it to `path`.
 
     Whoever looks sees the old folder, or nothing, or the whole new one. Hidden files do not count as content.
@@ -112,7 +115,7 @@ def new_folder(path: Path, about: Mapping[str, Any] | None = None) -> Iterator[P
     temporary.mkdir()
     try:
         yield temporary
-        write_manifest(temporary, about or {})
+        write_manifest(temporary, about)
         _replace_folder(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -130,8 +133,34 @@ def work_folder(root: Path, work: Work, subject_id: str) -> "tempfile.TemporaryD
     return tempfile.TemporaryDirectory(prefix=f"{work}-{subject_id}-", dir=scratch_folder(root))
 
 
+def cache_of(root: Path, cache: Cache, subject_id: str) -> Path:
+    """Return the folder that a subject has in the scratch folder for this."""
+    return scratch_folder(root) / cache / subject_id
+
+
+def checkpoint_folder(root: Path, subject_id: str, key: str) -> Path:
+    """Return the folder for the checkpoints of one training; `key` is the sha256 of what it depends on."""
+    return scratch_folder(root) / "checkpoints" / f"{subject_id}-{key[:16]}"
+
+
+def checkpoint_folders(root: Path) -> dict[Path, str]:
+    """Return the folders with the checkpoints of all trainings, and of which subject each is."""
+    found = sorted((scratch_folder(root) / "checkpoints").glob("*"))
+    return {path: path.name.rpartition("-")[0] for path in found}
+
+
+def scratch_of(root: Path, subject_id: str) -> list[Path]:
+    """Return what a subject has in the scratch folder, with what killed processes left of its `work_folder`s."""
+    folder = scratch_folder(root)
+    caches = [path for cache in CACHES if (path := cache_of(root, cache, subject_id)).exists()]
+    checkpoints = [path for path, whose in checkpoint_folders(root).items() if whose == subject_id]
+    # Exactly as many letters as tempfile appends: rex must not take what is of rex-2.
+    works = [path for work in WORKS for path in folder.glob(f"{work}-{subject_id}-{8 * '[a-z0-9_]'}")]
+    return [*caches, *checkpoints, *works]
+
+
 def leftovers(place: Path, name: str = "*") -> list[Path]:
-    """Return what killed writers left beside a folder or file, of whatever maker: .NAME.suffix.
+    """Return the temporary files and folders `.NAME.*` that killed writers, any of ours, left beside NAME.
 
     An id has no dot, so that nobody's name begins with another one's and a dot.
     """

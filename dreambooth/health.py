@@ -4,13 +4,14 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dreambooth import aliases
 from dreambooth.errors import RegistryError
+from dreambooth.mlflowstore import connect, database_file, explain, paged, tracking_uri
 from dreambooth.redaction import redact
-from dreambooth.tracking import connect, database_file, explain, paged, tracking_uri
 from dreambooth.versions import (
     CHALLENGER,
     CHAMPION,
@@ -29,28 +30,44 @@ if TYPE_CHECKING:
 
 DAY = 86_400_000  # milliseconds
 State = Literal["good", "warning", "broken"]
-Fact = tuple[State, str, str, str]
 
 
-def examine(root: Path, subjects: list[str]) -> Iterator[Fact]:
-    """Yield state, what was looked at, what was found, and the remedy."""
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    state: State
+    what: str
+    found: str
+    remedy: str = ""
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether something does not work now."""
+        return self.state == "broken"
+
+
+def examine(root: Path, subjects: list[str]) -> Iterator[Finding]:
+    """Look at the database, the versions with an alias, the log of each subject, and what was left behind."""
     where = redact(tracking_uri(root))
     if not is_there(root):
-        yield "good", "database", f"{where} is not there yet: nothing was registered", ""
+        yield Finding("good", "database", f"{where} is not there yet: nothing was registered")
         return
     if fault := _database_fault(root):
-        yield "broken", "database", f"{where}: {fault}", "restore it from a backup, then register the exports again"
+        yield Finding(
+            "broken", "database", f"{where}: {fault}", "restore it from a backup, then register the exports again"
+        )
         return
     try:
         with explained(root, "look at the registry", "start the server, or mend MLFLOW_TRACKING_URI"):
             client, experiment = connect(root)
-            yield "good", "database", f"{where} answers", ""
+            yield Finding("good", "database", f"{where} answers")
             known = sorted({*subjects, *_registered(client)})
             for name in known:
                 yield from _subject(root, client, name)
             yield from _left_behind(client, experiment, known)
     except RegistryError as error:
-        yield "broken", "database", str(error), "then: dreambooth doctor"
+        yield Finding("broken", "database", str(error), "then: dreambooth doctor")
 
 
 def _database_fault(root: Path) -> str | None:
@@ -71,44 +88,46 @@ def _registered(client: "MlflowClient") -> list[str]:
     return [model.name.removesuffix(".log") for model in logs]
 
 
-def _subject(root: Path, client: "MlflowClient", name: str) -> Iterator[Fact]:
+def _subject(root: Path, client: "MlflowClient", name: str) -> Iterator[Finding]:
     remedy = f"its files come back when the same export is registered again: dreambooth register {name}"
-    for alias, number in sorted(aliases_of(client, name).items()):
+    named = aliases_of(client, name)
+    for alias, number in sorted(named.items()):
         what = f"{name} version {number} @{alias}"
         found = find_version(client, name, number, None)
         faults = check_files(root, client, found) if found else ["the version was deleted"]
         if faults and alias == CHAMPION:
-            yield "broken", what, "; ".join(faults), f'{remedy}; or go back: dreambooth rollback {name} --force "WHY"'
+            yield Finding(
+                "broken", what, "; ".join(faults), f'{remedy}; or go back: dreambooth rollback {name} --force "WHY"'
+            )
         else:
-            yield "broken" if faults else "good", what, "; ".join(faults) or "whole", remedy if faults else ""
+            yield Finding("broken" if faults else "good", what, "; ".join(faults) or "whole", remedy if faults else "")
+    log = aliases.read_log(client, name)
     for alias in (CHALLENGER, CHAMPION):
-        what = f"{name} @{alias}"
-        if (gone := aliases.deleted(client, name, alias)) is not None:
+        what, wanted, points_to = f"{name} @{alias}", aliases.last(log, alias), named.get(alias)
+        if wanted == points_to:
+            continue
+        if points_to is None and find_version(client, name, wanted, None) is None:  # its alias went with it
             state: State = "broken" if alias == CHAMPION else "warning"  # without a challenger nothing waits
-            yield state, what, f"version {gone} was deleted", _after_deletion(root, client, name, alias)
-        elif difference := aliases.disagreement(client, name, alias):
-            yield "broken", what, f"{difference}: interrupted", f"dreambooth versions {name} finishes it"
+            yield Finding(state, what, f"version {wanted} was deleted", _after_deletion(root, log, name, alias))
+        else:
+            difference = f"{alias} is version {points_to or 'none'}, the log says {wanted or 'none'}"
+            yield Finding("broken", what, f"{difference}: interrupted", f"dreambooth versions {name} finishes it")
     if foreign := aliases.foreign(client, name):
-        log = aliases.log_name(name)
         told = f"no entries, and passed over: version {', '.join(map(str, foreign))}"
-        yield (
-            "warning",
-            f"log of {name}",
-            told,
-            f"somebody made them by hand: look at {log} in MLflow, delete them there",
-        )
+        remedy = f"somebody made them by hand: look at {aliases.log_name(name)} in MLflow, delete them there"
+        yield Finding("warning", f"log of {name}", told, remedy)
 
 
-def _after_deletion(root: Path, client: "MlflowClient", name: str, alias: str) -> str:
+def _after_deletion(root: Path, log: list[aliases.Entry], name: str, alias: str) -> str:
     """Return what moves an alias away from a version that was deleted."""
     if alias == CHALLENGER:
         return f"the next one is what is registered next: {next_step(root, name)}"
     remedy = f'promote another one: dreambooth promote {name} --version N --force "WHY"'
-    *earlier, _ = aliases.history(aliases.read_log(client, name), alias)
+    *earlier, _ = aliases.history(log, alias)
     return f'{remedy}; or go back: dreambooth rollback {name} --force "WHY"' if earlier else remedy
 
 
-def _left_behind(client: "MlflowClient", experiment: str, names: list[str]) -> Iterator[Fact]:
+def _left_behind(client: "MlflowClient", experiment: str, names: list[str]) -> Iterator[Finding]:
     """Find uploads that never became a version, and runs that say they run but have been silent for a day."""
     now = time.time() * 1000
     used = {version.tags.get(MODEL_TAG) for name in names for version in all_versions(client, name)}
@@ -119,7 +138,7 @@ def _left_behind(client: "MlflowClient", experiment: str, names: list[str]) -> I
     ]
     if begun:
         remedy = "register the export again, which takes the upload up; or delete the model in MLflow"
-        yield "warning", "uploads", f"{len(begun)} never became a version: {', '.join(begun[:5])}", remedy
+        yield Finding("warning", "uploads", f"{len(begun)} never became a version: {', '.join(begun[:5])}", remedy)
     runs = [
         run.info.run_id
         for run in paged(client.search_runs, [experiment], "attributes.status = 'RUNNING'")
@@ -127,4 +146,4 @@ def _left_behind(client: "MlflowClient", experiment: str, names: list[str]) -> I
     ]
     if runs:
         remedy = "if no training goes on there, end or delete them in MLflow"
-        yield "warning", "runs", f"{len(runs)} have been RUNNING for over a day: {', '.join(runs[:5])}", remedy
+        yield Finding("warning", "runs", f"{len(runs)} have been RUNNING for over a day: {', '.join(runs[:5])}", remedy)

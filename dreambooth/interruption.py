@@ -116,7 +116,7 @@ def die_with_starter() -> None:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Tell whether a process runs; one that is dead and not yet buried does not."""
+    """Tell whether a process runs; one that is dead and not yet reaped does not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -126,7 +126,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def tell(send: Callable[[], object]) -> None:
-    """Send a process a signal, `process.terminate`; one that is gone, or may not be told, is let be."""
+    """Send a process a signal, `process.terminate`; ignore one that has ended or that we may not signal."""
     with suppress(psutil.Error):
         send()
 
@@ -143,7 +143,7 @@ def _starters() -> list[psutil.Process]:
 
 
 def _follow(starter: psutil.Process) -> None:
-    """Look until it has ended: psutil's own wait would wait for the burial as well."""
+    """Look until it has ended: psutil's own wait would also wait until its parent has reaped it."""
     while is_alive(starter):
         time.sleep(_LOOK_EVERY)
     if not any(_requests):  # else it is saving already, and the same signal again would end it at once

@@ -4,13 +4,19 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Literal, get_args
 
 from filelock import FileLock, Timeout
 
 from dreambooth.errors import DreamboothError
+from dreambooth.folders import scratch_folder
 
+Job = Literal["train", "evaluate", "register"]
+JOBS: tuple[Job, ...] = get_args(Job)
+"""What one process at a time does with a subject; `dreambooth forget` finds the files of these locks."""
+LOCKS = "locks"  # in the scratch folder
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -49,6 +55,19 @@ def only_one(folder: Path, name: str, what: str, wait: Callable[[str], object] |
         owner.unlink(missing_ok=True)
     finally:
         lock.release()
+
+
+def only_one_of(
+    root: Path, job: Job, subject_id: str, what: str, wait: Callable[[str], object] | None = None
+) -> AbstractContextManager[None]:
+    """Hold the lock of what one process at a time does with a subject of a project; see `only_one`."""
+    return only_one(scratch_folder(root) / LOCKS, f"{job}-{subject_id}", what, wait)
+
+
+def locks_of(root: Path, subject_id: str) -> list[Path]:
+    """Return the files of the locks of a subject."""
+    folder = scratch_folder(root) / LOCKS
+    return [path for job in JOBS for path in folder.glob(f"{job}-{subject_id}.*")]
 
 
 def _boot_id() -> str:

@@ -328,7 +328,7 @@ def save_parts(model: Model, folder: Path, dtype: torch.dtype, parts: Sequence[s
             _forget_origin(folder / part / "config.json")
 
 
-def write_pipeline(base: Path, trained: Path, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+def write_pipeline(base: Path, trained: Path, folder: Path, dtype: torch.dtype) -> None:
     """Put a whole pipeline together: the trained parts, and copies of the base's other ones.
 
     The result is what `from_pretrained(folder)` of the family's pipeline in diffusers loads. No safety checker is

@@ -24,26 +24,6 @@ FOREIGN_SUFFIXES = frozenset({".avif", ".bmp", ".cr2", ".dng", ".eps", ".gif", "
     ".nef", ".psd", ".raw", ".svg", ".tga", ".tif", ".tiff"
 }  # fmt: skip
 CAPTION_SUFFIX = ".txt"
-CODES = {
-    "E_IMG_READ": "the file cannot be read",
-    "E_IMG_EMPTY": "no bytes",
-    "E_IMG_BYTES": "larger than photos.max_bytes",
-    "E_IMG_FORMAT": "no JPEG, PNG or WEBP, by its content",
-    "E_IMG_PIXELS": "more pixels than photos.max_pixels",
-    "E_IMG_SMALL": "shorter side under photos.min_side",
-    "E_IMG_FRAMES": "more frames than photos.max_frames",
-    "E_IMG_TRUNCATED": "damaged: it cannot be decoded to its end",
-    "E_IMG_FLAT": "black, white or of one colour: contrast under photos.min_contrast",
-    "W_IMG_DUPLICATE": "shows the same as an earlier photo, also mirrored or saved again: dropped",
-    "W_IMG_ASPECT": "long and narrow: above photos.max_aspect",
-    "W_IMG_ENLARGED": "smaller than base.resolution, so that it will be enlarged",
-    "W_IMG_BLUR": "blurred: sharpness under photos.min_sharpness",
-    "W_IMG_DARK": "brightness under photos.min_brightness",
-    "W_IMG_BRIGHT": "brightness above photos.max_brightness",
-    "W_IMG_FRAMES": "an animation, of which the first frame is used",
-    "W_IMG_GPS": "its EXIF or XMP tells where it was taken",
-    "W_PHOTOS_ALIKE": "of the whole folder: hashes nearer to each other than photos.min_distance",
-}
 _MEASURED_SIDE = 512  # pixels of the shorter side at which sharpness is measured, so that photos compare
 
 

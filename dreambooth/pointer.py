@@ -38,54 +38,57 @@ def write_pointer(
     path: str,
     export_hash: str,
     md5: str | None,
-    beside: Mapping[str, Mapping[str, Any]] | None = None,
+    beside: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Write pointer.json for <root>/<path>.
 
     Args:
         folder: is made.
-        root: of the project; DREAMBOOTH_HOME overrules it where the version is served.
+        root: of the project; who asks for the version looks in his own first, see `resolve`.
         path: of the export, from the root.
         export_hash: content hash of the export.
         md5: of the folder in dvc.lock, "<32 digits>.dir"; None where DVC does not know this export.
         beside: size and sha256 of the files of the export that lie beside the pointer, by name.
     """
     folder.mkdir(parents=True)
-    about = {"root": str(root.absolute()), "path": path, "hash": export_hash, "md5": md5, "beside": dict(beside or {})}
+    about = {"root": str(root.absolute()), "path": path, "hash": export_hash, "md5": md5, "beside": dict(beside)}
     write_file(folder / POINTER, json.dumps(about, indent=1).encode() + b"\n")
 
 
-def resolve(folder: Path) -> Path:
+def resolve(folder: Path, home: Path | None = None) -> Path:
     """Return the folder of the pipeline: this one, or the one that it points to, found whole.
 
+    Args:
+        folder: of a version.
+        home: the project that asks, in which is looked first; None takes DREAMBOOTH_HOME. After it comes the project
+            that made the version, which may be a clone that is gone, or a checkout that was moved.
+
     Raises:
-        ModelError: neither the project nor DVC's cache holds those files any more, or the pointer is none.
+        ModelError: neither a project nor its cache of DVC holds those files any more, or the pointer is none.
     """
     if not (folder / POINTER).is_file():
         return folder
     about = _read(folder / POINTER)
-    root = Path(os.environ.get("DREAMBOOTH_HOME") or about["root"])
-    place: Path = root / str(about["path"])
-    if _is_whole(place, about["hash"]):
-        return place
-    kept = _from_cache(root, about) if about["md5"] else None
-    if kept is None:
+    asking = Path(home or os.environ.get("DREAMBOOTH_HOME") or about["root"]).absolute()
+    roots = [root for root in dict.fromkeys((asking, Path(about["root"]).absolute())) if root.is_dir()]
+    found = next((place for root in roots if (place := _found_in(root, about, roots[0]))), None)
+    if found is None:
         raise ModelError(
-            f"{place} does not hold the export {about['hash'][:12]}, and neither does the cache of DVC "
-            f"({about['md5'] or 'never run through DVC'}); check out the commit of the version, then: "
+            f"{asking / about['path']} does not hold the export {about['hash'][:12]}, and neither does the cache of "
+            f"DVC ({about['md5'] or 'never run through DVC'}); check out the commit of the version, then: "
             f"dvc pull {about['path']}; or name the folder of the project: DREAMBOOTH_HOME"
         )
-    return kept
+    return found
 
 
-def resolve_whole(folder: Path) -> tuple[Path, str]:
+def resolve_whole(folder: Path, home: Path | None = None) -> tuple[Path, str]:
     """Return what `resolve` does, and the content hash of that folder, whose files were read once to know it.
 
     Raises:
         ModelError: see `resolve`.
         TornFolderError: there is no pointer, and the folder is not what its manifest says.
     """
-    place, pointer = resolve(folder), folder / POINTER
+    place, pointer = resolve(folder, home), folder / POINTER
     return place, _read(pointer)["hash"] if pointer.is_file() else content_hash(place)
 
 
@@ -148,9 +151,20 @@ def _is_whole(folder: Path, export_hash: str) -> bool:
         return False
 
 
-def _from_cache(root: Path, about: dict[str, Any]) -> Path | None:
-    """Lay links to the files in DVC's cache out as the folder was; None if one is missing or damaged."""
-    place: Path = scratch_folder(root) / LAID_OUT / str(about["hash"])
+def _found_in(root: Path, about: dict[str, Any], asking: Path) -> Path | None:
+    """Return where a project has the export: in its place, or in DVC's cache; None without either."""
+    place: Path = root / str(about["path"])
+    if _is_whole(place, about["hash"]):
+        return place
+    return _from_cache(root, about, asking) if about["md5"] else None
+
+
+def _from_cache(root: Path, about: dict[str, Any], asking: Path) -> Path | None:
+    """Lay links to the files in DVC's cache out as the folder was, for the project that asks.
+
+    None if one is missing or damaged.
+    """
+    place: Path = scratch_folder(asking) / LAID_OUT / str(about["hash"])
     place.parent.mkdir(mode=0o700, exist_ok=True)
     with FileLock(place.with_suffix(".lock")):  # several processes of one server may ask at once
         return place if _is_whole(place, about["hash"]) else _laid_out(root, about, place)

@@ -1,6 +1,7 @@
 """Promote a version to champion through the gate, go back to the one before, and finish what was interrupted."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -16,10 +17,10 @@ from dreambooth.errors import DreamboothError, EvaluationError, GateError, Regis
 from dreambooth.folders import TornFolderError, read_manifest, sha256_of, work_folder
 from dreambooth.gate import decide, differing, read_scorecard
 from dreambooth.images import read_prepared
+from dreambooth.mlflowstore import explain
 from dreambooth.params import Params, check_id
 from dreambooth.pointer import resolve
 from dreambooth.registry import alone
-from dreambooth.tracking import explain
 from dreambooth.versions import (
     CHALLENGER,
     CHAMPION,
@@ -46,6 +47,7 @@ Rescore = Callable[[Params, str, Path, Path, str, Path], None]
 Trained = Callable[[Path, str, str, str | None], AbstractContextManager[Path]]
 ROLES = ("candidate", "champion")
 BESIDE = "beside"  # folder in the run of a version: what the gate saw of it and of the champion
+_log = logging.getLogger(__name__)
 REMEDY = "nothing was changed, or what was begun is finished by the next call: dreambooth versions"
 
 
@@ -110,6 +112,7 @@ def promote(
     force: str | None = None,
     rescore: Rescore | None = None,
     trained: Trained = trained_here,
+    say: Callable[[str], object] = _log.warning,
 ) -> Promotion:
     """Make a version the champion if the gate finds it better; write the verdict down, whatever it is.
 
@@ -123,6 +126,7 @@ def promote(
         rescore: evaluates challenger and champion in one run where they were evaluated differently, see
             `stages.evaluate.beside_champion`; None keeps the champion then.
         trained: yields a folder like `root` in which the challenger's training lies, to be scored again there.
+        say: hears of another process that is waited for.
 
     Raises:
         GateError: the gate keeps the champion, or cannot tell; the message says why.
@@ -131,7 +135,7 @@ def promote(
             cannot be scored again, which is no verdict and is not recorded; or another process promoted meanwhile.
     """
     _require_reason(force)
-    with explained(root, f"promote {subject_id}", REMEDY), alone(root, check_id(subject_id)):
+    with explained(root, f"promote {subject_id}", REMEDY), alone(root, check_id(subject_id), say):
         client = client_of(root)
         champion = aliases.settle(client, subject_id, CHAMPION)
         candidate = _candidate(root, client, subject_id, version)
@@ -157,7 +161,13 @@ def promote(
     return Promotion(subject_id, number, champion, verdict, reason, gate)
 
 
-def rollback(root: Path, params: Params, subject_id: str, force: str | None = None) -> Promotion:
+def rollback(
+    root: Path,
+    params: Params,
+    subject_id: str,
+    force: str | None = None,
+    say: Callable[[str], object] = _log.warning,
+) -> Promotion:
     """Make the champion before this one the champion again; those whose files are not whole are passed over.
 
     Args:
@@ -165,12 +175,13 @@ def rollback(root: Path, params: Params, subject_id: str, force: str | None = No
         params: of the project, to ask for the consent of a person.
         subject_id: of the subject.
         force: why a champion is left whose files are gone, instead of getting them back.
+        say: hears of another process that is waited for.
 
     Raises:
         RegistryError: no previous champion, none that is whole, or the champion's files are gone.
     """
     _require_reason(force)
-    with explained(root, f"roll {subject_id} back", REMEDY), alone(root, check_id(subject_id)):
+    with explained(root, f"roll {subject_id} back", REMEDY), alone(root, check_id(subject_id), say):
         client = client_of(root)
         champion = aliases.settle(client, subject_id, CHAMPION)
         earlier = aliases.history(aliases.read_log(client, subject_id), CHAMPION)[:-1]
@@ -190,7 +201,7 @@ def rollback(root: Path, params: Params, subject_id: str, force: str | None = No
 
 
 def beside_champion(root: Path, params: Params, subject_id: str, version: int, champion: int) -> Beside:
-    """Lay a version beside the champion by what was registered with both, for who decides; nothing is drawn.
+    """Compare a version with the champion from their registered evaluations, for a person's decision; nothing is drawn.
 
     Raises:
         EvaluationError: one of them was registered without an evaluation.
@@ -363,7 +374,7 @@ def _scored_again(
     name, source = champion.name, client.get_model_version_download_uri(champion.name, str(champion.version))
     place = sides[0].folder.with_name("again")
     with downloaded(root, source, name) as folder:
-        parts = resolve(folder / "artifacts" / name)
+        parts = resolve(folder / "artifacts" / name, root)
         rescore(params, name, project, parts, champion.tags[FINGERPRINT_TAG], place)
     return replace(sides[0], folder=place), replace(sides[1], folder=place, model="champion")
 

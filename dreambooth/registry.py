@@ -4,18 +4,17 @@ A version is made only after its files were uploaded, listed, compared with the 
 """
 
 import json
+import logging
 import shutil
 import subprocess
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from filelock import FileLock, Timeout
 
 from dreambooth import __version__
 from dreambooth.aliases import move, settle
@@ -31,10 +30,11 @@ from dreambooth.folders import (
     sha256_of,
     work_folder,
 )
+from dreambooth.locks import only_one_of
+from dreambooth.mlflowstore import connect, database_file, ensure_run, flat_metrics, paged, tracking_uri
 from dreambooth.params import METHODS_OF_FORMAT, check_id
 from dreambooth.pointer import POINTER, require_beside, resolve_whole, write_pointer
 from dreambooth.redaction import redact
-from dreambooth.tracking import connect, database_file, ensure_run, paged, tracking_uri
 from dreambooth.versions import (
     CHALLENGER,
     CONSENT_TAG,
@@ -44,13 +44,15 @@ from dreambooth.versions import (
     MD5_TAG,
     METRIC_PREFIX,
     MODEL_TAG,
+    SIZE_TAG,
     RegisteredVersion,
     downloaded,
     explained,
-    listing,
     load_folder,
     made_of,
     recorded_md5,
+    size_faults,
+    stored_sizes,
 )
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
-LOCK_SECONDS = 3600.0
+_log = logging.getLogger(__name__)
 SCORES = ("evaluation.json", "prompts.csv", "class_images.csv", "scores.csv")  # what the gate reads of an evaluation
 ALONE = ("README.md", GENERATION, *METHODS_OF_FORMAT)  # parts of an export that are of use without its pipeline
 # What the shipped code of dreambooth imports to draw pictures; pinned to what the export was made with.
@@ -114,7 +116,9 @@ def _size(files: Mapping[str, Any]) -> int:
     return sum(entry["size"] for entry in files.values())
 
 
-def register(root: Path, subject_id: str, max_logged_bytes: int | None = None) -> RegisteredVersion:
+def register(
+    root: Path, subject_id: str, max_logged_bytes: int | None = None, say: Callable[[str], object] = _log.warning
+) -> RegisteredVersion:
     """Make export/<id> a version of the MLflow model <id> and point `challenger` to it; do nothing twice.
 
     An upload that was cut short is taken up again in its place. A version whose files are gone gets them back. A newer
@@ -125,6 +129,7 @@ def register(root: Path, subject_id: str, max_logged_bytes: int | None = None) -
         subject_id: of the subject.
         max_logged_bytes: a larger export stays where DVC keeps it, and the version points there, with the small parts
             beside that are of use alone; None copies all.
+        say: hears of another process that is waited for.
 
     Raises:
         TornFolderError: the export is not what its manifest says.
@@ -132,7 +137,7 @@ def register(root: Path, subject_id: str, max_logged_bytes: int | None = None) -
     """
     export = _read_export(root, check_id(subject_id), max_logged_bytes)
     remedy = f"the export stays as it is, repeat this alone: dreambooth register {subject_id}"
-    with explained(root, f"register {subject_id}", remedy), alone(root, subject_id):
+    with explained(root, f"register {subject_id}", remedy), alone(root, subject_id, say):
         client, experiment = connect(root)
         version, model = _version_with(client, export) or (None, _begun(client, experiment, export))
         model = model or _new_place(client, experiment, export)
@@ -147,26 +152,14 @@ def register(root: Path, subject_id: str, max_logged_bytes: int | None = None) -
     return RegisteredVersion(subject_id, int(registered.version), version is None, export.hash, export.md5)
 
 
-@contextmanager
-def alone(root: Path, subject_id: str) -> Iterator[None]:
-    """Let one process at a time of a project change what is registered of a subject.
+def alone(root: Path, subject_id: str, say: Callable[[str], object]) -> AbstractContextManager[None]:
+    """Let one process at a time of a project change what is registered of a subject; `say` hears who is waited for.
 
     A promotion holds it while it draws both models again: `forget` takes it too, and nothing may be drawn of a subject
     after that.
     """
-    lock = FileLock(scratch_folder(root) / f"register-{subject_id}.lock", timeout=LOCK_SECONDS)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RegistryError(
-            f"another process has been at the versions of {subject_id} for {LOCK_SECONDS:.0f} s ({lock.lock_file}): it "
-            "registers, promotes, rolls back or forgets; a promotion that scores both models again may wait for its "
-            "turn on the GPU; try again when it is done, or end it"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+    what = f"a registration, promotion, rollback or erasure of {subject_id}"
+    return only_one_of(root, "register", subject_id, what, say)
 
 
 def _read_export(root: Path, subject_id: str, max_logged_bytes: int | None) -> Export:
@@ -199,7 +192,10 @@ def _version_with(client: "MlflowClient", export: Export) -> "tuple[ModelVersion
 
 
 def _only_one(client: "MlflowClient", export: Export, made: "ModelVersion") -> "ModelVersion":
-    """Keep the oldest of the versions that several machines made of the same bytes at once: each sees those before."""
+    """Keep the oldest version where several machines registered the same bytes at once.
+
+    Each machine sees the versions that were made before its own.
+    """
     found = _version_with(client, export)  # one whose files somebody deleted for good is not kept for this one
     first = found[0] if found else made
     if int(first.version) < int(made.version):
@@ -209,7 +205,7 @@ def _only_one(client: "MlflowClient", export: Export, made: "ModelVersion") -> "
 
 
 def _challenge(client: "MlflowClient", name: str, version: int) -> None:
-    """Point `challenger` to what was registered last; whoever does so at the same time is as right."""
+    """Point `challenger` to what was registered last; of two that register at once either may win."""
     for _ in range(10):
         before = settle(client, name, CHALLENGER)
         if before == version:
@@ -281,20 +277,13 @@ def _write_pointed(folder: Path, root: Path, export: Export) -> None:
 
 def _faults(client: "MlflowClient", model: "LoggedModel", export: Export) -> list[str]:
     """Compare the names and sizes of what lies in MLflow with the manifest."""
-    folder = f"artifacts/{export.folder.name}"
-    present = dict(listing(client, model.model_id, folder))
-    is_pointer = f"{folder}/{POINTER}" in present
+    present = stored_sizes(client, model.model_id, export.subject)
+    is_pointer = POINTER in present
     if is_pointer and not export.is_pointed_to:  # the limit was raised since: the version stays as it is
         return []
     if export.is_pointed_to and not present:
-        return [f"{folder}/{POINTER} is missing"]
-    files = export.beside if is_pointer else export.files
-    sizes = {f"{folder}/{name}": entry["size"] for name, entry in files.items()}
-    return [
-        f"{name} has {present.get(name, 'no')} bytes, not {size}"
-        for name, size in sizes.items()
-        if present.get(name) != size
-    ]
+        return [f"{POINTER} is missing"]
+    return size_faults(present, export.beside if is_pointer else export.files)
 
 
 def _verify(client: "MlflowClient", root: Path, model: "LoggedModel", export: Export) -> None:
@@ -304,10 +293,10 @@ def _verify(client: "MlflowClient", root: Path, model: "LoggedModel", export: Ex
         if not faults:
             with downloaded(root, model.artifact_location, export.subject) as folder:
                 stored = folder / "artifacts" / export.subject
-                if resolve_whole(stored)[1] != export.hash:
+                if resolve_whole(stored, root)[1] != export.hash:
                     faults = ["the files are those of another export"]
                 require_beside(stored)
-                load_folder(folder)
+                load_folder(root, folder)
     except Exception as error:  # whatever it is, nobody else should meet it first
         faults = [redact(" ".join(str(error).split()) or type(error).__name__)]
     if faults:
@@ -353,7 +342,7 @@ def _version_tags(root: Path, model: "LoggedModel", export: Export) -> dict[str,
         "dreambooth.subject": export.subject,
         "dreambooth.class_noun": export.generation["class_noun"],
         "dreambooth.identifier": export.generation["identifier"],
-        "dreambooth.size": export.size,
+        SIZE_TAG: export.size,
         "dreambooth.version": __version__,
         "dvc.path": f"export/{export.subject}",
         MD5_TAG: export.md5,
@@ -420,15 +409,7 @@ def _metrics(root: Path, export: Export) -> dict[str, float]:
         content = json.loads((root / "metrics" / f"{export.subject}.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
-    return dict(_flat(content)) if about.get("model") == export.manifest.get("model") else {}
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, int | float):
-            yield f"{prefix}{name}", float(value)
+    return flat_metrics(content) if about.get("model") == export.manifest.get("model") else {}
 
 
 def _complete_run(client: "MlflowClient", root: Path, run_id: str, export: Export) -> None:

@@ -290,7 +290,7 @@ def loss_curves(history: pd.DataFrame, fixed: pd.DataFrame) -> bytes:
     return png_of(plot)
 
 
-def read_points(evaluation: Path, metrics: Mapping[str, Any], shipped: int | None = None) -> pd.DataFrame | None:
+def read_points(evaluation: Path, metrics: Mapping[str, Any], shipped: int | None) -> pd.DataFrame | None:
     """Return identity and prompt fidelity: a row a step with previews, or base and final model alone.
 
     Args:

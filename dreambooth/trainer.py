@@ -145,7 +145,7 @@ def _leave_file(weights: Sequence[Tensor]) -> None:
 
 
 def release(model: Model) -> None:
-    """Take the wrapper of precision off again, and put the parts into evaluation mode."""
+    """Remove accelerate's mixed-precision wrapper, and put the parts into evaluation mode."""
     for name in ("unet", *model.encoders):
         module = extract_model_from_parallel(getattr(model, name), keep_fp32_wrapper=False)
         setattr(model, name, module.requires_grad_(False).eval())

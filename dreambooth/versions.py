@@ -1,6 +1,7 @@
 """Find, check and load the registered versions of a subject; nothing here changes the registry."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,10 +14,10 @@ from urllib.parse import urlsplit
 
 from dreambooth.errors import ConsentError, ModelError, ParamsError, RegistryError
 from dreambooth.folders import MANIFEST, TornFolderError, hash_of_files, work_folder
+from dreambooth.mlflowstore import connect, database_file, explain, paged, tracking_uri
 from dreambooth.params import check_id
 from dreambooth.pointer import POINTER, named_beside, require_beside, resolve_whole
 from dreambooth.redaction import redact
-from dreambooth.tracking import connect, database_file, explain, paged, tracking_uri
 from dreambooth.yaml12 import YamlError, load_yaml
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ GATE_TAG = "dreambooth.gate"  # what the gate said where it was overruled
 CONSENT_TAG = "dreambooth.consent"
 FINGERPRINT_TAG = "dreambooth.fingerprint"
 MD5_TAG = "dvc.md5"
+SIZE_TAG = "dreambooth.size"
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def _recorded(lock: Path, inode: int, mtime_ns: int, size: int) -> dict[str, str
 
 
 def is_there(root: Path) -> bool:
-    """Tell whether anything can have been registered: asking MLflow for a database that is not there makes it."""
+    """Tell whether anything can have been registered: asking MLflow about a missing database would create it."""
     file = database_file(tracking_uri(root))
     return file is None or file.exists()
 
@@ -164,7 +166,7 @@ def load_found(root: Path, found: RegisteredVersion) -> "PyFuncModel":
     with explained(root, f"load version {found.version} of {name}", remedy):
         source = client_of(root).get_model_version_download_uri(name, str(found.version))
         with downloaded(root, source, name) as folder:
-            return load_folder(folder)
+            return load_folder(root, folder)
 
 
 def generation_of(model: "PyFuncModel") -> dict[str, Any]:
@@ -262,7 +264,7 @@ def check_files(root: Path, client: "MlflowClient", version: "ModelVersion", dee
         if deep:
             with downloaded(root, source, name) as folder:
                 require_beside(folder / "artifacts" / name)
-                actual = resolve_whole(folder / "artifacts" / name)[1]
+                actual = resolve_whole(folder / "artifacts" / name, root)[1]
         else:
             actual = _shallow_hash(root, client, version, source)
     except (MlflowException, OSError, TornFolderError, ModelError) as error:
@@ -343,22 +345,47 @@ def downloaded(root: Path, source: str, subject_id: str) -> Iterator[Path]:
         yield Path(download_artifacts(artifact_uri=source, dst_path=target, tracking_uri=uri))
 
 
-def load_folder(folder: Path) -> "PyFuncModel":
-    """Load a model folder of MLflow with the code of this package, not the copy that lies in it."""
+def load_folder(root: Path, folder: Path) -> "PyFuncModel":
+    """Load a model folder of MLflow with the code of this package, not the copy that lies in it.
+
+    Args:
+        root: the project in which a pipeline is looked for that the folder only points to.
+        folder: with the file MLmodel.
+    """
     import mlflow.pyfunc
 
-    before = list(sys.path)
+    path, home = list(sys.path), os.environ.get("DREAMBOOTH_HOME")
+    os.environ["DREAMBOOTH_HOME"] = str(root)  # MLflow hands the model nothing else of ours
     try:
         return mlflow.pyfunc.load_model(str(folder), suppress_warnings=True)
     finally:
-        sys.path[:] = before
+        sys.path[:] = path
+        if home is None:
+            del os.environ["DREAMBOOTH_HOME"]
+        else:
+            os.environ["DREAMBOOTH_HOME"] = home
 
 
-def listing(client: "MlflowClient", model_id: str, folder: str) -> Iterator[tuple[str, int]]:
+def stored_sizes(client: "MlflowClient", model_id: str, name: str) -> dict[str, int]:
+    """Return the size of every file of a subject's export, or of what points to it, in a logged model of MLflow."""
+    folder = f"artifacts/{name}"
+    return {path.removeprefix(f"{folder}/"): size for path, size in _listing(client, model_id, folder)}
+
+
+def size_faults(present: Mapping[str, int], files: Mapping[str, Any]) -> list[str]:
+    """Say which files of a manifest are missing or have another size; an empty list if none."""
+    return [
+        f"{name} has {present.get(name, 'no')} bytes, not {entry['size']}"
+        for name, entry in files.items()
+        if present.get(name) != entry["size"]
+    ]
+
+
+def _listing(client: "MlflowClient", model_id: str, folder: str) -> Iterator[tuple[str, int]]:
     """Yield path and size of every file below a folder of a logged model."""
     for entry in client.list_logged_model_artifacts(model_id, folder):
         if entry.is_dir:
-            yield from listing(client, model_id, entry.path)
+            yield from _listing(client, model_id, entry.path)
         else:
             yield entry.path, int(entry.file_size)
 
@@ -379,11 +406,11 @@ def _shallow_hash(root: Path, client: "MlflowClient", version: "ModelVersion", s
     What a pointer leads to is hashed.
     """
     folder = f"artifacts/{version.name}"
-    present = {path.removeprefix(f"{folder}/"): size for path, size in listing(client, version.tags[MODEL_TAG], folder)}
+    present = stored_sizes(client, version.tags[MODEL_TAG], version.name)
     if POINTER in present:
         with downloaded(root, f"{source}/{folder}/{POINTER}", version.name) as file:
             _require_sizes(present, named_beside(file))
-            return resolve_whole(file.parent)[1]
+            return resolve_whole(file.parent, root)[1]
     if MANIFEST not in present:
         raise TornFolderError(f"{folder}/{MANIFEST} is missing")
     with downloaded(root, f"{source}/{folder}/{MANIFEST}", version.name) as file:
@@ -393,12 +420,7 @@ def _shallow_hash(root: Path, client: "MlflowClient", version: "ModelVersion", s
 
 
 def _require_sizes(present: Mapping[str, int], files: Mapping[str, Any]) -> None:
-    wrong = [
-        f"{name} has {present.get(name, 'no')} bytes, not {entry['size']}"
-        for name, entry in files.items()
-        if present.get(name) != entry["size"]
-    ]
-    if wrong:
+    if wrong := size_faults(present, files):
         raise TornFolderError("; ".join(wrong))
 
 
@@ -416,6 +438,6 @@ def _row(root: Path, client: "MlflowClient", version: "ModelVersion", aliases: t
             for name, value in tags.items()
             if name.startswith(METRIC_PREFIX)
         },
-        size=int(tags["dreambooth.size"]) if "dreambooth.size" in tags else None,
+        size=int(tags[SIZE_TAG]) if SIZE_TAG in tags else None,
         faults=tuple(check_files(root, client, version, deep)) if looked else None,
     )

@@ -13,7 +13,7 @@ from flows.generate import call_options, draw_registered, require_drawable
 from flows.program import failed, left
 from flows.project import PARAMS, find_root
 from flows.summary import picture_uri
-from flows.turns import gpu, has_limit
+from flows.turns import gpu_of_server
 
 
 @flow(name="generate", persist_result=False)
@@ -53,7 +53,7 @@ def generate(
         load_params(project / PARAMS).subject(subject)
         require_drawable(subject, prompts, count)  # before its turn on the GPU
         log, target = get_run_logger(), Path(folder) if folder else None
-        with gpu("server" if has_limit() else "none", log.warning):
+        with gpu_of_server(log.warning):
             drawn = draw_registered(project, subject, prompts, count, options, log.info, log.warning, version, target)
     except DreamboothError as error:
         return failed(error)

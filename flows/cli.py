@@ -193,7 +193,7 @@ def register(context: typer.Context, subject_id: SubjectId) -> None:
     root = find_root(context.obj)
     params = _params(root)
     params.subject(subject_id)
-    say(_version(registry.register(root, subject_id, params.registry.max_logged_bytes)))
+    say(_version(registry.register(root, subject_id, params.registry.max_logged_bytes, warn)))
     refresh_index(root, params.subjects, warn)
 
 

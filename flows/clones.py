@@ -16,9 +16,9 @@ from typing import Any
 from dreambooth.errors import PipelineError, shown
 from dreambooth.folders import scratch_folder, write_file
 from dreambooth.locks import only_one
+from dreambooth.mlflowstore import tracking_uri
 from dreambooth.params import load_params, parse_params
 from dreambooth.pointer import dvc_cache
-from dreambooth.tracking import tracking_uri
 from dreambooth.yaml12 import dump_yaml, load_yaml
 from flows.commandline import ROBOT, dvc, git, run_quietly
 from flows.copies import OWNER

@@ -38,7 +38,8 @@ def promote(
     root = find_root(context.obj)
     params = load_params(root / PARAMS)
     params.subject(subject_id)
-    _conclude(root, params, promotion.promote(root, params, subject_id, version, force, beside_champion, trained))
+    done = promotion.promote(root, params, subject_id, version, force, beside_champion, trained, warn)
+    _conclude(root, params, done)
 
 
 def rollback(context: typer.Context, subject_id: SubjectId, force: Force = None) -> None:
@@ -49,7 +50,7 @@ def rollback(context: typer.Context, subject_id: SubjectId, force: Force = None)
     root = find_root(context.obj)
     params = load_params(root / PARAMS)
     params.subject(subject_id)
-    _conclude(root, params, promotion.rollback(root, params, subject_id, force))
+    _conclude(root, params, promotion.rollback(root, params, subject_id, force, warn))
 
 
 def versions(
@@ -100,9 +101,10 @@ def plan(
     from dreambooth.params import load_params
     from flows.graph import Graph
     from flows.lanes import Lanes, lanes_of, one_gpu
-    from flows.plan import make_plan, plan_table
+    from flows.plan import make_plan
     from flows.preflight import require_inputs
     from flows.project import choose_subjects
+    from flows.tables import plan_table
 
     root = find_root(context.obj)
     params = load_params(root / PARAMS)
@@ -216,7 +218,7 @@ def forget(
     if not yes:
         say(f"Nothing was erased. To erase all of it, for good: dreambooth forget {subject_id} --yes")
         return
-    receipt = erase(root, found)
+    receipt = erase(root, found, warn)
     for line in found.out_of_reach:
         say(f"not reached: {line}")
     if found.idle_class is not None:

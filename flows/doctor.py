@@ -6,19 +6,18 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Literal
 
 import psutil
 from packaging.requirements import Requirement
 
-from dreambooth import __version__
+from dreambooth import __version__, health
 from dreambooth.consent import PERSON, require_consent
 from dreambooth.errors import DreamboothError, shown
-from dreambooth.folders import PLACES, WORKS, is_private, leftovers, scratch_folder
+from dreambooth.folders import PLACES, WORKS, checkpoint_folders, is_private, leftovers, scratch_folder
+from dreambooth.health import Finding, State
 from dreambooth.params import Params, load_params
 from dreambooth.redaction import redact
 from dreambooth.tracking import PENDING, unsent
@@ -31,27 +30,12 @@ IDLE_DAYS = 7  # of a training that nobody continues
 TOLD = ("torch", "diffusers", "prefect", "dvc", "mlflow")  # whose versions who reports a fault is asked for
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at."""
-
-    state: Literal["good", "warning", "broken"]
-    what: str
-    found: str
-    remedy: str = ""
-
-    @property
-    def is_broken(self) -> bool:
-        """Whether something does not work now."""
-        return self.state == "broken"
-
-
 def examine(root: Path) -> list[Finding]:
     """Look at database, artifacts of aliased versions, orphan runs, DVC, scratch, device, servers and versions."""
     findings: list[Finding] = []
     params = _params(root, findings)
     looks: dict[str, Callable[[], Iterator[Finding]]] = {
-        "registry": lambda: _registry(root, list(params.subjects) if params else []),
+        "registry": lambda: health.examine(root, list(params.subjects) if params else []),
         "consent": lambda: _consents(root, params),
         "DVC": lambda: _dvc(root),
         "scratch": lambda: _scratch(root, params),
@@ -99,13 +83,6 @@ def _params(root: Path, findings: list[Finding]) -> Params | None:
         return None
 
 
-def _registry(root: Path, subjects: list[str]) -> Iterator[Finding]:
-    from dreambooth import health
-
-    for state, what, found, remedy in health.examine(root, subjects):
-        yield Finding(state, what, found, remedy)
-
-
 def _consents(root: Path, params: Params | None) -> Iterator[Finding]:
     for subject_id, subject in params.subjects.items() if params else ():
         if subject.kind != PERSON:
@@ -118,7 +95,7 @@ def _consents(root: Path, params: Params | None) -> Iterator[Finding]:
             continue
         assert consent is not None
         days = (consent.until - date.today()).days
-        state: Literal["good", "warning"] = "warning" if days <= SOON else "good"
+        state: State = "warning" if days <= SOON else "good"
         yield Finding(state, what, f"until {consent.until}, {days} days", "ask again in time" if days <= SOON else "")
 
 
@@ -156,6 +133,8 @@ def _prefect() -> Iterator[Finding]:
 
 
 def _scratch(root: Path, params: Params | None) -> Iterator[Finding]:
+    from flows.forget import interrupted
+
     folder = scratch_folder(root)
     free = shutil.disk_usage(folder).free
     yield Finding(
@@ -175,16 +154,16 @@ def _scratch(root: Path, params: Params | None) -> Iterator[Finding]:
     if waiting := len(list(unsent(root).glob(f"*/{PENDING}"))):
         yield Finding("warning", "metrics", f"{waiting} parcels wait for MLflow", "python -m dreambooth.tracking")
     known = set(params.subjects) if params else set()
-    for path in sorted(folder.glob("forget-*.json")):
-        subject_id = path.stem.removeprefix("forget-")
+    for subject_id in interrupted(root):
         remedy = f"dreambooth forget {subject_id} --yes"
         yield Finding("broken", f"forget {subject_id}", "was interrupted", remedy)
-    stale = [path.name for path in folder.glob("checkpoints/*") if path.name.rsplit("-", 1)[0] not in known]
+    checkpoints = checkpoint_folders(root)
+    stale = [path.name for path, whose in checkpoints.items() if whose not in known]
     if params and stale:
         yield Finding("warning", "checkpoints", f"of subjects that are no more: {', '.join(stale)}", "remove them")
-    idle = [path for path in folder.glob("checkpoints/*") if path.name not in stale and _days_idle(path) > IDLE_DAYS]
+    idle = [path for path, whose in checkpoints.items() if whose in known and _days_idle(path) > IDLE_DAYS]
     if params and idle:
-        named = ", ".join(f"{path.name} ({_bytes_of(path) / 1e9:.1f} GB)" for path in sorted(idle))
+        named = ", ".join(f"{path.name} ({_bytes_of(path) / 1e9:.1f} GB)" for path in idle)
         remedy = "continue them with the parameters they began with, or remove their folders"
         yield Finding("warning", "checkpoints", f"of trainings stopped over {IDLE_DAYS} days ago: {named}", remedy)
 

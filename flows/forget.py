@@ -4,7 +4,7 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,8 +14,8 @@ import psutil
 
 from dreambooth import erasure, sweeps, versions
 from dreambooth.errors import SubjectError
-from dreambooth.folders import GENERATION, PLACES, WORKS, leftovers, scratch_folder, sha256_of_file, write_file
-from dreambooth.locks import AlreadyRunningError, only_one
+from dreambooth.folders import GENERATION, PLACES, leftovers, scratch_folder, scratch_of, sha256_of_file, write_file
+from dreambooth.locks import AlreadyRunningError, locks_of, only_one_of
 from dreambooth.params import ID_PATTERN, RESERVED_IDS, check_id, names_id
 from dreambooth.pointer import LAID_OUT
 from dreambooth.registry import alone
@@ -32,12 +32,7 @@ from flows.project import PARAMS
 
 FOLDERS = ("data/subjects/{id}", "build/{id}", "models/{id}", "export/{id}", "reports/{id}")
 FILES = ("data/subjects/{id}.dvc", "metrics/{id}.json")
-# In the scratch folder exactly as many letters as a name has: rex must not take what is of rex-2.
-SCRATCH = (
-    f"checkpoints/{{id}}-{16 * '[0-9a-f]'}", "evaluation/{id}", "latents/{id}", "trackers/{id}",
-    *(f"{work}-{{id}}-{8 * '[a-z0-9_]'}" for work in WORKS),
-)  # fmt: skip
-LOCKS = ("locks/train-{id}.*", "locks/evaluate-{id}.*", "register-{id}.lock")
+JOURNAL = "forget-{id}.json"  # in the scratch folder
 TEXTS = (PARAMS, "dvc.lock")  # which name subjects
 OUT_OF_REACH = (
     "the history of git: the photos' hashes and the subject's id stand in old commits (git filter-repo), and in those "
@@ -103,15 +98,20 @@ def inventory(root: Path, subject_id: str) -> Inventory:
     return Inventory(subject_id, paths, kept, places, shared, experiments, _idle_class(root, subject_id), left)
 
 
-def erase(root: Path, found: Inventory) -> Path:
+def erase(root: Path, found: Inventory, say: Callable[[str], object]) -> Path:
     """Erase all of it, what is elsewhere first, so that an interruption loses no trace; return the receipt.
+
+    Args:
+        root: of the project.
+        found: by `inventory`.
+        say: hears of another process that is waited for.
 
     Raises:
         AlreadyRunningError: a stage of the subject is computing, and would write again what is erased.
     """
     subject_id = found.subject_id
-    training = only_one(scratch_folder(root) / "locks", f"train-{subject_id}", f"the training of {subject_id}")
-    with training, alone(root, subject_id):
+    training = only_one_of(root, "train", subject_id, f"the training of {subject_id}")
+    with training, alone(root, subject_id, say):
         _refuse_beside_stages(root, subject_id)
         _refuse_beside_copies(root, subject_id)
         _write_journal(root, found)
@@ -132,10 +132,17 @@ def erase(root: Path, found: Inventory) -> Path:
         if (root / ".dvc").is_dir():
             dvcstore.forget_names(root)
         receipt = _write_receipt(root, found)
-    for path in [*_paths(root, subject_id), *_in_scratch(root, subject_id, LOCKS)]:  # those of this erasure too
+    for path in [*_paths(root, subject_id), *locks_of(root, subject_id)]:  # those of this erasure too
         _remove(path)
     _journal(root, subject_id).unlink(missing_ok=True)
     return receipt
+
+
+def interrupted(root: Path) -> list[str]:
+    """Return the subjects whose erasure was begun and is not done."""
+    before, after = JOURNAL.split("{id}")
+    journals = scratch_folder(root).glob(JOURNAL.format(id="*"))
+    return sorted(path.name.removeprefix(before).removesuffix(after) for path in journals)
 
 
 def _idle_class(root: Path, subject_id: str) -> str | None:
@@ -156,7 +163,7 @@ def _paths(root: Path, subject_id: str) -> Iterator[Path]:
             yield path
     for place in PLACES:
         yield from leftovers(root / place, subject_id)
-    yield from _in_scratch(root, subject_id, SCRATCH)
+    yield from scratch_of(root, subject_id)
     for table in sweeps.tables(root):
         if sweeps.is_about(table, subject_id):
             beside = (table, table.with_suffix(".png"), scratch_folder(root) / f"{table.stem}.log")
@@ -165,11 +172,6 @@ def _paths(root: Path, subject_id: str) -> Iterator[Path]:
         content = json.loads(parcel.read_text(encoding="utf-8"))
         if subject_id in (content.get("name"), content.get("tags", {}).get("subject")):
             yield parcel.parent
-
-
-def _in_scratch(root: Path, subject_id: str, patterns: Sequence[str]) -> Iterator[Path]:
-    for pattern in patterns:
-        yield from scratch_folder(root).glob(pattern.format(id=subject_id))
 
 
 def _thumbnails(root: Path, subject_id: str) -> Iterator[Path]:
@@ -270,7 +272,7 @@ def _mentions(root: Path, subject_id: str) -> int:
         in_params = subject_id in plain_params(root)["subjects"]
     except UnreadError:
         in_params = names_id((root / PARAMS).read_text(encoding="utf-8", errors="replace"), subject_id)
-    return int(in_params) + len(_stages(root, subject_id))
+    return int(in_params) + len(_stages(_lock(root), subject_id))
 
 
 def _others(root: Path) -> list[str]:
@@ -289,16 +291,17 @@ def _lock(root: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) and isinstance(content.get("stages"), dict) else {}
 
 
-def _stages(root: Path, subject_id: str) -> list[str]:
-    stages = _lock(root).get("stages", {})
-    return [name for name in stages if name.endswith(f"@{subject_id}") and not name.startswith("prior@")]
+def _stages(lock: Mapping[str, Any], subject_id: str) -> list[str]:
+    """Return the stages of a subject in dvc.lock."""
+    return [
+        name for name in lock.get("stages", ()) if name.endswith(f"@{subject_id}") and not name.startswith("prior@")
+    ]
 
 
 def _forget_in_lock(root: Path, subject_id: str) -> None:
-    gone = _stages(root, subject_id)
-    if not gone:
-        return
     content = _lock(root)
+    if not (gone := _stages(content, subject_id)):
+        return
     content["stages"] = {name: entry for name, entry in content["stages"].items() if name not in gone}
     write_file(root / "dvc.lock", dump_yaml(content).encode())
 
@@ -312,7 +315,7 @@ def _forget_in_gitignore(root: Path, subject_id: str) -> None:
 
 
 def _journal(root: Path, subject_id: str) -> Path:
-    return scratch_folder(root) / f"forget-{subject_id}.json"
+    return scratch_folder(root) / JOURNAL.format(id=subject_id)
 
 
 def _write_journal(root: Path, found: Inventory) -> None:

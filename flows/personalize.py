@@ -64,13 +64,13 @@ def bring_up_to_date(stage: str, runner: DvcRunner, turn: Turn) -> "StageRun | S
 
 
 @task(task_run_name="register {subject_id}", cache_policy=NO_CACHE, persist_result=False)
-def register(subject_id: str, root: Path, max_logged_bytes: int | None = None) -> "RegisteredVersion | State[Any]":
+def register(subject_id: str, root: Path, max_logged_bytes: int | None) -> "RegisteredVersion | State[Any]":
     """Register the export of one subject; the same export is the same version."""
     from dreambooth import registry
 
     try:
         with _registering:
-            version = registry.register(root, subject_id, max_logged_bytes)
+            version = registry.register(root, subject_id, max_logged_bytes, get_run_logger().warning)
     except DreamboothError as error:
         return failed(error, f"register {subject_id}")
     how = "registered" if version.created else "was registered before"

@@ -13,8 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.table import Table
-
 from dreambooth.errors import EvaluationError
 from dreambooth.folders import scratch_folder
 from dreambooth.params import Evaluate, Params, Prior
@@ -24,6 +22,7 @@ from flows.graph import GPU_ENTRIES, Graph, Stage
 from flows.lanes import Lanes
 from flows.preflight import remarks
 from flows.summary import count_photos
+from flows.tables import duration
 
 RATES = "rates.jsonl"
 NEWEST = 9  # measurements whose median counts
@@ -247,26 +246,6 @@ def work_of(entry: str, params: Params, lanes: Lanes) -> str:
 def _sampling(dtype: str, section: Prior | Evaluate) -> list[str]:
     """Say what the time of a picture depends on: with guidance the model sees each row twice, at 1 once."""
     return [dtype, str(section.num_inference_steps), "unguided" if section.guidance_scale == 1 else "guided"]
-
-
-def plan_table(plan: Plan) -> Table:
-    """Draw a line for each entry that would run."""
-    table = Table("stage", "runs", "units", "time", "space", "by", box=None, pad_edge=False)
-    for line in plan.lines:
-        how = "measured here" if line.measured else "default"
-        size = f"{line.size / 1e6:.1f} MB"
-        table.add_row(line.entry, str(line.stages), str(line.units), duration(line.seconds), size, how)
-    if plan.lines:
-        how = "measured here" if plan.around.measured else "default"
-        table.add_row(AROUND, "", "", duration(plan.around.seconds), "", how)
-    return table
-
-
-def duration(seconds: float) -> str:
-    """Say a length of time: 45 s, 12 min, 3.5 h."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _by_code(graph: Graph) -> Iterator[str]:

@@ -3,7 +3,6 @@
 Without a server: python -m flows.promote biscuit
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from dreambooth.redaction import redact
 from flows import clones, summary
 from flows.program import exit_code, failed, left, states_of
 from flows.project import PARAMS, choose_subjects, find_root
-from flows.turns import gpu, has_limit
+from flows.turns import gpu_of_server
 
 if TYPE_CHECKING:
     from dreambooth.promotion import Promotion
@@ -58,14 +57,16 @@ def promote_one(
     from dreambooth import promotion
     from stages.evaluate import beside_champion
 
+    warn = get_run_logger().warning
+
     def in_turn(*arguments: Any) -> None:
         """Draw with both models when no training has the GPU."""
-        with gpu("server" if has_limit() else "none", get_run_logger().warning):
+        with gpu_of_server(warn):
             beside_champion(*arguments)
 
     try:
         _fetch_exports(root, subject_id, version)
-        done = promotion.promote(root, params, subject_id, version, force, in_turn, clones.trained)
+        done = promotion.promote(root, params, subject_id, version, force, in_turn, clones.trained, warn)
     except (GateError, ConsentError) as error:
         return failed(error)
     except DreamboothError as error:
@@ -80,7 +81,6 @@ def _fetch_exports(root: Path, subject_id: str, version: int | None) -> None:
     """Have challenger and champion in the cache of DVC where the registry only points there: docs/decisions/0054."""
     from dreambooth import versions
 
-    os.environ.setdefault("DREAMBOOTH_HOME", str(root))  # a pointer names the clone that made it, which is gone
     with versions.explained(root, f"find {subject_id}", "try again when it answers"):
         client = versions.client_of(root)
         challenger = versions.find_version(client, subject_id, version, None if version else versions.CHALLENGER)

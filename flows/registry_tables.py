@@ -12,8 +12,8 @@ from flows.tables import age
 
 if TYPE_CHECKING:
     from dreambooth.aliases import Entry
+    from dreambooth.health import Finding
     from dreambooth.versions import Row
-    from flows.doctor import Finding
 
 SCORES = ("identity.personalised", "identity.gain", "prompt.personalised")
 

@@ -193,13 +193,13 @@ def picture_uri(path: Path) -> str:
     return png_uri(path.read_bytes())
 
 
-def png_uri(content: bytes, largest: int = LARGEST_PICTURE) -> str:
-    """Return a PNG as a data URI, halved until it has at most `largest` bytes."""
+def png_uri(content: bytes) -> str:
+    """Return a PNG as a data URI, halved until it has at most LARGEST_PICTURE bytes."""
     from PIL import Image
 
     from dreambooth.pages import data_uri
 
-    while len(content) > largest:
+    while len(content) > LARGEST_PICTURE:
         with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
             half = image.convert("RGB").reduce(2)
         buffer = io.BytesIO()

@@ -14,6 +14,7 @@ from flows.summary import Summary, rows
 if TYPE_CHECKING:
     from dreambooth.photos import PhotoReport
     from dreambooth.sweeps import Result
+    from flows.plan import Plan
 
 
 def photos_table(
@@ -96,6 +97,26 @@ def _with_interval(found: Mapping[str, float], name: str) -> Text:
     if f"{name}_gain" not in found:
         return Text("-")
     return Text(in_interval(found[f"{name}_gain"], found[f"{name}_low"], found[f"{name}_high"]))
+
+
+def plan_table(plan: "Plan") -> Table:
+    """Draw a line for each entry that would run."""
+    table = Table("stage", "runs", "units", "time", "space", "by", box=None, pad_edge=False)
+    for line in plan.lines:
+        how = "measured here" if line.measured else "default"
+        size = f"{line.size / 1e6:.1f} MB"
+        table.add_row(line.entry, str(line.stages), str(line.units), duration(line.seconds), size, how)
+    if plan.lines:
+        how = "measured here" if plan.around.measured else "default"
+        table.add_row(plan.around.entry, "", "", duration(plan.around.seconds), "", how)
+    return table
+
+
+def duration(seconds: float) -> str:
+    """Say a length of time: 45 s, 12 min, 3.5 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def age(seconds: float) -> str:

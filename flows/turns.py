@@ -70,6 +70,11 @@ def gpu(
     return nullcontext() if turn == "none" else turn
 
 
+def gpu_of_server(say: Callable[[str], object]) -> AbstractContextManager[Any]:
+    """Return what waits for a turn that the server gives; nothing waits where it gives out no GPU of this machine."""
+    return gpu("server" if has_limit() else "none", say)
+
+
 class _AwayError(Exception):
     """The server does not answer now."""
 

@@ -19,15 +19,16 @@ from dreambooth.evaluation import BASE, Encoders, Reference
 from dreambooth.folders import (
     GENERATION,
     cache_folder,
+    cache_of,
     new_folder,
     read_manifest,
-    scratch_folder,
     sha256_of,
     write_file,
 )
 from dreambooth.hardware import computes_on
 from dreambooth.images import read_prepared
-from dreambooth.locks import only_one
+from dreambooth.locks import only_one_of
+from dreambooth.mlflowstore import flat_metrics
 from dreambooth.models import default_device, model_hash, resolve_model
 from dreambooth.params import Params
 from dreambooth.sampling import settings_of
@@ -119,7 +120,7 @@ def _words_of(trained: Path) -> str | None:
 
 def _own_drawings(root: Path, subject_id: str) -> Path:
     """Return the folder of what the trainings of one subject have drawn, until it is written down elsewhere."""
-    return scratch_folder(root) / "evaluation" / subject_id
+    return cache_of(root, "evaluation", subject_id)
 
 
 @contextmanager
@@ -129,10 +130,11 @@ def _alone_with_drawings(root: Path, subject_id: str) -> Iterator[None]:
     A promotion evaluates too, and may begin at any moment: whoever comes second waits. An evaluation that is stopped
     leaves its drawings, and the next one goes on with them.
     """
-    locks, name = scratch_folder(root) / "locks", f"evaluate-{subject_id}"
-    with only_one(
-        locks, name, f"an evaluation of {subject_id}", wait=lambda line: say(f"evaluate {subject_id}: {line}")
-    ):
+
+    def wait(line: str) -> None:
+        say(f"evaluate {subject_id}: {line}")
+
+    with only_one_of(root, "evaluate", subject_id, f"an evaluation of {subject_id}", wait):
         yield
         shutil.rmtree(_own_drawings(root, subject_id))
 
@@ -197,13 +199,7 @@ def _track(root: Path, subject_id: str, metrics: dict[str, Any]) -> None:
     """
     folder = root / OUTPUTS[0].format(id=subject_id)
     with open_run(root, key=metrics["model"], name=subject_id, tags={"subject": subject_id}) as tracked:
-        values = {
-            f"{measure}.{name}": float(value)
-            for measure in ("identity", "identity_second", "prompt", "diversity", "copying", "prior", "flat")
-            for name, value in metrics.get(measure, {}).items()
-            if isinstance(value, int | float)
-        }
-        tracked.metrics(values, step=0)
+        tracked.metrics(flat_metrics(metrics), step=0)
         for name in ("grid.png", "scores.csv", "prompts.csv"):
             tracked.file(folder / name)
         for name in (BASE, "personalised"):

@@ -19,11 +19,12 @@ from dreambooth.dataset import Sample
 from dreambooth.errors import DivergedError, TrainingError
 from dreambooth.evaluation_loss import EvaluationRecord
 from dreambooth.folders import (
+    cache_of,
+    checkpoint_folder,
     code_hash,
     new_folder,
     read_manifest,
     remove_leftovers,
-    scratch_folder,
     sha256_of,
     write_file,
 )
@@ -31,7 +32,7 @@ from dreambooth.hardware import gpu_lacks_bfloat16, unused_gpu
 from dreambooth.identifiers import identifier_remarks, known_words
 from dreambooth.images import png_bytes, read_captions, read_prepared
 from dreambooth.latents import encode_images
-from dreambooth.locks import only_one
+from dreambooth.locks import only_one_of
 from dreambooth.models import Model, device_name, library_versions, load_model, model_hash, resolve_model
 from dreambooth.optimizers import state_bytes
 from dreambooth.params import Params, Train
@@ -97,7 +98,7 @@ def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = 
     _say_remarks(params, subject_id, root, model, len(instance))
     _say_rows(params.train, subject_id, len(instance), about["class_images"], model.device)
     target = root / OUTPUTS[0].format(id=subject_id)
-    with only_one(scratch_folder(root) / "locks", f"train-{subject_id}", f"the training of {subject_id}"):
+    with only_one_of(root, "train", subject_id, f"the training of {subject_id}"):
         remove_leftovers(target)
         tags = {"subject": subject_id, "diverged": "false"}
         with (
@@ -179,7 +180,7 @@ def _checkpoints(subject_id: str, root: Path, inputs: dict[str, Any], resume_fro
     Device, threads and libraries are left out of its name: a training goes on after an update, with a warning.
     """
     key = sha256_of({name: value for name, value in inputs.items() if name not in MAY_CHANGE})
-    folder = scratch_folder(root) / "checkpoints" / f"{subject_id}-{key[:16]}"
+    folder = checkpoint_folder(root, subject_id, key)
     return Checkpoints(folder, inputs, lambda line: say(f"train {subject_id}: {line}"), resume_from)
 
 
@@ -195,7 +196,7 @@ def _require_room(params: Params, model: Model, checkpoints: Checkpoints) -> Non
 
 
 def _open_trackers(params: Params, subject_id: str, root: Path, fingerprint: str) -> AbstractContextManager[Trackers]:
-    folder = scratch_folder(root) / "trackers" / subject_id
+    folder = cache_of(root, "trackers", subject_id)
     return open_trackers(params.tracking.report_to, folder, fingerprint, subject_id)
 
 
@@ -253,7 +254,7 @@ def _inputs(params: Params, subject_id: str, root: Path, base_hash: str, device:
 def _instance_samples(params: Params, subject_id: str, root: Path, model: Model, vae_hash: str) -> list[Sample]:
     """Encode the views of each picture, which alone is in memory with them."""
     settings, resolution = params.train, params.base.resolution
-    folder, cache = root / INPUTS[0].format(id=subject_id), scratch_folder(root) / "latents" / subject_id
+    folder, cache = root / INPUTS[0].format(id=subject_id), cache_of(root, "latents", subject_id)
     identifier, class_noun = params.subject(subject_id).identifier, params.class_of(subject_id).class_noun
     known = buckets(resolution, model.whole_side) if settings.aspect_buckets else [(resolution, resolution)]
     captions = read_captions(folder)

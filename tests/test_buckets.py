@@ -12,6 +12,7 @@ from PIL import Image
 from test_training import largest_difference, make_samples, settings, weights
 from tiny_families import write_sdxl
 from tiny_project import make_photo, make_project, tiny_values
+from toy_checkpoints import open_checkpoints
 
 from dreambooth import trainer as stepping
 from dreambooth.checkpoint import Checkpoints
@@ -141,7 +142,7 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tiny_model_folder: Path, tm
         if records[-1].step == stop_after:
             raise Interrupted("stopped by the test")
 
-    store, stopped = Checkpoints(tmp_path / "checkpoints"), load_model(tiny_model_folder, device="cpu")
+    store, stopped = open_checkpoints(tmp_path / "checkpoints"), load_model(tiny_model_folder, device="cpu")
     with pytest.raises(Interrupted):
         run(stopped, store, checkpointing_steps=1, listeners=Listeners(records=stop))
     history = run(resumed, store, checkpointing_steps=1)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from test_training import largest_difference, make_samples, settings, weights
-from toy_checkpoints import names, save, state
+from toy_checkpoints import names, open_checkpoints, save, state
 
 from dreambooth import checkpoint, trainer, training
 from dreambooth.checkpoint import KEEP, Checkpoints
@@ -41,13 +41,13 @@ def straight(tiny_model_folder: Path) -> tuple[dict[str, torch.Tensor], History]
 
 def test_the_newest_ones_are_kept(tmp_path: Path) -> None:
     for step in range(1, 6):
-        save(Checkpoints(tmp_path), state(step))
+        save(open_checkpoints(tmp_path), state(step))
     assert names(tmp_path) == ["step-0000004", "step-0000005"]
     assert KEEP == 2
 
 
 def test_the_best_one_is_kept_until_a_better_one_comes(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = open_checkpoints(tmp_path)
     for step, score in ((1, None), (2, 0.5), (3, None), (4, None), (5, None)):
         save(checkpoints, state(step), score)
     assert names(tmp_path) == ["best.json", "step-0000002", "step-0000004", "step-0000005"]
@@ -61,7 +61,7 @@ def test_the_best_one_is_kept_until_a_better_one_comes(tmp_path: Path) -> None:
 
 def test_a_torn_best_checkpoint_is_put_aside_and_the_last_weights_stay(tmp_path: Path) -> None:
     said: list[str] = []
-    checkpoints = Checkpoints(tmp_path, say=said.append)
+    checkpoints = open_checkpoints(tmp_path, say=said.append)
     for step, score in ((1, 0.5), (2, None), (3, None)):
         save(checkpoints, state(step), score)
     weights = tmp_path / "step-0000001/weights.safetensors"
@@ -73,12 +73,12 @@ def test_a_torn_best_checkpoint_is_put_aside_and_the_last_weights_stay(tmp_path:
 
 
 def test_the_pointer_is_written_again_if_a_stop_came_before_it(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = open_checkpoints(tmp_path)
     save(checkpoints, state(1), 0.5)
     before = (tmp_path / "best.json").read_bytes()
     save(checkpoints, state(2), 0.4)
     (tmp_path / "best.json").write_bytes(before)
-    assert Checkpoints(tmp_path).newest() is not None
+    assert open_checkpoints(tmp_path).newest() is not None
     assert json.loads((tmp_path / "best.json").read_text())["step"] == 2
 
 
@@ -87,7 +87,7 @@ def test_the_pointer_is_written_again_if_a_stop_came_before_it(tmp_path: Path) -
 @pytest.mark.fault(16)
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path: Path, name: str, damage: str) -> None:
     said: list[str] = []
-    checkpoints = Checkpoints(tmp_path, say=said.append)
+    checkpoints = open_checkpoints(tmp_path, say=said.append)
     save(checkpoints, state(1))
     newest = save(checkpoints, state(2))
     content = bytearray((newest / name).read_bytes())
@@ -99,7 +99,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path: Pat
     with pytest.raises(TornFolderError, match=name):
         checkpoints.load(newest)
     with pytest.raises(TornFolderError, match=name):
-        Checkpoints(tmp_path, resume_from=newest).newest()
+        open_checkpoints(tmp_path, resume_from=newest).newest()
     found = checkpoints.newest()
     assert found is not None
     assert found.step == 1
@@ -108,11 +108,11 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path: Pat
 
 
 def test_every_file_of_a_checkpoint_is_tried_above(tmp_path: Path) -> None:
-    assert names(save(Checkpoints(tmp_path), state(1))) == sorted(FILES)
+    assert names(save(open_checkpoints(tmp_path), state(1))) == sorted(FILES)
 
 
 def test_when_all_are_torn_there_is_none(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = open_checkpoints(tmp_path)
     for step in (1, 2):
         (save(checkpoints, state(step)) / "manifest.json").unlink()
     assert checkpoints.newest() is None
@@ -123,22 +123,24 @@ INPUTS = {"train": {"learning_rate": 1e-4, "seed": 0}, "versions": {"torch": "2.
 
 
 def test_a_checkpoint_of_other_parameters_is_refused_with_the_difference(tmp_path: Path) -> None:
-    path = save(Checkpoints(tmp_path, INPUTS), state(1))
-    other = Checkpoints(tmp_path / "other", INPUTS | {"train": {"learning_rate": 2e-4, "seed": 0}}, resume_from=path)
+    path = save(open_checkpoints(tmp_path, INPUTS), state(1))
+    other = open_checkpoints(
+        tmp_path / "other", INPUTS | {"train": {"learning_rate": 2e-4, "seed": 0}}, resume_from=path
+    )
     with pytest.raises(TrainingError, match=r"another training: train.learning_rate was 0.0001, is 0.0002; take") as no:
         other.newest()
     assert "seed" not in str(no.value)
     with pytest.raises(TrainingError, match=r"processes was 1, is 2"):
-        Checkpoints(tmp_path, INPUTS | {"processes": 2}).newest()
+        open_checkpoints(tmp_path, INPUTS | {"processes": 2}).newest()
 
 
 def test_a_training_that_went_back_keeps_what_it_writes_and_lets_the_way_it_left_go(tmp_path: Path) -> None:
     said: list[str] = []
-    checkpoints = Checkpoints(tmp_path / "own", say=said.append)
-    earlier = save(Checkpoints(tmp_path / "earlier"), state(1))
+    checkpoints = open_checkpoints(tmp_path / "own", say=said.append)
+    earlier = save(open_checkpoints(tmp_path / "earlier"), state(1))
     for step, score in ((2, None), (3, 0.5)):
         save(checkpoints, state(step), score)
-    back = Checkpoints(tmp_path / "own", say=said.append, resume_from=earlier)
+    back = open_checkpoints(tmp_path / "own", say=said.append, resume_from=earlier)
     found = back.newest()
     assert found is not None
     assert found.step == 1
@@ -150,7 +152,7 @@ def test_a_training_that_went_back_keeps_what_it_writes_and_lets_the_way_it_left
 
 
 def test_the_second_one_is_copied_into_the_memory_of_the_first_which_is_whole_by_then(tmp_path: Path) -> None:
-    checkpoints, weight, places = Checkpoints(tmp_path), torch.tensor([1.0, 2.0]), []
+    checkpoints, weight, places = open_checkpoints(tmp_path), torch.tensor([1.0, 2.0]), []
     for step in (1, 2):
         checkpoints.begin_save(state(step, weights={"unet.w": weight}))
         weight += 1
@@ -164,11 +166,11 @@ def test_the_second_one_is_copied_into_the_memory_of_the_first_which_is_whole_by
 
 
 def test_a_training_that_begins_anew_beside_a_state_of_other_values_says_which_differ(tmp_path: Path) -> None:
-    other = save(Checkpoints(tmp_path / "rex-0123abcd", INPUTS), state(1))
-    save(Checkpoints(tmp_path / "rex-2-0123abcd", INPUTS), state(1))  # of another subject
+    other = save(open_checkpoints(tmp_path / "rex-0123abcd", INPUTS), state(1))
+    save(open_checkpoints(tmp_path / "rex-2-0123abcd", INPUTS), state(1))  # of another subject
     said: list[str] = []
     changed = INPUTS | {"train": {"learning_rate": 2e-4, "seed": 0}}
-    assert Checkpoints(tmp_path / "rex-4567cdef", changed, said.append).newest() is None
+    assert open_checkpoints(tmp_path / "rex-4567cdef", changed, said.append).newest() is None
     assert said == [
         f"warning: begins anew: {other} is of another training, which differs in train.learning_rate; take these "
         "values back to go on with that one"
@@ -177,15 +179,15 @@ def test_a_training_that_begins_anew_beside_a_state_of_other_values_says_which_d
 
 @pytest.mark.fault(40)
 def test_another_library_or_device_is_a_warning_with_both_and_is_remembered(tmp_path: Path) -> None:
-    save(Checkpoints(tmp_path, INPUTS), state(1))
+    save(open_checkpoints(tmp_path, INPUTS), state(1))
     said: list[str] = []
     changed = INPUTS | {"versions": {"torch": "2.14"}, "device": "cuda"}
-    checkpoints = Checkpoints(tmp_path, changed, said.append)
+    checkpoints = open_checkpoints(tmp_path, changed, said.append)
     assert checkpoints.newest() is not None
     assert said[0].startswith("warning: device was 'cpu', is 'cuda': what follows may differ")
     assert said[1].startswith("warning: versions.torch was '2.13', is '2.14'")
     save(checkpoints, state(2))
-    again = Checkpoints(tmp_path, changed)
+    again = open_checkpoints(tmp_path, changed)
     assert again.newest() is not None
     assert again.changes == ["device was 'cpu', is 'cuda'", "versions.torch was '2.13', is '2.14'"]
 
@@ -194,7 +196,7 @@ def test_another_library_or_device_is_a_warning_with_both_and_is_remembered(tmp_
 def test_a_checkpoint_that_does_not_fit_is_refused_with_both_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = open_checkpoints(tmp_path)
     save(checkpoints, state(1))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3_000_000))
@@ -207,7 +209,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_both_numbers(
 def test_what_goes_wrong_beside_the_training_is_raised_at_the_next_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = open_checkpoints(tmp_path)
     save(checkpoints, state(1))
 
     def full(*arguments: Any) -> None:
@@ -222,9 +224,9 @@ def test_what_goes_wrong_beside_the_training_is_raised_at_the_next_checkpoint(
 
 def test_a_checkpoint_of_other_weights_is_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
     records = {"steps": [], "evaluations": []}
-    save(Checkpoints(tmp_path), state(1, records=records))
+    save(open_checkpoints(tmp_path), state(1, records=records))
     with pytest.raises(TrainingError, match="other weights"):
-        run(load_model(tiny_model_folder, device="cpu"), Checkpoints(tmp_path))
+        run(load_model(tiny_model_folder, device="cpu"), open_checkpoints(tmp_path))
 
 
 def test_without_memory_for_a_copy_the_checkpoint_is_whole_before_the_next_step(
@@ -232,12 +234,12 @@ def test_without_memory_for_a_copy_the_checkpoint_is_whole_before_the_next_step(
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(checkpoint, "free_memory", lambda: checkpoint._SPARE + 11)
-    checkpoints = Checkpoints(tmp_path, say=said.append)
+    checkpoints = open_checkpoints(tmp_path, say=said.append)
     weight = torch.tensor([1.0])
     checkpoints.begin_save(state(1, weights={"unet.w": weight}))  # 4 bytes and 8 of the moments: 12 in all
     weight += 1
     assert [line.partition(":")[0] for line in said] == ["the training stands still for a checkpoint"]
-    found = Checkpoints(tmp_path).newest()
+    found = open_checkpoints(tmp_path).newest()
     assert found is not None
     assert found.weights["unet.w"].tolist() == [1.0]
 
@@ -250,10 +252,10 @@ def test_a_training_without_memory_for_copies_resumes_exactly(
 ) -> None:
     monkeypatch.setattr(checkpoint, "free_memory", lambda: 0)
     monkeypatch.setattr(checkpoint, "SHARD", 1 << 14)
-    run(load_model(tiny_model_folder, device="cpu"), Checkpoints(tmp_path), max_train_steps=4)
+    run(load_model(tiny_model_folder, device="cpu"), open_checkpoints(tmp_path), max_train_steps=4)
     assert len(list((tmp_path / "step-0000003").glob("moments-*.safetensors"))) > 1
     model = load_model(tiny_model_folder, device="cpu")
-    assert run(model, Checkpoints(tmp_path)) == straight[1]
+    assert run(model, open_checkpoints(tmp_path)) == straight[1]
     assert largest_difference(weights(model), straight[0]) == 0
 
 
@@ -263,17 +265,17 @@ def test_what_fills_several_files_is_read_as_one_and_each_is_verified(
 ) -> None:
     monkeypatch.setattr(checkpoint, "SHARD", 8)
     tensors = {name: torch.full((size,), float(size)) for name, size in {"a": 1, "b": 1, "c": 5, "d": 2}.items()}
-    path = save(Checkpoints(tmp_path), state(1, weights=tensors))
+    path = save(open_checkpoints(tmp_path), state(1, weights=tensors))
     assert sorted(file.name for file in path.glob("weights*")) == [
         "weights-1.safetensors", "weights-2.safetensors", "weights.safetensors",
     ]  # fmt: skip
-    found = Checkpoints(tmp_path).newest()
+    found = open_checkpoints(tmp_path).newest()
     assert found is not None
     assert {name: tensor.tolist() for name, tensor in found.weights.items()} == {
         name: tensor.tolist() for name, tensor in tensors.items()
     }
     (path / "weights-2.safetensors").unlink()
-    assert Checkpoints(tmp_path).newest() is None
+    assert open_checkpoints(tmp_path).newest() is None
 
 
 def test_weights_and_moments_keep_their_order_in_memory(tiny_model_folder: Path, tmp_path: Path) -> None:
@@ -289,7 +291,7 @@ def test_weights_and_moments_keep_their_order_in_memory(tiny_model_folder: Path,
     def train_to(step: int) -> None:
         model = load_model(tiny_model_folder, device="cpu")
         model.unet.to(memory_format=torch.channels_last)  # as on a GPU
-        run(model, Checkpoints(tmp_path), max_train_steps=step)
+        run(model, open_checkpoints(tmp_path), max_train_steps=step)
 
     train_to(3)
     with pytest.MonkeyPatch.context() as patch:
@@ -327,10 +329,10 @@ def test_a_signal_finishes_the_step_and_saves(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "train_step", signalled_in(0))
         with pytest.raises(Interrupted, match="after step 1 of 6, state saved") as stopped:
-            run(load_model(tiny_model_folder, device="cpu"), Checkpoints(tmp_path), checkpointing_steps=None)
+            run(load_model(tiny_model_folder, device="cpu"), open_checkpoints(tmp_path), checkpointing_steps=None)
     assert stopped.value.exit_code == 75
     model = load_model(tiny_model_folder, device="cpu")
-    history = run(model, Checkpoints(tmp_path), checkpointing_steps=None)
+    history = run(model, open_checkpoints(tmp_path), checkpointing_steps=None)
     assert largest_difference(weights(model), straight[0]) == 0
     assert history == straight[1]
 
@@ -353,9 +355,9 @@ def test_a_training_that_diverges_keeps_its_last_finite_checkpoint(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "train_step", spoil)
         with pytest.raises(TrainingError, match=f"weights are not finite after step {spoiled}") as stopped:
-            run(model, Checkpoints(tmp_path))
+            run(model, open_checkpoints(tmp_path))
     assert stopped.value.code == "E_DIVERGED"
-    newest = Checkpoints(tmp_path).newest()
+    newest = open_checkpoints(tmp_path).newest()
     assert newest is not None
     assert newest.step == spoiled
     assert all(weight.isfinite().all() for weight in newest.weights.values())
@@ -383,7 +385,7 @@ def test_a_step_without_memory_is_taken_again_in_halves(
     model.unet.conv_in.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "forward", out_of_memory_in(1, 1))
-        history = run(model, Checkpoints(tmp_path), adam_epsilon=1e-2, max_train_steps=3)
+        history = run(model, open_checkpoints(tmp_path), adam_epsilon=1e-2, max_train_steps=3)
     plain = load_model(tiny_model_folder, device="cpu")
     expected = run(plain, adam_epsilon=1e-2, max_train_steps=3)
     assert sizes == [4, 4, 4, *[2] * 8]  # rows of both roles: 2 x 4; 4 and then none; 4 x 2 from there on
@@ -395,8 +397,8 @@ def test_a_step_without_memory_is_taken_again_in_halves(
 def test_halves_are_remembered_by_a_checkpoint(tiny_model_folder: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "forward", out_of_memory_in(1, 1))
-        run(load_model(tiny_model_folder, device="cpu"), Checkpoints(tmp_path), max_train_steps=3)
-    newest = Checkpoints(tmp_path).newest()
+        run(load_model(tiny_model_folder, device="cpu"), open_checkpoints(tmp_path), max_train_steps=3)
+    newest = open_checkpoints(tmp_path).newest()
     assert newest is not None
     assert newest.plain["parts"] == 4
 
@@ -416,9 +418,9 @@ def test_a_step_that_does_not_fit_stops_with_advice_and_keeps_the_state(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "forward", out_of_memory_in(1, times))
         with pytest.raises(TrainingError, match=said) as stopped:
-            run(load_model(tiny_model_folder, device="cpu"), Checkpoints(tmp_path), **changes)
+            run(load_model(tiny_model_folder, device="cpu"), open_checkpoints(tmp_path), **changes)
     assert stopped.value.code == "E_OUT_OF_MEMORY"
-    newest = Checkpoints(tmp_path).newest()
+    newest = open_checkpoints(tmp_path).newest()
     assert newest is not None
     assert newest.step == 1
 
@@ -438,10 +440,10 @@ def test_a_lack_of_memory_in_the_optimizer_is_not_tried_again(tiny_model_folder:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step)
         with pytest.raises(TrainingError, match=r"allocate 20 MiB in the optimizer at step 1; train fewer") as stopped:
-            run(load_model(tiny_model_folder, device="cpu"), Checkpoints(tmp_path))
+            run(load_model(tiny_model_folder, device="cpu"), open_checkpoints(tmp_path))
     assert stopped.value.code == "E_OUT_OF_MEMORY"
     assert len(steps) == 2
-    newest = Checkpoints(tmp_path).newest()
+    newest = open_checkpoints(tmp_path).newest()
     assert newest is not None
     assert newest.step == 1
 
@@ -457,7 +459,7 @@ def test_a_mistake_of_ours_is_not_taken_for_a_lack_of_memory(tiny_model_folder: 
 
 
 def test_the_answer_to_a_stop_waits_for_the_checkpoint(tiny_model_folder: Path, tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = open_checkpoints(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "train_step", signalled_in(2))
         with pytest.raises(Interrupted):

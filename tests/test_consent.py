@@ -71,9 +71,9 @@ def test_the_card_carries_the_consent(folder: Path, params_values: dict[str, Any
     params = parse_params(params_values)
     (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     defaults = generation_defaults(params, "biscuit")
-    text = card(folder, "biscuit", params, "b", metrics, defaults, read_consent(folder / FILE))
+    text = card(folder, "biscuit", params, "b", metrics, defaults, read_consent(folder / FILE), "full", 5)
     assert "Consent: given by file 12 on 2026-01-31, for a poster, until 2026-12-31." in text
-    assert "Consent" not in card(folder, "biscuit", params, "b", metrics, defaults)
+    assert "Consent" not in card(folder, "biscuit", params, "b", metrics, defaults, None, "full", 5)
 
 
 @pytest.mark.slow

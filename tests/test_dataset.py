@@ -35,8 +35,8 @@ def test_the_rows_of_a_step_do_not_depend_on_the_steps_before() -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
 def test_accumulation_deals_out_the_same_rows_and_the_same_randomness(count: int) -> None:
     rows = rows_of_step(3, 6, INSTANCE, PRIOR, 1.0, 0)
-    whole = collate(rows, 3, 1000, 0)
-    parts = [collate(part, 3, 1000, 0) for part in micro_batches(rows, count)]
+    whole = collate(rows, 3, 1000, 0, 0.0, 6)
+    parts = [collate(part, 3, 1000, 0, 0.0, 6 // count) for part in micro_batches(rows, count)]
     order = [row.index for part in micro_batches(rows, count) for row in part]
     assert sorted(order) == list(range(12))
     assert torch.equal(torch.cat([part.noise for part in parts]), whole.noise[order])
@@ -46,7 +46,7 @@ def test_accumulation_deals_out_the_same_rows_and_the_same_randomness(count: int
 
 def test_a_row_keeps_its_prompt_weight_and_latents_together() -> None:
     rows = rows_of_step(0, 2, INSTANCE, PRIOR, 0.25, 0)
-    batch = collate(rows[::-1], 0, 1000, 0)
+    batch = collate(rows[::-1], 0, 1000, 0, 0.0, 2)
     for i, row in enumerate(rows[::-1]):
         assert batch.prompts[i] == f"a {row.sample.role}"
         assert batch.weights[i] == (1.0 if row.sample.role == "instance" else 0.25)
@@ -56,7 +56,7 @@ def test_a_row_keeps_its_prompt_weight_and_latents_together() -> None:
 
 def test_a_fresh_latent_is_drawn_from_the_posterior_at_every_step() -> None:
     wide = [Sample("a", Posterior(torch.zeros(1, 32, 32), torch.full((1, 32, 32), 2.0)), "a", "instance")]
-    draws = [collate(rows_of_step(step, 1, wide, [], 1.0, 0), step, 1000, 0).latents for step in (0, 1)]
+    draws = [collate(rows_of_step(step, 1, wide, [], 1.0, 0), step, 1000, 0, 0.0, 1).latents for step in (0, 1)]
     assert not torch.equal(draws[0], draws[1])
     assert abs(draws[0].std().item() - 2) < 0.2
 

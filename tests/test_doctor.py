@@ -12,11 +12,12 @@ from registered import write_project
 from tiny_project import REPOSITORY, add_photos, tiny_values
 
 import dreambooth
-from dreambooth import hardware, health, tracking
+from dreambooth import hardware, health, mlflowstore
+from dreambooth.health import Finding
 from dreambooth.locks import only_one
 from dreambooth.params import parse_params
 from dreambooth.photos import check_photos
-from flows.doctor import Finding, _copies, _device, _libraries, _program, _servers, examine, installed
+from flows.doctor import _copies, _device, _libraries, _program, _servers, examine, installed
 
 
 @pytest.fixture
@@ -226,7 +227,7 @@ def test_what_is_left_behind_is_counted_on_every_page(
     from mlflow.tracking import MlflowClient
 
     write_project(tmp_path / "project", empty_database)
-    client, experiment = tracking.connect(tmp_path / "project")
+    client, experiment = mlflowstore.connect(tmp_path / "project")
     for number in range(count):
         client.create_logged_model(experiment, name=f"upload-{number}")
         client.create_run(experiment)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from test_training import largest_difference, make_samples, settings, weights
+from toy_checkpoints import open_checkpoints
 
 from dreambooth import previews as previews_module
 from dreambooth import training
@@ -73,7 +74,7 @@ def test_the_evaluation_needs_no_more_rows_at_once_than_a_step_does(tiny_model_f
     model.unet.register_forward_pre_hook(room_for_one)
     instance = make_samples(model, 2, "instance", "a photo of sks dog")
     values = settings(max_train_steps=2, train_batch_size=2, prior_loss_weight=0.0, evaluation_steps=1)
-    history = train(model, instance, [], values, checkpoints=Checkpoints(tmp_path))
+    history = train(model, instance, [], values, checkpoints=open_checkpoints(tmp_path))
     assert [record.step for record in history.evaluations] == [1, 2]
     assert rows == [2, *[1] * (len(rows) - 1)]  # the first step was taken again in halves, and then all did fit
 
@@ -83,9 +84,9 @@ def test_a_best_step_whose_checkpoint_was_left_behind_is_named(
 ) -> None:
     fixed_scores(monkeypatch, [1, 2, 3, 4, 5, 6])
     how = {"evaluation_steps": 1, "load_best_model_at_end": True, "checkpointing_steps": 2}
-    first, said = Checkpoints(tmp_path / "there"), list[str]()
+    first, said = open_checkpoints(tmp_path / "there"), list[str]()
     run(load_model(tiny_model_folder, device="cpu"), first, **how)
-    here = Checkpoints(tmp_path / "here", say=said.append, resume_from=tmp_path / "there/step-0000004")
+    here = open_checkpoints(tmp_path / "here", say=said.append, resume_from=tmp_path / "there/step-0000004")
     history = run(load_model(tiny_model_folder, device="cpu"), here, **how)
     assert history.shipped_step == 6
     assert said[-1] == (
@@ -120,7 +121,7 @@ def test_the_training_ends_when_patience_is_out_and_ships_the_best_weights(
     fixed_scores(monkeypatch, [3, 1, 2, 2, 0, 0])
     model = load_model(tiny_model_folder, device="cpu")
     how = {"evaluation_steps": 1, "early_stopping_patience": 2, "load_best_model_at_end": True}
-    history = run(model, Checkpoints(tmp_path), **how)
+    history = run(model, open_checkpoints(tmp_path), **how)
     assert [record.score for record in history.evaluations] == [3, 1, 2, 2]
     assert len(history.steps) == 4
     assert history.shipped_step == 2
@@ -134,7 +135,7 @@ def test_the_last_weights_are_shipped_when_they_are_the_best(
 ) -> None:
     fixed_scores(monkeypatch, [6, 5, 4, 3, 2, 1])
     model, plain = (load_model(tiny_model_folder, device="cpu") for _ in range(2))
-    history = run(model, Checkpoints(tmp_path), evaluation_steps=1, load_best_model_at_end=True)
+    history = run(model, open_checkpoints(tmp_path), evaluation_steps=1, load_best_model_at_end=True)
     assert history.shipped_step == run(plain).shipped_step == 6
     assert largest_difference(weights(model), weights(plain)) == 0
 
@@ -143,7 +144,7 @@ def test_the_best_weights_are_shipped_when_steps_followed_that_nobody_measured(
     tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     model, best, last = (load_model(tiny_model_folder, device="cpu") for _ in range(3))
-    history = run(model, Checkpoints(tmp_path), evaluation_steps=4, load_best_model_at_end=True)
+    history = run(model, open_checkpoints(tmp_path), evaluation_steps=4, load_best_model_at_end=True)
     assert [record.step for record in history.evaluations] == [4]
     assert history.shipped_step == 4
     run(best, max_train_steps=4)
@@ -158,7 +159,7 @@ def test_where_the_checkpoint_of_the_best_is_torn_the_last_weights_are_shipped_a
     fixed_scores(monkeypatch, [3, 1, 2, 2, 2, 2])
     model, plain = (load_model(tiny_model_folder, device="cpu") for _ in range(2))
     said: list[str] = []
-    checkpoints = Checkpoints(tmp_path, say=said.append)
+    checkpoints = open_checkpoints(tmp_path, say=said.append)
 
     def tear(record: EvaluationRecord) -> None:
         if record.step == 6:

@@ -319,7 +319,7 @@ def test_a_card_holds_names_as_names_in_its_front_matter_its_snippet_and_its_tex
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     consent = Consent(who="<i>me</i>", given=date(2026, 1, 1), purpose="[x](http://x)", until=date(2027, 1, 1))
     defaults = generation_defaults(params, "biscuit")
-    text = card(tmp_path, "biscuit", params, "b" * 64, METRICS, defaults, consent, "textual_inversion")
+    text = card(tmp_path, "biscuit", params, "b" * 64, METRICS, defaults, consent, "textual_inversion", 5)
     _, front, body = text.split("---\n", 2)
     told = yaml.safe_load(front)
     assert (told["instance_prompt"], told["base_model"]) == (f"a photo of {identifier} {noun}", base)

@@ -192,10 +192,10 @@ def test_a_cosine_that_is_no_number_is_no_verdict_on_copying():
 
 
 def test_photos_of_one_thing_are_no_copies_of_each_other():
-    assert copy_cosine(torch.tensor([X, Y, DIAGONAL])) == pytest.approx(HALF + 0.02)
-    assert copy_cosine(torch.tensor([X, X])) == 1
+    assert copy_cosine(torch.tensor([X, Y, DIAGONAL]), None) == pytest.approx(HALF + 0.02)
+    assert copy_cosine(torch.tensor([X, X]), None) == 1
     with pytest.raises(ValueError, match="at least 2 photos, got 1"):
-        copy_cosine(torch.tensor([X]))
+        copy_cosine(torch.tensor([X]), None)
 
 
 def test_a_measured_copy_cosine_is_raised_a_little_by_photos_that_are_alike_and_never_lowered():

@@ -42,7 +42,7 @@ def test_an_error_while_it_is_filled_leaves_the_old_one_alone(tmp_path: Path) ->
     before = content_hash(make(tmp_path / "x"))
 
     def fail() -> None:
-        with new_folder(tmp_path / "x") as temporary:
+        with new_folder(tmp_path / "x", {}) as temporary:
             (temporary / "b.txt").write_text("half")
             raise RuntimeError("stop")
 
@@ -129,7 +129,7 @@ def test_files_and_folders_follow_the_umask(tmp_path: Path, mask: int, file_mode
     before = os.umask(mask)
     try:
         write_file(tmp_path / "file", b"1")
-        with new_folder(tmp_path / "folder") as folder:
+        with new_folder(tmp_path / "folder", {}) as folder:
             (folder / "a").write_text("1")
     finally:
         os.umask(before)

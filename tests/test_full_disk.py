@@ -11,10 +11,10 @@ import pytest
 import yaml
 from registered import write_export
 from tiny_project import REPOSITORY, add_photos, make_photo
+from toy_checkpoints import open_checkpoints
 from waiting import free_port
 
-from dreambooth import folders, methods, tracking
-from dreambooth.checkpoint import Checkpoints
+from dreambooth import folders, methods, mlflowstore, tracking
 from dreambooth.errors import RegistryError
 from dreambooth.folders import DiskFullError, content_hash, new_folder, read_manifest, write_file
 from dreambooth.models import Model, load_model
@@ -34,13 +34,13 @@ def fill(disk: Path, free: int) -> Path:
 
 @pytest.mark.fault(19)
 def test_a_folder_and_a_file_that_find_no_room_leave_the_old_ones(small_disk: Path) -> None:
-    with new_folder(small_disk / "report") as folder:
+    with new_folder(small_disk / "report", {}) as folder:
         (folder / "index.html").write_text("old")
     write_file(small_disk / "index.html", b"old")
     ballast = fill(small_disk, 100_000)
 
     def report() -> None:
-        with new_folder(small_disk / "report") as folder:
+        with new_folder(small_disk / "report", {}) as folder:
             (folder / "index.html").write_bytes(bytes(400_000))
 
     for write in (report, lambda: write_file(small_disk / "index.html", bytes(400_000))):
@@ -73,7 +73,7 @@ def test_a_training_asks_for_room_for_the_checkpoints_it_will_write_less_those_t
     params = params.model_copy(update={"train": params.train.model_copy(update={"evaluation_steps": None} | changes)})
     model = load_model(project / params.base.pretrained_model_name_or_path, device="cpu")
     needed = copies * bytes_per_weight * methods.count_weights(model, params.train)
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints = open_checkpoints(tmp_path / "checkpoints")
     monkeypatch.setattr(folders, "free_bytes", lambda folder: needed - 1000)
     with pytest.raises(DiskFullError, match=f"training with checkpoints needs {needed:,} bytes"):
         train._require_room(params, model, checkpoints)
@@ -137,7 +137,7 @@ def test_a_run_on_a_full_disk_goes_on_and_says_in_one_line_what_mlflow_does_not_
     assert ("1 files of" if answers else "1 metrics") in line
     assert not list((small_disk / ".scratch/unsent").iterdir())
     if answers:
-        (stored,) = tracking.connect(small_disk)[0].search_runs(["1"])
+        (stored,) = mlflowstore.connect(small_disk)[0].search_runs(["1"])
         assert (stored.info.status, stored.data.metrics) == ("FINISHED", {"loss": 1.0})
 
 
@@ -170,10 +170,10 @@ def test_a_database_without_room_costs_one_warning_and_nothing_is_lost(
     assert "5000 metrics" in line
     ballast.unlink()
     assert tracking.resend(tmp_path) == []
-    (stored,) = tracking.connect(tmp_path)[0].search_runs(["1"])
+    (stored,) = mlflowstore.connect(tmp_path)[0].search_runs(["1"])
     assert stored.info.status == "FINISHED"
     assert stored.data.metrics == {"loss": 1.0}
-    assert len(tracking.connect(tmp_path)[0].get_metric_history(stored.info.run_id, "loss")) == 5000
+    assert len(mlflowstore.connect(tmp_path)[0].get_metric_history(stored.info.run_id, "loss")) == 5000
 
 
 @pytest.mark.slow
@@ -199,4 +199,4 @@ def test_a_new_database_that_finds_no_room_is_one_line(small_disk: Path, monkeyp
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{small_disk / 'mlflow.db'}")
     fill(small_disk, 20_000)
     with pytest.raises(OSError, match="full"):
-        tracking.connect(small_disk)
+        mlflowstore.connect(small_disk)

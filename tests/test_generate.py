@@ -84,7 +84,7 @@ def test_what_nothing_can_be_drawn_of_is_refused_before_a_model_is_loaded_or_a_g
         draw_registered(fresh, BISCUIT, prompts, count, {}, said.append, said.append)
     assert len(str(told.value).splitlines()) == lines
     assert said == []
-    monkeypatch.setattr(batch, "gpu", lambda *_: pytest.fail("waits for a GPU"))
+    monkeypatch.setattr(batch, "gpu_of_server", lambda *_: pytest.fail("waits for a GPU"))
     monkeypatch.setattr(batch, "get_run_logger", lambda: logging.getLogger("test"))
     state = batch.generate.fn(BISCUIT, prompts, count, root=str(fresh))
     assert state.message == f"E_PIPELINE: {told.value}"

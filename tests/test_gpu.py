@@ -20,6 +20,7 @@ from test_training import make_samples, settings
 from tiny_pipelines import write_sd, write_sdxl
 from tiny_project import make_project, tiny_values, write_params
 from torch import Tensor
+from toy_checkpoints import open_checkpoints
 
 from dreambooth import dataset, methods
 from dreambooth.checkpoint import Checkpoints, State
@@ -144,10 +145,10 @@ def test_a_training_that_was_stopped_goes_on_to_the_weights_of_a_straight_one(
     values = settings(**{"max_train_steps": 6, "checkpointing_steps": 2, "allow_tf32": False} | changes)
     samples = photos(base)
     straight, _ = trained(base, device, values, samples)
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = open_checkpoints(tmp_path)
     with pytest.raises(Interrupted, match="after step 4"):
         trained(base, device, values, samples, checkpoints, stop_after=4)
-    resumed, records = trained(base, device, values, samples, Checkpoints(tmp_path))
+    resumed, records = trained(base, device, values, samples, open_checkpoints(tmp_path))
     assert [record.step for record in records] == list(range(6))
     first, _ = trained(base, device, values.model_copy(update={"learning_rate": 1e-12}), samples)
     assert (resumed - straight).norm() < AGAIN * (straight - first).norm()
@@ -186,12 +187,12 @@ def test_the_state_of_the_fused_optimizer_is_read_back_in_the_order_of_the_weigh
             assert kernel.is_contiguous(memory_format=torch.channels_last)
             assert not kernel.is_contiguous()
         assert trainer.optimizer.param_groups[0]["fused"]
-        checkpoints = Checkpoints(tmp_path)
+        checkpoints = open_checkpoints(tmp_path)
         checkpoints.begin_save(capture(trainer, 1, {}))
         checkpoints.finish()
         take(1)
         straight = in_a_row(capture(trainer, 2, {}))
-    saved = Checkpoints(tmp_path).newest()
+    saved = open_checkpoints(tmp_path).newest()
     assert saved is not None
     with prepared(base, device, values, samples) as (trainer, take):
         restore(trainer, saved)

@@ -22,7 +22,7 @@ from processes import FORKED, kill_this_process_at_write, kill_this_process_in
 from test_training import settings
 from tiny_families import write_sdxl
 from tiny_project import REPOSITORY, make_project, tiny_values
-from toy_checkpoints import names, save, state
+from toy_checkpoints import names, open_checkpoints, save, state
 from waiting import await_true, free_port
 
 from dreambooth import interruption, launcher, methods, rng, trainer, training
@@ -57,7 +57,7 @@ def run_in_process(base: Path, folder: Path, answer: Path, changes: dict[str, An
     training.prepare = lambda *given: (trainers.append(prepare(*given)), trainers[-1])[1]
     if kill:
         kill_this_process_in(trainer, "forward", *kill)
-    checkpoints = Checkpoints(folder, {"processes": int(os.environ.get("WORLD_SIZE", "1"))})
+    checkpoints = open_checkpoints(folder, {"processes": int(os.environ.get("WORLD_SIZE", "1"))})
     values = settings(**FULL | {"checkpointing_steps": 3} | changes)
     model = load_model(base, device="cpu")
     methods.add_token(model, values, "sks", "dog")
@@ -160,7 +160,7 @@ def save_and_die(folder: Path, write: int, half: bool) -> None:
 
         safetensors.torch.save_file = torn
     kill_this_process_at_write(folder, write)
-    save(Checkpoints(folder), state(3), 0.5)
+    save(open_checkpoints(folder), state(3), 0.5)
 
 
 @pytest.mark.fault(15)
@@ -171,7 +171,7 @@ def test_killed_at_any_write_of_a_checkpoint_the_one_before_it_or_the_whole_new_
     for write in range(100):
         folder = tmp_path / str(write)
         for step in (1, 2):
-            save(Checkpoints(folder), state(step), 0.6)
+            save(open_checkpoints(folder), state(step), 0.6)
         process = FORKED.Process(target=save_and_die, args=(folder, write, write == 1))
         process.start()
         process.join()
@@ -180,7 +180,7 @@ def test_killed_at_any_write_of_a_checkpoint_the_one_before_it_or_the_whole_new_
         assert process.exitcode == -signal.SIGKILL
         kinds.add((folder / "killed").read_text())
         (folder / "killed").unlink()
-        checkpoints = Checkpoints(folder)
+        checkpoints = open_checkpoints(folder)
         newest, best = checkpoints.newest(), checkpoints.best()
         assert newest is not None
         assert best is not None
@@ -202,7 +202,7 @@ def megabytes(step: int, size: int) -> Any:
 
 @pytest.mark.fault(20)
 def test_a_disk_without_room_is_named_with_both_numbers_and_the_last_checkpoint_is_whole(small_disk: Path) -> None:
-    checkpoints = Checkpoints(small_disk / "checkpoints")
+    checkpoints = open_checkpoints(small_disk / "checkpoints")
     first = save(checkpoints, megabytes(1, 1))
     with pytest.raises(DiskFullError, match=r"a checkpoint needs 3,\d+,\d+ bytes, [12],\d+,\d+ are free; make room"):
         checkpoints.begin_save(megabytes(2, 3))
@@ -213,7 +213,7 @@ def test_a_disk_without_room_is_named_with_both_numbers_and_the_last_checkpoint_
 def test_a_disk_that_fills_up_in_between_leaves_the_last_checkpoint_and_no_half_one(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoints = Checkpoints(small_disk / "checkpoints")
+    checkpoints = open_checkpoints(small_disk / "checkpoints")
     save(checkpoints, megabytes(1, 1))
     checkpoints.begin_save(megabytes(2, 1))
     checkpoints.finish()
@@ -309,7 +309,7 @@ def test_two_processes_take_the_steps_of_one_with_the_whole_batch(
             assert finish_two(folder, *where, values) == [0, 0]
         else:
             assert finish(*where, values) == 0
-        ends.append(Checkpoints(folder / "checkpoints", {"processes": 1 + (name == "two")}).newest())
+        ends.append(open_checkpoints(folder / "checkpoints", {"processes": 1 + (name == "two")}).newest())
     two, one = ends
     assert two is not None
     assert one is not None

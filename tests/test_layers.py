@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("dreambooth", "stages", "flows")  # each may import itself and those before it
-ROOMS = ("tracking", "versions", "aliases", "registry", "erasure", "serving", "promotion", "health")
+ROOMS = ("mlflowstore", "tracking", "versions", "aliases", "registry", "erasure", "serving", "promotion", "health")
 MLFLOW = {f"dreambooth/{name}.py" for name in ROOMS}
 FORBIDDEN = {
     "dreambooth": {"prefect", "dvc", "typer"},

@@ -189,7 +189,7 @@ def test_the_same_weights_in_another_precision_do_not_count(copy: Path, tmp_path
     shutil.copy(weights, weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
     assert model_hash(copy) == before
     (tmp_path / "export").mkdir()
-    write_pipeline(copy, tmp_path / "nothing", tmp_path / "export")
+    write_pipeline(copy, tmp_path / "nothing", tmp_path / "export", torch.float16)
     assert not list(tmp_path.glob("export/unet/*fp16*"))
 
 
@@ -203,7 +203,7 @@ def test_the_written_pipeline_is_one_that_diffusers_loads(tiny_model_folder: Pat
     model = load_model(tiny_model_folder)
     save_parts(model, tmp_path / "trained", torch.float32, ["unet", "text_encoder"])
     (tmp_path / "export").mkdir()
-    write_pipeline(tiny_model_folder, tmp_path / "trained", tmp_path / "export")
+    write_pipeline(tiny_model_folder, tmp_path / "trained", tmp_path / "export", torch.float16)
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "export", use_safetensors=True)
     assert pipeline.safety_checker is None
     for name, weight in model.unet.state_dict().items():

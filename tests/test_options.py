@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from test_training import largest_difference, make_samples, settings, weights
 from tiny_project import make_photo
+from toy_checkpoints import open_checkpoints
 
 from dreambooth import rng, trainer
 from dreambooth.averaging import Average
@@ -46,7 +47,7 @@ def test_huber_is_the_square_near_zero_and_the_magnitude_far_away(B: int) -> Non
 def test_the_offset_shifts_whole_channels_of_the_noise_by_the_row() -> None:
     sample = Sample("a", Posterior(torch.zeros(4, 8, 8), torch.zeros(4, 8, 8)), "a", "instance")
     rows = rows_of_step(5, 3, [sample], [], 1.0, 0)
-    plain, shifted = (collate(rows, 5, 1000, 0, offset).noise for offset in (0.0, 0.1))
+    plain, shifted = (collate(rows, 5, 1000, 0, offset, 3).noise for offset in (0.0, 0.1))
     shift = (shifted - plain) / 0.1
     assert torch.allclose(shift, shift[:, :, :1, :1].expand_as(shift), atol=1e-5)
     expected = rng.normal((4, 1, 1), 0, "noise-offset", 5, [0, 1, 2])
@@ -97,10 +98,10 @@ def test_a_row_takes_each_view_at_times_the_same_one_in_every_split() -> None:
     seen = []
     for step in range(20):
         rows = rows_of_step(step, 2, [sample], [], 1.0, 0)
-        whole = collate(rows, step, 1000, 0)
+        whole = collate(rows, step, 1000, 0, 0.0, 2)
         assert whole.sizes is not None
         assert whole.latents[:, 0, 0, 0].tolist() == whole.sizes[:, 0].tolist()
-        assert torch.equal(torch.cat([collate([row], step, 1000, 0).latents for row in rows]), whole.latents)
+        assert torch.equal(torch.cat([collate([row], step, 1000, 0, 0.0, 1).latents for row in rows]), whole.latents)
         seen += whole.latents[:, 0, 0, 0].tolist()
     assert set(seen) == {0.0, 1.0, 2.0}
 
@@ -160,14 +161,14 @@ def test_memory_that_runs_out_is_first_saved_by_computing_again_then_by_halves(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "forward", forward)
-        history = run(model, Checkpoints(tmp_path), gradient_checkpointing="auto", checkpointing_steps=1)
+        history = run(model, open_checkpoints(tmp_path), gradient_checkpointing="auto", checkpointing_steps=1)
     for mine, theirs in zip(history.steps, expected, strict=True):
         assert mine.loss == pytest.approx(theirs.loss, rel=1e-4)
-    state = Checkpoints(tmp_path).newest()
+    state = open_checkpoints(tmp_path).newest()
     assert state is not None
     assert (state.plain["checkpointing"], state.plain["parts"]) == (True, 2)
     again = load_model(tiny_model_folder, device="cpu")
-    run(again, Checkpoints(tmp_path), gradient_checkpointing="auto", checkpointing_steps=1)
+    run(again, open_checkpoints(tmp_path), gradient_checkpointing="auto", checkpointing_steps=1)
     assert again.unet.is_gradient_checkpointing
 
 
@@ -204,11 +205,11 @@ def test_optimizers_of_other_packages_learn_and_resume_exactly(
     how |= {"optimizer": optimizer, "checkpointing_steps": 2}
     straight, stopped, resumed = (load_model(tiny_model_folder, device="cpu") for _ in range(3))
     losses = [record.loss for record in run(straight, max_train_steps=6, **how).steps]
-    run(stopped, Checkpoints(tmp_path), max_train_steps=5, **how)
-    history = run(resumed, Checkpoints(tmp_path), max_train_steps=6, **how)
+    run(stopped, open_checkpoints(tmp_path), max_train_steps=5, **how)
+    history = run(resumed, open_checkpoints(tmp_path), max_train_steps=6, **how)
     assert [record.loss for record in history.steps] == losses
     assert largest_difference(weights(straight), weights(resumed)) == 0
-    early, late = (Checkpoints(tmp_path).load_step(step) for step in (2, 4))
+    early, late = (open_checkpoints(tmp_path).load_step(step) for step in (2, 4))
     assert largest_difference(early.weights, late.weights) > 0
     if optimizer == "adamw_8bit":
         assert {moment.dtype for moment in late.moments.values()} == {torch.uint8, torch.float32}

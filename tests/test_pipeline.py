@@ -32,6 +32,7 @@ WITHOUT_EFFECT = {
     "dreambooth/interruption.py",
     "dreambooth/locks.py",
     "dreambooth/launcher.py",
+    "dreambooth/mlflowstore.py",
     "dreambooth/processes.py",
     "dreambooth/params.py",  # the values are declared one by one, under params
     "dreambooth/progress.py",

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import astuple
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from registered import BISCUIT, add_champion, command, write_evaluation, write_export, write_project
 
-from dreambooth import aliases, health, promotion, tracking
+from dreambooth import aliases, health, mlflowstore, promotion
 from dreambooth.errors import ConsentError, GateError, RegistryError
 from dreambooth.folders import new_folder, read_manifest, sha256_of
 from dreambooth.params import Params, load_params
@@ -45,7 +46,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> P
 @pytest.fixture
 def root(shop: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The shop; afterwards its files, aliases, log and verdicts are as they were at first."""
-    client = tracking.connect(shop)[0]
+    client = mlflowstore.connect(shop)[0]
     shutil.copytree(shop / "mlartifacts", shop / "kept")
     yield shop
     shutil.rmtree(shop / "mlartifacts")
@@ -65,20 +66,20 @@ def params(root: Path) -> Params:
 
 
 def champion(root: Path) -> int | None:
-    return aliases_of(tracking.connect(root)[0], BISCUIT).get(CHAMPION)
+    return aliases_of(mlflowstore.connect(root)[0], BISCUIT).get(CHAMPION)
 
 
 def log(root: Path) -> list[aliases.Entry]:
-    return [entry for entry in aliases.read_log(tracking.connect(root)[0], BISCUIT) if entry.alias == CHAMPION]
+    return [entry for entry in aliases.read_log(mlflowstore.connect(root)[0], BISCUIT) if entry.alias == CHAMPION]
 
 
 def tags(root: Path, version: int) -> dict[str, str]:
-    found: dict[str, str] = tracking.connect(root)[0].get_model_version(BISCUIT, str(version)).tags
+    found: dict[str, str] = mlflowstore.connect(root)[0].get_model_version(BISCUIT, str(version)).tags
     return found
 
 
 def lose_files(root: Path, version: int) -> Path:
-    source = tracking.connect(root)[0].get_model_version_download_uri(BISCUIT, str(version))
+    source = mlflowstore.connect(root)[0].get_model_version_download_uri(BISCUIT, str(version))
     lost = Path(source.removeprefix("file://")) / f"artifacts/{BISCUIT}/unet/diffusion_pytorch_model.safetensors"
     lost.unlink()
     return lost
@@ -112,7 +113,7 @@ def test_versions_that_somebody_made_in_the_log_by_hand_count_for_nothing_and_ar
     root: Path, params: Params
 ) -> None:
     promote(root, params, BISCUIT, 1)
-    client, whole = tracking.connect(root)[0], {"action": "promote", "alias": CHAMPION, "from": "1", "to": "2"}
+    client, whole = mlflowstore.connect(root)[0], {"action": "promote", "alias": CHAMPION, "from": "1", "to": "2"}
     made = []
     for wrong in ({}, {"action": "promote"}, *(whole | change for change in BY_HAND)):
         told = {f"dreambooth.{key}": value for key, value in wrong.items()}
@@ -122,14 +123,14 @@ def test_versions_that_somebody_made_in_the_log_by_hand_count_for_nothing_and_ar
     assert [entry.after for entry in aliases.recover(root, BISCUIT) if entry.alias == CHAMPION] == [1]
     assert promote(root, params, BISCUIT, 2).champion == champion(root) == 2
     assert rollback(root, params, BISCUIT).champion == 1
-    (fact,) = [fact for fact in health.examine(root, [BISCUIT]) if fact[1] == f"log of {BISCUIT}"]
-    assert fact[0] == "warning"
-    assert fact[2] == f"no entries, and passed over: version {', '.join(map(str, made))}"
+    (fact,) = [fact for fact in health.examine(root, [BISCUIT]) if fact.what == f"log of {BISCUIT}"]
+    assert fact.state == "warning"
+    assert fact.found == f"no entries, and passed over: version {', '.join(map(str, made))}"
 
 
 def test_the_challenger_is_promoted_where_no_version_is_named(root: Path, params: Params) -> None:
-    aliases.settle(tracking.connect(root)[0], BISCUIT, "challenger")
-    aliases.move(tracking.connect(root)[0], BISCUIT, "register", "challenger", None, 2)
+    aliases.settle(mlflowstore.connect(root)[0], BISCUIT, "challenger")
+    aliases.move(mlflowstore.connect(root)[0], BISCUIT, "register", "challenger", None, 2)
     assert promote(root, params, BISCUIT).champion == 2
 
 
@@ -154,8 +155,8 @@ def test_who_overrules_the_gate_leaves_what_it_said_in_tags_and_log(root: Path, 
     shown = command(root, "versions", BISCUIT, "--log").stdout
     assert line in " ".join(shown.split())
     page = "beside/version-3-and-2.html"  # of both, as the gate saw them
-    run = tracking.connect(root)[0].get_model_version(BISCUIT, "3").run_id
-    assert page in {entry.path for entry in tracking.connect(root)[0].list_artifacts(run, "beside")}
+    run = mlflowstore.connect(root)[0].get_model_version(BISCUIT, "3").run_id
+    assert page in {entry.path for entry in mlflowstore.connect(root)[0].list_artifacts(run, "beside")}
 
 
 def test_a_gate_that_cannot_judge_stops_nobody_who_overrules_it_and_the_log_says_why(
@@ -218,10 +219,10 @@ def test_with_the_files_of_the_champion_gone_promote_and_rollback_refuse_and_doc
 def test_a_champion_that_somebody_deleted_is_named_and_either_remedy_of_doctor_works(
     root: Path, params: Params, tiny_model_folder: Path, remedy: str
 ) -> None:
-    client = tracking.connect(root)[0]
+    client = mlflowstore.connect(root)[0]
 
-    def seen() -> list[health.Fact]:
-        return [fact for fact in health.examine(root, [BISCUIT]) if fact[0] != "good"]
+    def seen() -> list[tuple[str, ...]]:
+        return [astuple(one) for one in health.examine(root, [BISCUIT]) if one.state != "good"]
 
     try:
         write_export(root, tiny_model_folder, "4" * 64)
@@ -276,7 +277,7 @@ def test_rollback_passes_over_what_cannot_be_served(root: Path, params: Params) 
 def test_what_the_gate_saw_of_champion_and_candidate_is_kept_beside_the_candidate(
     root: Path, params: Params, tmp_path: Path
 ) -> None:
-    client = tracking.connect(root)[0]
+    client = mlflowstore.connect(root)[0]
 
     def pages(version: int) -> list[str]:
         run_id = client.get_model_version(BISCUIT, str(version)).run_id
@@ -373,7 +374,7 @@ def write_training(root: Path, fingerprint: str) -> Path:
 
 def test_of_two_moves_from_one_state_the_second_is_told(root: Path, params: Params) -> None:
     promote(root, params, BISCUIT, 1)
-    client = tracking.connect(root)[0]
+    client = mlflowstore.connect(root)[0]
     aliases.move(client, BISCUIT, "promote", CHAMPION, 1, 2)
     with pytest.raises(RegistryError, match="champion of biscuit is version 2 by now, not 1: another process"):
         aliases.move(client, BISCUIT, "promote", CHAMPION, 1, 3)
@@ -384,7 +385,7 @@ def test_of_two_moves_from_one_state_the_second_is_told(root: Path, params: Para
 def test_an_alias_moved_by_hand_is_taken_over_into_the_log(root: Path, params: Params) -> None:
     promote(root, params, BISCUIT, 1)
     promote(root, params, BISCUIT, 2)
-    client = tracking.connect(root)[0]
+    client = mlflowstore.connect(root)[0]
     client.set_registered_model_alias(BISCUIT, CHAMPION, "3")
     aliases.recover(root, BISCUIT)
     assert champion(root) == 3
@@ -394,7 +395,7 @@ def test_an_alias_moved_by_hand_is_taken_over_into_the_log(root: Path, params: P
 
 def test_an_alias_that_was_deleted_comes_back_from_the_log(root: Path, params: Params) -> None:
     promote(root, params, BISCUIT, 1)
-    tracking.connect(root)[0].delete_registered_model_alias(BISCUIT, CHAMPION)
+    mlflowstore.connect(root)[0].delete_registered_model_alias(BISCUIT, CHAMPION)
     aliases.recover(root, BISCUIT)
     assert champion(root) == 1
 
@@ -477,7 +478,7 @@ def test_an_ended_consent_of_a_version_is_not_passed_by_calling_the_subject_some
     root: Path, params: Params
 ) -> None:
     assert params.subjects[BISCUIT].kind != "person"
-    client, ended = tracking.connect(root)[0], date.today() - timedelta(days=1)
+    client, ended = mlflowstore.connect(root)[0], date.today() - timedelta(days=1)
     consent = {"who": "file 12", "given": "2020-01-31", "purpose": "a poster", "until": str(ended)}
     for number in (1, 2):
         promote(root, params, BISCUIT, number)
@@ -508,7 +509,7 @@ import json, os, signal, sys
 from pathlib import Path
 from mlflow.tracking import MlflowClient
 import dreambooth.gate
-from dreambooth import aliases, tracking
+from dreambooth import aliases, mlflowstore
 from dreambooth.params import load_params
 from dreambooth.promotion import promote, rollback
 from dreambooth.versions import aliases_of
@@ -541,13 +542,13 @@ def die_at(number):
 
 
 def state():
-    client = tracking.connect(root)[0]
+    client = mlflowstore.connect(root)[0]
     log = aliases.read_log(client, "biscuit")
     return [aliases_of(client, "biscuit").get("champion"), aliases.history(log, "champion")]
 
 
 def begin():
-    client = tracking.connect(root)[0]
+    client = mlflowstore.connect(root)[0]
     client.delete_registered_model("biscuit.log")
     aliases.append(client, "biscuit", "promote", "champion", None, 1)
     aliases.append(client, "biscuit", "promote", "champion", 1, 3)
@@ -566,7 +567,7 @@ def down():
 @pytest.mark.slow
 @pytest.mark.fault(33)
 def test_a_promotion_and_a_rollback_that_are_killed_at_any_step_are_finished_or_never_were(root: Path) -> None:
-    aliases.append(tracking.connect(root)[0], BISCUIT, "refuse", CHAMPION, None, 1)
+    aliases.append(mlflowstore.connect(root)[0], BISCUIT, "refuse", CHAMPION, None, 1)
     program = (
         FORKS
         + """
@@ -599,12 +600,12 @@ print(json.dumps(found))
 @pytest.mark.fault(33)
 def test_promotions_that_race_leave_one_champion_and_a_log_that_agrees(root: Path) -> None:
     """Without the lock of the project, as on two machines: eight processes move the alias at once."""
-    aliases.append(tracking.connect(root)[0], BISCUIT, "refuse", CHAMPION, None, 1)
+    aliases.append(mlflowstore.connect(root)[0], BISCUIT, "refuse", CHAMPION, None, 1)
     program = (
         FORKS
         + """
 def race(number):
-    client = tracking.connect(root)[0]
+    client = mlflowstore.connect(root)[0]
     aliases_of(client, "biscuit")
     os.read(gate, 1)
     try:

@@ -4,27 +4,29 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
-from filelock import FileLock
 from PIL import Image
 from registered import load
 from waiting import await_server, free_port
 
-from dreambooth import folders, registry, tracking
+from dreambooth import folders, mlflowstore, registry
 from dreambooth import versions as registered
 from dreambooth.aliases import history, move, read_log
 from dreambooth.errors import RegistryError, SubjectError
-from dreambooth.folders import DiskFullError, TornFolderError, new_folder, scratch_folder
+from dreambooth.folders import DiskFullError, TornFolderError, new_folder
 from dreambooth.images import read_provenance
 from dreambooth.registry import SCORES, register
 from dreambooth.versions import RegisteredVersion, find
@@ -71,7 +73,9 @@ def write_evaluation(root: Path, model: str = "f" * 64, fingerprint: str = "e" *
 
 
 def versions(root: Path) -> list[Any]:
-    return sorted(tracking.connect(root)[0].search_model_versions(f"name = '{BISCUIT}'"), key=lambda v: int(v.version))
+    return sorted(
+        mlflowstore.connect(root)[0].search_model_versions(f"name = '{BISCUIT}'"), key=lambda v: int(v.version)
+    )
 
 
 def places(root: Path) -> list[Path]:
@@ -108,7 +112,7 @@ def test_the_challenger_is_what_was_registered_last_and_every_move_is_written_do
     challenger = find(root, BISCUIT, alias="challenger")
     assert challenger is not None
     assert challenger.version == 1
-    entries = read_log(tracking.connect(root)[0], BISCUIT)
+    entries = read_log(mlflowstore.connect(root)[0], BISCUIT)
     assert [(entry.before, entry.after) for entry in entries] == [(None, 1), (1, 2), (2, 1)]
     assert history(entries, "challenger") == [1, 2, 1]
 
@@ -206,7 +210,7 @@ def test_a_version_whose_files_are_gone_gets_them_back(root: Path) -> None:
 
 
 def test_a_version_whose_files_were_deleted_for_good_gives_way_to_a_new_one(root: Path) -> None:
-    client = tracking.connect(root)[0]
+    client = mlflowstore.connect(root)[0]
     register(root, BISCUIT)
     client.delete_logged_model(versions(root)[0].tags["dreambooth.model_id"])
     again = register(root, BISCUIT)
@@ -232,8 +236,8 @@ def test_the_champion_is_loaded_before_the_challenger(
         write_export(root, tiny_model_folder, note)
         register(root, BISCUIT)
     loaded: list[Path] = []
-    monkeypatch.setattr(registered, "load_folder", loaded.append)
-    client = tracking.connect(root)[0]
+    monkeypatch.setattr(registered, "load_folder", lambda root, folder: loaded.append(folder))
+    client = mlflowstore.connect(root)[0]
     move(client, BISCUIT, "register", "challenger", 3, 2)
     move(client, BISCUIT, "promote", "champion", None, 1)
     load(root, BISCUIT)
@@ -259,7 +263,7 @@ def test_scores_and_grid_stand_beside_the_version(root: Path) -> None:
     register(root, BISCUIT)
     (stored,) = versions(root)
     assert stored.tags["metric.identity.personalised"] == "0.75"
-    run = tracking.connect(root)[0].get_run(stored.run_id)
+    run = mlflowstore.connect(root)[0].get_run(stored.run_id)
     assert run.data.metrics == {"identity.personalised": 0.75, "photos": 5.0}
     assert run.data.tags["dreambooth.key"] == "f" * 64  # the run that the training has opened, or will
     assert (root / "mlartifacts" / stored.run_id / "artifacts/grid.png").exists()
@@ -281,15 +285,18 @@ def test_scores_that_a_newer_evaluation_has_not_measured_are_not_those_of_the_on
     assert registered.rows(root, BISCUIT)[0].scores == {"identity.personalised": 0.75, "photos": 5.0}
 
 
-def test_who_waits_too_long_for_the_versions_of_a_subject_is_told_what_may_hold_them(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+def test_who_waits_for_the_versions_of_a_subject_says_at_once_for_whom_and_goes_on(
+    root: Path,
 ) -> None:
-    monkeypatch.setattr(registry, "LOCK_SECONDS", 0.1)
-    with (
-        FileLock(scratch_folder(root) / f"register-{BISCUIT}.lock"),
-        pytest.raises(RegistryError, match=r"at the versions of biscuit .*register-biscuit\.lock.*promotes.*or end it"),
-    ):
-        register(root, BISCUIT)
+    told: SimpleQueue[str] = SimpleQueue()
+    with ThreadPoolExecutor() as pool:
+        with registry.alone(root, BISCUIT, print):
+            second = pool.submit(register, root, BISCUIT, say=told.put)
+            line = told.get(timeout=60)
+            assert not second.done()
+        assert second.result(timeout=60).version == 1
+    who = f"pid {os.getpid()} on {socket.gethostname()}"
+    assert line.endswith(f"rollback or erasure of biscuit is already running: {who}; waiting for it")
 
 
 def test_looking_for_a_version_makes_no_database(tmp_path: Path) -> None:
@@ -317,14 +324,20 @@ def test_a_dead_server_is_one_line_and_the_export_stays(root: Path, monkeypatch:
     assert "\n" not in str(caught.value)
 
 
-def test_a_large_export_stays_in_dvc_and_is_served_from_there(root: Path, tiny_model_folder: Path) -> None:
+def add_to_dvc(root: Path) -> str:
+    """Have the export in DVC's cache and in dvc.lock; return its md5."""
     from dvc.repo import Repo
 
     with Repo.init(str(root), no_scm=True) as repo:
         (added,) = repo.add(str(root / "export" / BISCUIT))
-        md5 = added.outs[0].hash_info.value
+        md5 = str(added.outs[0].hash_info.value)
     lock = {"schema": "2.0", "stages": {"export@biscuit": {"outs": [{"path": f"export/{BISCUIT}", "md5": md5}]}}}
     (root / "dvc.lock").write_text(json.dumps(lock))
+    return md5
+
+
+def test_a_large_export_stays_in_dvc_and_is_served_from_there(root: Path, tiny_model_folder: Path) -> None:
+    md5 = add_to_dvc(root)
     register(root, BISCUIT, max_logged_bytes=100_000)
     assert register(root, BISCUIT, max_logged_bytes=100_000).version == 1
     (stored,) = versions(root)
@@ -341,12 +354,46 @@ def test_a_large_export_stays_in_dvc_and_is_served_from_there(root: Path, tiny_m
         load(root, BISCUIT)
 
 
+def test_a_large_export_of_a_clone_that_is_gone_is_served_from_the_project_that_asks(
+    root: Path, tmp_path: Path
+) -> None:
+    add_to_dvc(root)
+    register(root, BISCUIT, max_logged_bytes=0)
+    (place,) = places(root)
+    pointer = place / f"artifacts/artifacts/{BISCUIT}/pointer.json"
+    gone = tmp_path / "clone-1" / "project"
+    pointer.write_text(json.dumps(json.loads(pointer.read_text()) | {"root": str(gone)}))
+    shutil.rmtree(root / "export")
+    client, (version,) = mlflowstore.connect(root)[0], versions(root)
+    assert registered.check_files(root, client, version, deep=False) == []
+    assert registered.check_files(root, client, version) == []
+    assert load(root, BISCUIT).predict(CALL)[0].startswith(b"\x89PNG")
+    assert "DREAMBOOTH_HOME" not in os.environ
+    assert not gone.parent.exists()
+
+
+def test_a_large_export_is_served_from_the_project_that_made_it_where_the_one_that_asks_has_none(
+    root: Path, tmp_path: Path
+) -> None:
+    add_to_dvc(root)
+    register(root, BISCUIT, max_logged_bytes=0)
+    another = tmp_path / "another"
+    another.mkdir()
+    shutil.copyfile(root / "mlflow.db", another / "mlflow.db")
+    client, (version,) = mlflowstore.connect(another)[0], versions(root)
+    assert registered.check_files(another, client, version) == []
+    shutil.rmtree(root / "export")
+    assert registered.check_files(another, client, version) == []
+    assert list((another / ".scratch/pipelines").glob("*/unet"))  # laid out for who asks, who may forget it
+    assert not (root / ".scratch/pipelines").exists()
+
+
 @pytest.mark.parametrize("limit", [None, 0], ids=["copied", "behind a pointer"])
 def test_whoever_looks_at_an_export_reads_each_file_once(
     root: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None
 ) -> None:
     register(root, BISCUIT, max_logged_bytes=limit)
-    client, (version,) = tracking.connect(root)[0], versions(root)
+    client, (version,) = mlflowstore.connect(root)[0], versions(root)
     unet, read, hash_file = "unet/diffusion_pytorch_model.safetensors", list[Path](), folders.sha256_of_file
     monkeypatch.setattr(folders, "sha256_of_file", lambda path: read.append(path) or hash_file(path))
 
@@ -371,7 +418,7 @@ def test_an_export_that_took_the_place_of_another_is_told_from_it_without_readin
     register(root, BISCUIT, max_logged_bytes=0)
     shutil.rmtree(root / "export" / BISCUIT)
     write_export(root, tiny_model_folder, note="another")
-    client, (version,) = tracking.connect(root)[0], versions(root)
+    client, (version,) = mlflowstore.connect(root)[0], versions(root)
     monkeypatch.setattr(folders, "sha256_of_file", lambda path: pytest.fail(f"{path} was read"))
     assert "does not hold the export" in registered.check_files(root, client, version)[0]
 
@@ -422,7 +469,7 @@ def test_a_part_beside_the_pointer_that_is_lost_is_found_and_comes_back(
     register(root, BISCUIT, max_logged_bytes=100_000)
     (place,) = places(root)
     lost = place / f"artifacts/artifacts/{BISCUIT}" / LORA
-    client = tracking.connect(root)[0]
+    client = mlflowstore.connect(root)[0]
     (version,) = versions(root)
     assert registered.check_files(root, client, version, deep=True) == []
     size = lost.stat().st_size
@@ -545,12 +592,12 @@ def test_a_server_takes_an_export_and_gives_it_back(root: Path, monkeypatch: pyt
         assert register(root, BISCUIT).version == 1
         assert lost.exists()
     assert not (root / "mlartifacts").exists()
-    assert {path.name for path in (root / ".scratch").iterdir()} <= {"mlflow.lock", f"register-{BISCUIT}.lock"}
+    assert {path.name for path in (root / ".scratch").iterdir()} <= {"mlflow.lock", "locks"}
 
 
 def environment(root: Path) -> dict[str, str]:
     return os.environ | {
-        "MLFLOW_TRACKING_URI": tracking.tracking_uri(root),
+        "MLFLOW_TRACKING_URI": mlflowstore.tracking_uri(root),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "HOME": str(root),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # mlflow starts uvicorn by name

@@ -352,7 +352,7 @@ def test_over_fewer_than_six_prompts_scores_are_shown_without_an_interval(
     assert ("an interval says little" in _summary_note(metrics)) != has_interval
     differences = {row[0]: row[3] for row in summary_table(metrics).rows}
     assert ["[" in differences[name] for name in ("identity", "prompt", "diversity")] == [has_interval] * 3
-    points = read_points(where.evaluation, metrics)
+    points = read_points(where.evaluation, metrics, None)
     assert points is not None
     assert points["identity_error"].notna().all() == has_interval
     assert ("bars" in _tradeoff_note(points, 0.03, None, {})) == has_interval

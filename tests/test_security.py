@@ -14,7 +14,7 @@ import pytest
 import yaml
 from tiny_project import REPOSITORY, add_photos
 
-from dreambooth import tracking  # noqa: F401 - sets what MLflow may do
+from dreambooth import mlflowstore  # noqa: F401 - sets what MLflow may do
 from dreambooth.errors import EvaluationError, ModelError, ParamsError, PipelineError
 from dreambooth.folders import (
     TornFolderError,
@@ -141,7 +141,7 @@ def test_no_result_of_a_flow_is_stored_and_mlflow_may_unpickle_nothing() -> None
     ]
     assert len(decorators) > 5
     assert [one for one in decorators if "persist_result=False" not in one[1]] == []
-    assert os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"  # since dreambooth.tracking was imported
+    assert os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"  # since dreambooth.mlflowstore was imported
 
 
 @pytest.mark.threat(11, 13)

@@ -17,7 +17,7 @@ from registered import BISCUIT, load, write_evaluation, write_export, write_proj
 from test_registry import environment, mlflow
 from waiting import free_port
 
-from dreambooth import aliases, tracking
+from dreambooth import aliases, mlflowstore
 from dreambooth.errors import RegistryError
 from dreambooth.params import load_params
 from dreambooth.promotion import promote, rollback
@@ -102,7 +102,7 @@ def root(tmp_path: Path, tiny_model_folder: Path) -> Path:
 
 
 def all_of(root: Path, name: str = BISCUIT) -> list[int]:
-    return [int(one.version) for one in tracking.connect(root)[0].search_model_versions(f"name = '{name}'")]
+    return [int(one.version) for one in mlflowstore.connect(root)[0].search_model_versions(f"name = '{name}'")]
 
 
 @pytest.mark.fault(29)
@@ -143,7 +143,7 @@ def test_two_checkouts_that_register_at_once_make_one_version(
     assert {one.communicate(timeout=300)[0].split()[-1] for one in running} == {"1"}
     assert all_of(root, "rex") == [1]
     assert find(root, "rex", alias="challenger") is not None
-    assert aliases.history(aliases.read_log(tracking.connect(root)[0], "rex"), "challenger") == [1]
+    assert aliases.history(aliases.read_log(mlflowstore.connect(root)[0], "rex"), "challenger") == [1]
 
 
 def test_status_asks_as_little_of_a_thousand_versions_as_of_one(

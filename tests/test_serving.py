@@ -33,7 +33,7 @@ DEFAULTS = {
 @pytest.fixture(scope="module")
 def export(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exports") / "biscuit"
-    with new_folder(folder) as target:
+    with new_folder(folder, {}) as target:
         shutil.copytree(tiny_model_folder, target, dirs_exist_ok=True)
         (target / "generation.json").write_text(json.dumps(DEFAULTS))
     return folder

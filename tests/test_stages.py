@@ -18,7 +18,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tiny_project import REPOSITORY, TINY_RESOLUTION, add_photos, tiny_values, write_params
 
-from dreambooth import comparison, hardware, tracking, trainer
+from dreambooth import comparison, hardware, mlflowstore, trainer
 from dreambooth.beside import Side, lay_beside
 from dreambooth.errors import DivergedError, EvaluationError, OutOfMemoryError, PhotosError, SubjectError
 from dreambooth.folders import TornFolderError, content_hash, read_manifest, scratch_folder
@@ -26,6 +26,7 @@ from dreambooth.gate import decide, read_scorecard
 from dreambooth.locks import only_one
 from dreambooth.models import load_model
 from dreambooth.params import load_params, parse_params
+from flows import forget, prefectstore
 from stages import entry, evaluate, export, prior, report, train, validate
 
 
@@ -120,6 +121,14 @@ def test_the_training_is_logged_with_its_curve_and_its_scores(done: Path) -> Non
     for name in ("base", "personalised"):  # one seed of two
         kept = client.list_artifacts(runs[0].info.run_id, f"evaluation/{key}/{name}")
         assert [Path(entry.path).name for entry in kept] == ["000.png", "002.png", "004.png"]
+
+
+def test_the_run_of_a_training_has_every_number_of_its_evaluation_so_that_a_registration_adds_none(done: Path) -> None:
+    client, experiment = mlflowstore.connect(done)
+    (run,) = client.search_runs([experiment])
+    numbers = mlflowstore.flat_metrics(json.loads((done / "metrics/biscuit.json").read_text()))
+    assert "identity.by_kind.recontextualisation.base" in numbers
+    assert numbers.items() <= run.data.metrics.items()
 
 
 def test_of_over_a_thousand_cases_the_pictures_of_the_first_seed_are_those_that_are_logged(tmp_path: Path) -> None:
@@ -382,6 +391,37 @@ def test_a_training_of_a_subject_that_is_trained_already_says_by_whom(project: P
     assert run_program(project, "train", "biscuit").returncode == 0
 
 
+@pytest.mark.threat(23)
+def test_all_that_a_training_and_an_evaluation_leave_in_the_scratch_folder_is_forgotten(
+    project: Path, params_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params_values["train"] |= {"checkpointing_steps": 1}
+    params_values["tracking"]["report_to"] = ["tensorboard"]
+    write_params(project, params_values)
+    run_all(project)
+    params_values["train"]["learning_rate"] *= 2
+    write_params(project, params_values)
+    params = load_params(project / "params.yaml")
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for run, place, name in ((train.run, train.methods, "save_trained"), (evaluate.run, evaluate, "write_comparison")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, stop)
+            with pytest.raises(KeyboardInterrupt):
+                run(params, "biscuit", project)
+    monkeypatch.setattr(prefectstore, "server", lambda: None)
+    monkeypatch.setattr(prefectstore, "_database_file", lambda: Path("nowhere"))
+    scratch = scratch_folder(project)
+    found = forget.inventory(project, "biscuit")
+    assert {path.relative_to(scratch).parts[0] for path in scratch.glob("**/*biscuit*")} == {
+        "checkpoints", "evaluation", "latents", "locks", "trackers"
+    }  # fmt: skip
+    forget.erase(project, found, print)
+    assert [path for path in scratch.rglob("*") if "biscuit" in path.name] == []
+
+
 def test_who_sets_gradient_checkpointing_because_a_step_did_not_fit_goes_on_where_it_stopped(
     project: Path, params_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -469,7 +509,7 @@ def test_a_run_that_diverges_is_marked_leaves_no_model_and_cannot_be_evaluated(
     monkeypatch.setattr(trainer, "train_step", spoil)
     with pytest.raises(DivergedError, match="the loss is nan"):
         train.run(params, "biscuit", project)
-    (marked,) = tracking.connect(project)[0].search_runs(["1"])
+    (marked,) = mlflowstore.connect(project)[0].search_runs(["1"])
     assert marked.data.tags["diverged"] == "true"
     assert marked.info.status == "FAILED"
     assert not (project / "models/biscuit").exists()

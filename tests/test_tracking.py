@@ -18,7 +18,7 @@ from PIL import Image
 from test_registry import environment, mlflow
 from waiting import await_true, free_port
 
-from dreambooth import tracking
+from dreambooth import mlflowstore, tracking
 from dreambooth.errors import RegistryError
 from dreambooth.tracking import open_run, resend
 from dreambooth.versions import find
@@ -94,14 +94,14 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
 
 def stored_run(root: Path, key: str = KEY) -> Any:
-    client, experiment = tracking.connect(root)
+    client, experiment = mlflowstore.connect(root)
     found = client.search_runs([experiment], f"tags.`dreambooth.key` = '{key}'")
     assert len(found) == 1
     return found[0]
 
 
 def curve(root: Path, name: str, key: str = KEY) -> list[tuple[int, float]]:
-    history = tracking.connect(root)[0].get_metric_history(stored_run(root, key).info.run_id, name)
+    history = mlflowstore.connect(root)[0].get_metric_history(stored_run(root, key).info.run_id, name)
     return sorted((point.step, point.value) for point in history)
 
 
@@ -359,13 +359,13 @@ def test_tracking_can_be_switched_off(root: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_environment_names_store_and_experiment(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tracking.tracking_uri(root) == f"sqlite:///{root}/mlflow.db"
+    assert mlflowstore.tracking_uri(root) == f"sqlite:///{root}/mlflow.db"
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
-    client, experiment = tracking.connect(root)
+    client, experiment = mlflowstore.connect(root)
     assert client.get_experiment(experiment).name == "mine"
     assert client.get_experiment(experiment).artifact_location == (root / "mlartifacts").as_uri()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    assert tracking.tracking_uri(root) == "http://127.0.0.1:5000"
+    assert mlflowstore.tracking_uri(root) == "http://127.0.0.1:5000"
 
 
 def test_a_clone_that_uses_the_database_of_its_home_keeps_the_files_there_too(
@@ -375,7 +375,7 @@ def test_a_clone_that_uses_the_database_of_its_home_keeps_the_files_there_too(
     clone.mkdir()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "first made by a clone")
-    client, experiment = tracking.connect(clone)
+    client, experiment = mlflowstore.connect(clone)
     assert client.get_experiment(experiment).artifact_location == (root / "mlartifacts").as_uri()
 
 
@@ -432,6 +432,6 @@ def test_metrics_arrive_when_the_server_comes_back(
             stored = stored_run(root)
             assert curve(root, "loss") == [(1, 1.0), (2, 2.0)]
             assert math.isnan(stored.data.metrics["nan"])
-            files = tracking.connect(root)[0].list_artifacts(stored.info.run_id, "pictures")
+            files = mlflowstore.connect(root)[0].list_artifacts(stored.info.run_id, "pictures")
             assert [entry.path for entry in files] == ["pictures/grid.png"]
     assert "did not take" not in caplog.text

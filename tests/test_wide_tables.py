@@ -5,9 +5,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dreambooth.aliases import Entry
+from dreambooth.health import Finding
 from dreambooth.versions import Row
 from flows import console
-from flows.doctor import Finding
 from flows.registry_tables import findings_table, log_table, versions_table
 
 REASON = "identity +0.031 [+0.012, +0.050] over the champion at the same prompts and seeds, and no other score fell"

@@ -90,7 +90,7 @@ def add_entry(root: Path, subject_id: str) -> None:
 def test_a_subject_called_kind_is_forgotten_to_the_end(project: Path) -> None:
     before = (project / "params.yaml").read_text()
     add_entry(project, "kind")
-    erase(project, inventory(project, "kind"))
+    erase(project, inventory(project, "kind"), print)
     assert (project / "params.yaml").read_text() == before
     with pytest.raises(SubjectError, match="nothing is known of 'kind'"):
         inventory(project, "kind")
@@ -103,7 +103,7 @@ def test_an_entry_that_no_lines_can_be_taken_from_is_said_and_not_passed_over(pr
     text = yaml.safe_dump(values) + f"subjects: {json.dumps(subjects)}\n"
     (project / "params.yaml").write_text(text)
     with pytest.raises(ParamsError, match=r"subjects\.rex cannot be taken out; delete it by hand, then go on"):
-        erase(project, inventory(project, "rex"))
+        erase(project, inventory(project, "rex"), print)
     assert (project / "params.yaml").read_text() == text
 
 
@@ -118,7 +118,7 @@ def test_a_subject_is_forgotten_though_params_are_not_valid_and_what_cannot_be_r
     readable = broken.startswith("unknown")
     found = inventory(project, "rex")
     assert found.places["entries of params.yaml, dvc.lock"] == 1
-    receipt = erase(project, found)
+    receipt = erase(project, found, print)
     assert not (project / "data/subjects/rex").exists()
     assert (project / "params.yaml").read_text() == (
         without_subject(before + broken, "rex") if readable else before + broken
@@ -155,7 +155,7 @@ def test_what_subjects_share_in_the_scratch_folder_is_erased_by_whose_it_is(proj
         inventory(project, "nosuch")
     found = inventory(project, "rex")
     assert set(found.shared) == {thumbnails / "00.png", thumbnails / "torn.png", rex}
-    erase(project, found)
+    erase(project, found, print)
     assert not rex.exists()
     assert other.is_dir()
     assert sorted(path.name for path in thumbnails.iterdir()) == ["01.png", "02.png", "03.png"]
@@ -210,12 +210,12 @@ def test_the_experiments_of_a_subject_s_sweeps_go_and_those_of_others_stay(
     with monkeypatch.context() as patched:  # a kill before the table goes finds nothing twice
         patched.setattr(erasure, "erase", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            erase(project, found)
+            erase(project, found, print)
     assert experiments_in(project) == {theirs, "my-own"}
     assert not shown.exists()
     again = inventory(project, "rex")
     assert again.places["experiments of sweeps"] == 2  # the receipt tells all
-    erase(project, again)
+    erase(project, again, print)
     assert experiments_in(project) == {theirs, "my-own"}
     assert not any("exp remove --all" in line for line in again.out_of_reach)  # it would take everybody's
 
@@ -270,7 +270,9 @@ def test_what_a_killed_add_and_a_killed_writer_left_is_named_and_erased(project:
     for subject_id in ("tom", "tom-2"):
         kill_adding(project, photos, subject_id)
         program = "import sys, shutil, dreambooth.folders as f\nfrom pathlib import Path\nplace = Path(sys.argv[1])\n"
-        program += "with f.new_folder(place): pass\nkill_in(shutil, 'rmtree', 0)\nwith f.new_folder(place): pass\n"
+        program += (
+            "with f.new_folder(place, {}): pass\nkill_in(shutil, 'rmtree', 0)\nwith f.new_folder(place, {}): pass\n"
+        )
         killed(project, program, f"models/{subject_id}")
         shutil.rmtree(project / "models" / subject_id)
     (ours, theirs), (old, their_old) = (
@@ -282,7 +284,7 @@ def test_what_a_killed_add_and_a_killed_writer_left_is_named_and_erased(project:
     findings = {one.what: one for one in _left_beside(project)}
     assert ours.name in findings["data/subjects"].found
     assert old.name in findings["models"].found
-    erase(project, inventory(project, "tom"))
+    erase(project, inventory(project, "tom"), print)
     assert [path.exists() for path in (ours, old, theirs, their_old)] == [False, False, True, True]
     for ignored in (["git", "check-ignore", "-q"], [sys.executable, "-m", "dvc", "check-ignore", "-q"]):
         subprocess.run([*ignored, f"data/subjects/{ours.name}/photos/00.png"], cwd=REPOSITORY, check=True)
@@ -371,7 +373,7 @@ def test_empty_and_torn_entries_of_the_run_cache_are_passed_over_and_one_that_na
     for name, file in entries.items():
         file.parent.mkdir(parents=True)
         file.write_text(texts[name])
-    erase(project, inventory(project, "rex"))
+    erase(project, inventory(project, "rex"), print)
     assert [name for name, file in entries.items() if file.exists()] == ["aa", "cc", "dd"]
 
 
@@ -392,7 +394,7 @@ def test_a_remote_that_cannot_be_read_is_said_and_what_it_may_have_is_erased_els
     loop.symlink_to(loop)
     found = inventory(project, "rex")
     assert found.places["objects of DVC (cache and remotes)"] == len(objects) == 4
-    erase(project, found)
+    erase(project, found, print)
     (line,) = [line for line in found.out_of_reach if line.startswith("DVC remote box: ")]
     assert "symbolic links" in line
     assert not any(path.exists() for path in objects)
@@ -402,7 +404,7 @@ def test_a_remote_on_a_web_server_is_said_to_keep_what_it_has_whether_it_answers
     dvc(project, "remote", "add", "--default", "web", "http://127.0.0.1:9/store")
     dvc(project, "add", "data/subjects/rex")
     found = inventory(project, "rex")
-    receipt = erase(project, found)
+    receipt = erase(project, found, print)
     line = "DVC remote web: http://127.0.0.1:9/store is a web server, where DVC deletes nothing; "
     line += "delete there what it was sent"
     assert found.out_of_reach.count(line) == 1
@@ -429,7 +431,7 @@ def test_copies_that_killed_runs_and_sweeps_left_are_listed_and_erased(
         inventory(project, "nobody")
     found = inventory(project, SUBJECT)
     assert found.places["copies of the project that killed runs left"] == 2
-    erase(project, found)
+    erase(project, found, print)
     assert not any(folder.exists() for folder in folders)
     assert list(found_in(project)) == []
 
@@ -493,7 +495,7 @@ def test_nothing_of_a_forgotten_subject_is_left_and_the_other_champion_still_loa
     sys.path.insert(0, str(REPOSITORY / "tests"))
     from registered import load, write_export
 
-    from dreambooth import aliases, tracking
+    from dreambooth import aliases, mlflowstore
     from dreambooth.registry import register
 
     home, remote, caches = tmp_path / "prefect", tmp_path / "remote", tmp_path / "caches"
@@ -527,7 +529,7 @@ def test_nothing_of_a_forgotten_subject_is_left_and_the_other_champion_still_loa
         shutil.rmtree(project / "export" / name)
         write_export(project, tiny_model_folder, name.encode().hex(), subject=name)
         register(project, name)
-        aliases.move(tracking.connect(project)[0], name, "promote", "champion", None, 1)
+        aliases.move(mlflowstore.connect(project)[0], name, "promote", "champion", None, 1)
     everywhere = (project, remote, home, caches)
     assert all(list(found_in(folder)) for folder in everywhere[:3])
     others = leave_behind(project, f"{SUBJECT}-2")

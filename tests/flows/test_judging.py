@@ -14,7 +14,7 @@ from registered import BISCUIT, write_evaluation, write_export
 from tiny_project import add_photos, make_project, tiny_values
 from toy_project import REPOSITORY, dvc, git, make_origin, make_toy_project, quiet
 
-from dreambooth import aliases, tracking
+from dreambooth import aliases, mlflowstore
 from dreambooth.folders import new_folder, read_manifest, sha256_of
 from dreambooth.registry import register
 from dreambooth.versions import CHAMPION, aliases_of
@@ -81,7 +81,7 @@ class Site:
         dvc(root, "repro", "--force")
         photos = root / "build" / BISCUIT / "instance"
         (photos / "which.txt").unlink()
-        with new_folder(photos) as folder:
+        with new_folder(photos, {}) as folder:
             (folder / "which.txt").write_text(f"photos of {run}")
         inputs = {"instance": sha256_of(read_manifest(photos)["files"])}
         with new_folder(root / "models" / BISCUIT, {"fingerprint": training, "inputs": inputs}):
@@ -114,7 +114,7 @@ class Site:
         return verdict, message, json.loads(seen.read_text()) if seen.exists() else {}
 
     def champion(self) -> int | None:
-        return aliases_of(tracking.connect(self.home)[0], BISCUIT).get(CHAMPION)
+        return aliases_of(mlflowstore.connect(self.home)[0], BISCUIT).get(CHAMPION)
 
 
 def share(root: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
@@ -123,7 +123,7 @@ def share(root: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     make_origin(root)
     shutil.copyfile(database, place / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/mlflow.db")
-    tracking.connect(place)  # as a server, it keeps its files in neither checkout
+    mlflowstore.connect(place)  # as a server, it keeps its files in neither checkout
     for name in ("home", "worker"):
         git(place, "clone", "--quiet", str(place / "origin.git"), str(place / name))
     return Site(place, place / "home", place / "worker")
@@ -144,7 +144,7 @@ def site(
 
     def made(limit: int | None = None) -> Site:
         found.make(OLD, 0.5, BEFORE, "first", limit)
-        client = tracking.connect(found.worker)[0]
+        client = mlflowstore.connect(found.worker)[0]
         aliases.move(client, BISCUIT, "promote", CHAMPION, None, 1, "promote", "the first one")
         found.make(NEW, 0.6, AFTER, "second", limit)
         return found
@@ -180,7 +180,7 @@ def test_without_its_files_it_is_said_to_be_unjudged_and_with_them_the_branch_of
     assert len(verdict.splitlines()) == 1
     assert message == "1 subjects are up to date; not judged, see the table: biscuit"
     assert (made.champion(), seen) == (1, {})
-    entries = aliases.read_log(tracking.connect(made.home)[0], BISCUIT)
+    entries = aliases.read_log(mlflowstore.connect(made.home)[0], BISCUIT)
     assert "refuse" not in {entry.action for entry in entries}
 
     (made.folder / "away").rename(remote)
@@ -217,14 +217,14 @@ def test_the_real_stages_and_the_real_drawing_judge_what_a_worker_trained_on_mor
     made = share(root, empty_database, monkeypatch)
     dvc(made.worker, "repro")
     made.hand_back("first")
-    aliases.move(tracking.connect(made.worker)[0], BISCUIT, "promote", CHAMPION, None, 1, "promote", "the first one")
+    aliases.move(mlflowstore.connect(made.worker)[0], BISCUIT, "promote", CHAMPION, None, 1, "promote", "the first one")
     add_photos(made.worker / "data/subjects" / BISCUIT, 2, first=5)
     dvc(made.worker, "repro")
     made.hand_back("second")
     command = [sys.executable, "-m", "flows.promote", BISCUIT]
     done = subprocess.run(command, cwd=made.home, env=made.environment(), capture_output=True, text=True, check=False)
     assert "evaluation images, champion" in done.stderr
-    (entry,) = [one for one in aliases.read_log(tracking.connect(made.home)[0], BISCUIT) if one.after == 2][-1:]
+    (entry,) = [one for one in aliases.read_log(mlflowstore.connect(made.home)[0], BISCUIT) if one.after == 2][-1:]
     assert entry.alias == CHAMPION, done.stderr
     assert "identity" in entry.reason or "prompts count for" in entry.reason
     assert "evaluated alike" not in entry.reason

@@ -14,7 +14,7 @@ from tiny_project import make_project, tiny_values
 from toy_project import REPOSITORY, post, prefect, quiet, worker
 from waiting import await_true
 
-from dreambooth import tracking, versions
+from dreambooth import mlflowstore, versions
 
 pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(1800)]
 STEPS = 600
@@ -84,7 +84,7 @@ def test_both_servers_die_in_a_training_and_the_run_completes_with_every_metric(
 
 
 def assert_all_metrics(root: Path) -> None:
-    client, experiment = tracking.connect(root)
+    client, experiment = mlflowstore.connect(root)
     (run,) = client.search_runs([experiment])
     assert run.info.status == "FINISHED"
     for name in CURVES:

@@ -25,13 +25,13 @@ from flows.plan import (
     make_plan,
     note,
     note_around,
-    plan_table,
     read_measurements,
     seconds_of,
     units_of,
     work_of,
 )
 from flows.preflight import BUNDLED, poor_identifiers, remarks, require_inputs
+from flows.tables import plan_table
 from stages import train
 
 

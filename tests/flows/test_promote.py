@@ -18,7 +18,7 @@ from dreambooth.promotion import Promotion
 
 calls = []
 
-def promote(root, params, subject_id, version=None, force=None, rescore=None, trained=None):
+def promote(root, params, subject_id, version=None, force=None, rescore=None, trained=None, say=None):
     calls.append(subject_id)
     if subject_id == "rex":
         raise GateError("keep: identity +0.000")

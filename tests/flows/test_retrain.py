@@ -57,10 +57,10 @@ def test_a_subject_is_stale_for_what_changed_or_for_what_is_not_registered(proje
 def test_a_registered_subject_is_stale_when_its_champion_is_old_and_files_elsewhere_are_no_fault(
     registered: Path,
 ) -> None:
-    from dreambooth import aliases, tracking
+    from dreambooth import aliases, mlflowstore
 
     assert stale(registered) == {}
-    client = tracking.connect(registered)[0]
+    client = mlflowstore.connect(registered)[0]
     aliases.move(client, "rex", "promote", "champion", None, 1, "promote", "a test")
     assert stale(registered, oldest_days=1.0) == {}
     assert stale(registered, oldest_days=0.0) == {"rex": ("the champion is 0 days old",)}

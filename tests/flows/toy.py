@@ -37,7 +37,7 @@ def main(stage: str, key: str) -> None:
         write_registrable(stage, key)
         return
     sys.stderr.write("\r 50%|=====     | 1/2\r100%|==========| 2/2\n")
-    with new_folder(Path(OUTPUTS[stage].format(key))) as folder:
+    with new_folder(Path(OUTPUTS[stage].format(key)), {}) as folder:
         count = 2 if stage == "prior" else 1
         for number in range(count):
             Image.new("RGB", (8, 8), "tan").save(folder / f"{number:05d}.png")
