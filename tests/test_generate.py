@@ -126,6 +126,16 @@ def test_a_subject_without_a_version_is_run_where_no_export_lies_and_registered_
         assert done.stderr.rstrip().endswith(f"; dreambooth {verb} {BISCUIT}"), done.stderr
 
 
+def test_a_version_that_is_not_there_leads_to_those_that_are(
+    root: Path, call: Callable[..., "subprocess.CompletedProcess[str]"]
+) -> None:
+    for arguments in (("generate", BISCUIT, "{}"), ("promote", BISCUIT)):
+        done = call(root, *arguments, "--version", "9")
+        assert done.returncode == 8
+        assert done.stderr.startswith("E_REGISTRY: biscuit has no version 9 ")
+        assert done.stderr.rstrip().endswith("; dreambooth versions biscuit")
+
+
 @pytest.mark.parametrize(
     "arguments", [("generate", "nosuch", "{}"), *((one, "nosuch") for one in ("promote", "rollback", "versions"))]
 )
