@@ -149,6 +149,7 @@ def test_a_class_that_the_bundled_scorer_does_not_know_is_told_before_the_traini
     classes = {name: one.model_copy(update={"class_noun": "golden retreiver"}) for name, one in params.classes.items()}
     (remark,) = make_plan(project, params.model_copy(update={"classes": classes}), graph, Lanes()).remarks
     assert "the bundled scorer does not know 'golden', 'retreiver' of the class 'golden retreiver'" in remark
+    assert remark.endswith(f"; its words stand in {SCORER}/vocabulary.json")
 
 
 def test_a_base_whose_pictures_the_bundled_scorer_never_saw_is_told_before_the_training(
