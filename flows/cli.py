@@ -35,6 +35,7 @@ from flows.project import PARAMS, choose_subjects, find_root, read_params_text
 if TYPE_CHECKING:
     from dreambooth.params import Params
     from dreambooth.versions import RegisteredVersion
+    from flows.check import Checked
     from flows.graph import Graph
     from flows.personalize import Outcome
 
@@ -117,7 +118,7 @@ def check(
     if checked.refusal is not None:
         raise checked.refusal
     usable = sum(report.usable for report in checked.reports)
-    say(f"{usable} of {len(checked.reports)} photos can be used. Next: {_next_of(checked.folder, what)}")
+    say(f"{usable} of {len(checked.reports)} photos can be used. Next: {_next_of(checked)}")
 
 
 @app.command()
@@ -268,9 +269,10 @@ def _way_back(root: Path, before: str) -> str:
     return "to go back: put in again what stands left of the arrows above"
 
 
-def _next_of(folder: Path, what: str) -> str:
-    is_subject = folder.parent.name == "subjects" and folder.name == what
-    return f"dreambooth run {what}" if is_subject else f"dreambooth add ID {from_here(folder)} --class-noun NOUN"
+def _next_of(checked: "Checked") -> str:
+    if checked.subject_id is not None:
+        return f"dreambooth run {checked.subject_id}"
+    return f"dreambooth add ID {from_here(checked.folder)} --class-noun NOUN"
 
 
 def _params(root: Path) -> "Params":

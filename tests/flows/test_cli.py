@@ -123,6 +123,15 @@ def test_check_takes_any_folder_and_draws_thumbnails_for_their_owner(project: Pa
     assert (project / "build/rex/check/00.png").is_file()
 
 
+def test_check_takes_the_folder_of_a_subject_for_the_subject_and_offers_an_id_for_a_slip(project: Path) -> None:
+    by_id = dreambooth(project, "check", "rex").stdout
+    assert "Next: dreambooth run rex\n" in by_id
+    assert dreambooth(project, "check", "data/subjects/rex/").stdout == by_id
+    assert dreambooth(project, "check", str(project / "data" / "subjects" / "rex")).stdout == by_id
+    slip = dreambooth(project, "check", "rexx").stderr
+    assert slip == f"E_SUBJECT: {project}/rexx is no folder, and there is no subject 'rexx'; did you mean 'rex'?\n"
+
+
 def test_check_refuses_what_is_no_id(project: Path) -> None:
     done = dreambooth(project, "check", "../../etc")
     assert (done.returncode, done.stderr[:11]) == (3, "E_SUBJECT: ")
