@@ -22,7 +22,7 @@ from dreambooth.versions import (
     explained,
     find_version,
     is_there,
-    next_step,
+    step_to_register,
 )
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _subject(root: Path, client: "MlflowClient", name: str) -> Iterator[Finding]
 def _after_deletion(root: Path, log: list[aliases.Entry], name: str, alias: str) -> str:
     """Return what moves an alias away from a version that was deleted."""
     if alias == CHALLENGER:
-        return f"the next one is what is registered next: {next_step(root, name)}"
+        return f"the next one is what is registered next: {step_to_register(root, name)}"
     remedy = f'promote another one: dreambooth promote {name} --version N --force "WHY"'
     *earlier, _ = aliases.history(log, alias)
     return f'{remedy}; or go back: dreambooth rollback {name} --force "WHY"' if earlier else remedy

@@ -237,8 +237,7 @@ def _candidate(root: Path, client: "MlflowClient", name: str, version: int | Non
     found = find_version(client, name, version, None if version else CHALLENGER)
     if found is None:
         which = f"version {version}" if version else CHALLENGER
-        remedy = f"dreambooth versions {name}" if find_version(client, name, None, None) else next_step(root, name)
-        raise RegistryError(f"{name} has no {which} to promote; {remedy}")
+        raise RegistryError(f"{name} has no {which} to promote; {next_step(root, name)}")
     return found
 
 

@@ -194,6 +194,11 @@ def predict(model: "PyFuncModel", prompts: Sequence[str], options: Mapping[str, 
 
 
 def next_step(root: Path, subject_id: str) -> str:
+    """Return the command that leads on from a version that is not there: it shows those that are, or registers one."""
+    return f"dreambooth versions {subject_id}" if find(root, subject_id) else step_to_register(root, subject_id)
+
+
+def step_to_register(root: Path, subject_id: str) -> str:
     """Return the command that registers a version of a subject: what never ran has no export to register."""
     verb = "register" if (root / "export" / subject_id).is_dir() else "run"
     return f"dreambooth {verb} {subject_id}"

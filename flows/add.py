@@ -195,10 +195,21 @@ def _contradictions(params: Params, wish: Wish, entry: Mapping[str, str]) -> Ite
     subject, class_noun = params.subject(wish.subject_id), params.class_of(wish.subject_id).class_noun
     where = f"{PARAMS}: subjects.{wish.subject_id}"
     if subject.class_id != entry["class_id"]:
-        yield f"{where}: its class noun is {class_noun}, not {wish.class_noun}; say --class-noun {class_noun!r}"
+        shared = entry["class_id"] in params.classes or _others_of_class(params, wish.subject_id)
+        wrong = f"subjects.{wish.subject_id}.class_id" if shared else f"classes.{subject.class_id}.class_noun"
+        yield (
+            f"{where}: its class noun is {class_noun}, not {wish.class_noun}; say --class-noun {class_noun!r}, or "
+            f"if that is wrong, change {wrong} there"
+        )
     for key, before in (("identifier", subject.identifier), ("kind", subject.kind)):
         if before != entry[key]:
             yield f"{where}.{key}: is {before}, not {entry[key]}; change it there, or leave --{key} out"
+
+
+def _others_of_class(params: Params, subject_id: str) -> list[str]:
+    """Return the other subjects of a subject's class."""
+    class_id = params.subject(subject_id).class_id
+    return [name for name, one in params.subjects.items() if one.class_id == class_id and name != subject_id]
 
 
 def track_photos(root: Path, folder: Path) -> str | None:

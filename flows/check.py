@@ -9,8 +9,17 @@ from PIL import Image
 from dreambooth.errors import SubjectError, shown
 from dreambooth.folders import scratch_folder, sha256_of_file
 from dreambooth.images import png_bytes, shrunk
-from dreambooth.params import check_id, load_params
-from dreambooth.photos import PhotoReport, Remark, alike, check_photos, find_photos, require_usable, subject_folder
+from dreambooth.params import Params, check_id, load_params
+from dreambooth.photos import (
+    SUBJECTS,
+    PhotoReport,
+    Remark,
+    alike,
+    check_photos,
+    find_photos,
+    require_usable,
+    subject_folder,
+)
 from flows.project import PARAMS
 
 THUMBNAIL_SIDE = 128  # pixels
@@ -22,6 +31,8 @@ class Checked:
     """What was found in a folder of photos."""
 
     folder: Path
+    subject_id: str | None
+    """Whose photos they are, if the folder is that of a subject in params.yaml."""
     reports: list[PhotoReport]
     ignored: list[str]
     remark: Remark | None
@@ -37,13 +48,15 @@ def check(root: Path, what: str) -> Checked:
 
     Args:
         root: the project, for the limits and the thumbnails.
-        what: id of a subject, or a folder.
+        what: id of a subject, or a folder; that of a subject, as a shell completes it, means the subject.
 
     Raises:
         SubjectError: neither.
     """
     params = load_params(root / PARAMS)
-    folder, place = _folder_and_place(root, what)
+    what = _id_of(root, params, what) or what
+    folder, place = _folder_and_place(root, params, what)
+    subject_id = what if what in params.subjects and folder == subject_folder(root, what) else None
     ignored, thumbnails = find_photos(folder).ignored, dict[str, Path]()
     shutil.rmtree(place, ignore_errors=True)
 
@@ -60,21 +73,31 @@ def check(root: Path, what: str) -> Checked:
         require_usable(reports, folder, params.photos)
     except SubjectError as error:
         refusal = error
-    return Checked(folder, reports, ignored, alike(reports, params.photos), thumbnails, refusal)
+    return Checked(folder, subject_id, reports, ignored, alike(reports, params.photos), thumbnails, refusal)
 
 
-def _folder_and_place(root: Path, what: str) -> tuple[Path, Path]:
+def _id_of(root: Path, params: Params, what: str) -> str | None:
+    """Return the subject that is named by its id or by the path of its folder; None for anything else."""
+    if what in params.subjects:
+        return what
+    path = Path(what).expanduser().resolve()
+    return path.name if path.parent == (root / SUBJECTS).resolve() and path.name in params.subjects else None
+
+
+def _folder_and_place(root: Path, params: Params, what: str) -> tuple[Path, Path]:
     """Return the folder of the photos, and where their thumbnails go: both are erased with the subject."""
     given = Path(what).expanduser()
     try:
         folder = subject_folder(root, check_id(what))
+        if not folder.is_dir():
+            params.subject(what)
     except SubjectError as error:
         if given.is_dir():
             return given, scratch_folder(root) / CHECKED
         if given.exists() or len(given.parts) > 1:  # meant as a path
             fault = "is no folder" if given.exists() else "does not exist"
             raise SubjectError(f"{shown(given.absolute())} {fault}; name a folder of photos, or a subject") from None
-        raise SubjectError(f"{error}; or name a folder of photos") from None
+        raise SubjectError(f"{shown(given.absolute())} is no folder, and {error}") from None
     if not folder.is_dir() and given.is_dir():
         return given, scratch_folder(root) / CHECKED
     if not folder.is_dir():

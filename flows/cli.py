@@ -35,6 +35,7 @@ from flows.project import PARAMS, choose_subjects, find_root, read_params_text
 if TYPE_CHECKING:
     from dreambooth.params import Params
     from dreambooth.versions import RegisteredVersion
+    from flows.check import Checked
     from flows.graph import Graph
     from flows.personalize import Outcome
 
@@ -78,7 +79,8 @@ def add(
     class_noun: Annotated[str, typer.Option(help="What it is an instance of: dog, backpack, ...")],
     identifier: Annotated[str | None, typer.Option(help="Rare word that will mean it; sks if unsaid.")] = None,
     kind: Annotated[
-        Literal["live", "object", "person"] | None, typer.Option(help="Evaluation prompts; object if unsaid.")
+        Literal["live", "object", "person"] | None,
+        typer.Option(help="live: an animal; person: needs a consent, --consent; object if unsaid."),
     ] = None,
     consent: Annotated[Path | None, typer.Option(help="subject.yaml of a person: who, given, purpose, until.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the photos of a subject of this id.")] = False,
@@ -91,7 +93,7 @@ def add(
     added = add_subject(root, Wish(subject_id, class_noun, identifier, kind, consent), photos, force)
     out.print(photos_table(added.reports, added.ignored))
     if added.assumed_kind:
-        out.print("kind: object (evaluation prompts for things; --kind live for people and animals)")
+        say("kind: object (evaluation prompts for things); --kind live for animals, person for people: needs a consent")
     for remark in added.remarks:
         warn(remark)
     if reason := track_photos(root, added.folder):
@@ -116,7 +118,7 @@ def check(
     if checked.refusal is not None:
         raise checked.refusal
     usable = sum(report.usable for report in checked.reports)
-    say(f"{usable} of {len(checked.reports)} photos can be used. Next: {_next_of(checked.folder, what)}")
+    say(f"{usable} of {len(checked.reports)} photos can be used. Next: {_next_of(checked)}")
 
 
 @app.command()
@@ -267,9 +269,10 @@ def _way_back(root: Path, before: str) -> str:
     return "to go back: put in again what stands left of the arrows above"
 
 
-def _next_of(folder: Path, what: str) -> str:
-    is_subject = folder.parent.name == "subjects" and folder.name == what
-    return f"dreambooth run {what}" if is_subject else f"dreambooth add ID {from_here(folder)} --class-noun NOUN"
+def _next_of(checked: "Checked") -> str:
+    if checked.subject_id is not None:
+        return f"dreambooth run {checked.subject_id}"
+    return f"dreambooth add ID {from_here(checked.folder)} --class-noun NOUN"
 
 
 def _params(root: Path) -> "Params":

@@ -1,5 +1,6 @@
 """Draw pictures of a subject with its registered version, and lay them out on one sheet."""
 
+import hashlib
 import io
 import re
 import unicodedata
@@ -135,7 +136,7 @@ def draw(
 ) -> Drawn:
     """Draw each prompt with `count` seeds and write <out>/<prompt>-v<version>-<seed>.png and a contact sheet.
 
-    A picture is written as soon as it is drawn.
+    A picture is written as soon as it is drawn. Its name is that of no other prompt: see `name_of`.
 
     Args:
         model: what `dreambooth.versions.load_found` returns.
@@ -158,7 +159,7 @@ def draw(
     suffix = ("" if version is None else f"-v{version}") + _changes(options)
     written: list[Path] = []
     rows: list[list[Image.Image | None]] = []
-    names = slugs(prompts)
+    names = [name_of(prompt, 60) for prompt in prompts]
     with progress_bar(len(prompts) * count, description, unit="picture") as bar:
         for prompt, name in zip(prompts, names, strict=True):
             row: list[Image.Image | None] = []
@@ -169,7 +170,7 @@ def draw(
                 row.append(image)
                 bar.update()
             rows.append(row)
-    more = f"-and-{len(prompts) - 1}-more" if len(prompts) > 1 else ""
+    more = f"-and-{len(prompts) - 1}-more-{_digits(prompts)}" if len(prompts) > 1 else ""
     sheet = out / f"sheet-{names[0]}{more}{suffix}-{seeds.start}.png"
     grid(rows, list(prompts), [f"seed {seed}" for seed in seeds]).save(sheet)
     return Drawn(written, sheet)
@@ -179,16 +180,18 @@ def _changes(options: Mapping[str, Any]) -> str:
     """Name the options that are not the model's own: pictures of other options lie beside one another."""
     told = [f"-{word}{options[name]:g}" for name, word in _CHANGES.items() if name in options]
     without = options.get("negative_prompt")
-    return "".join(told) + (f"-without-{slug(without, 30) or 'picture'}" if without else "")
+    return "".join(told) + (f"-without-{name_of(without, 30)}" if without else "")
 
 
-def slugs(prompts: Sequence[str]) -> list[str]:
-    """Return a file name for each prompt: its letters and digits, told apart by a number where they are the same."""
-    names: list[str] = []
-    for prompt in prompts:
-        name = slug(prompt, 60) or "picture"
-        names.append(name if name not in names else f"{name}-no{len(names) + 1}")
-    return names
+def name_of(text: str, longest: int) -> str:
+    """Return a name that no other text has: its slug, and digits of the text where that does not tell it all."""
+    name = slug(text, longest)
+    return name if text == name.replace("-", " ") else f"{name or 'picture'}-{_digits([text])}"
+
+
+def _digits(texts: Sequence[str]) -> str:
+    """Return six hexadecimal digits that tell texts apart."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:6]
 
 
 def slug(text: str, longest: int) -> str:

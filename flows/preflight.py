@@ -1,5 +1,6 @@
 """Report what params.yaml asks for in vain up front: the stage that would refuse it runs after the training."""
 
+import difflib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -9,9 +10,11 @@ from dreambooth.params import Base, Params
 from dreambooth.prompts import load_templates
 from dreambooth.vocabulary import SCORER, VOCABULARY, find_vocabulary
 from flows.graph import GPU_ENTRIES, Graph
+from flows.project import PARAMS
 
 EVALUATE = "evaluate"
 BUNDLED = f"{LOCAL_MODELS}/emoji64"  # the base that the bundled scorer was taught beside
+ALIKE = 0.75  # of two words, by difflib: candel is candle, and a van is no can
 RIFLE = "sks"  # the identifier of the paper's reference implementations; no caption of the bundled base has it
 
 
@@ -65,8 +68,17 @@ def unknown_nouns(root: Path, params: Params, class_nouns: Iterable[str]) -> Ite
         if unknown := vocabulary.parse(class_noun)[1]:
             yield (
                 f"the bundled scorer does not know {', '.join(map(repr, unknown))} of the class {class_noun!r}: prompt "
-                f"fidelity cannot be measured, and nothing is promoted; its words stand in {SCORER}/{VOCABULARY}"
+                f"fidelity cannot be measured, and nothing is promoted; {_meant(vocabulary, class_noun)}"
             )
+
+
+def _meant(vocabulary: Vocabulary, class_noun: str) -> str:
+    """Ask for the words that a class noun may be a slip of; name the place of all words where there are none."""
+    known = [" ".join(phrase) for phrase, token in vocabulary.phrases.items() if token is not None]
+    near = difflib.get_close_matches(class_noun.lower(), known, n=1, cutoff=ALIKE)
+    if near:
+        return f"did you mean {near[0]!r}? then change the class_noun in {PARAMS}"
+    return f"its words stand in {SCORER}/{VOCABULARY}"
 
 
 def foreign_scorer(root: Path, params: Params) -> Iterator[str]:

@@ -31,7 +31,7 @@ class Change:
     after: Any
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.before} -> {self.after}"
+        return f"{self.name}: {_in_yaml(self.before)} -> {_in_yaml(self.after)}"  # either can be put into the file
 
 
 class _WithNull(RoundTripRepresenter):
@@ -52,8 +52,10 @@ def apply(root: Path, presets: Sequence[str]) -> list[Change]:
     The file keeps its comments and its order. An invalid result is refused, and the file stays as it was.
 
     Raises:
-        ParamsError: no such preset, one that says what a preset may not, or values that do not go together.
+        ParamsError: no such preset, one that says what a preset may not, one before the one that it stands on top of,
+            or values that do not go together.
     """
+    _require_order(root, presets)
     text = read_params_text(root)
     changes: dict[str, Change] = {}
     for preset in presets:
@@ -66,6 +68,19 @@ def apply(root: Path, presets: Sequence[str]) -> list[Change]:
     if real:
         write_params_text(root, text)
     return real
+
+
+def _require_order(root: Path, presets: Sequence[str]) -> None:
+    """Refuse a preset that comes before the one it stands on top of, whose values would take the place of its own."""
+    for number, preset in enumerate(presets):
+        below = _load(root, preset).get(ON_TOP_OF)
+        if below in presets[number + 1 :]:
+            raise ParamsError(
+                [
+                    f"--preset {preset}: stands on top of {below}, which comes after it and would undo it; "
+                    f"--preset {below} --preset {preset}"
+                ]
+            )
 
 
 def remarks(root: Path, presets: Sequence[str]) -> list[str]:
@@ -200,6 +215,15 @@ def _flow(value: Any) -> Any:
     line = CommentedSeq(value)
     line.fa.set_flow_style()
     return line
+
+
+def _in_yaml(value: Any) -> str:
+    """Return a value as params.yaml would say it, on one line."""
+    yaml, out = YAML(), io.StringIO()
+    yaml.Representer = _WithNull
+    yaml.default_flow_style, yaml.width = True, 4096
+    yaml.dump([value], out)
+    return out.getvalue().strip()[1:-1]  # without the brackets of the list: a scalar alone would get an end mark
 
 
 def _plain(value: Any) -> Any:

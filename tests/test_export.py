@@ -21,6 +21,7 @@ from test_layouts import picture
 from test_lora_formats import ALPHA, TEXT_MODULES, UNET_MODULES, adapt
 from test_methods import run
 from tiny_pipelines import write_sd, write_sdxl
+from tiny_project import REPOSITORY
 
 from dreambooth.adapters import EMBEDDINGS_FILE, LORA_FILE, save_lora
 from dreambooth.card import card
@@ -146,6 +147,39 @@ def test_every_format_draws_the_picture_of_the_evaluated_model(
     assert_equal_weights(single, whole)
     assert np.abs(picture(single) - picture(whole)).max() < ONE_STEP
     assert np.abs(picture(kind_of(base).from_pretrained(folder)) - evaluated).max() < ONE_STEP
+
+
+def test_the_blocks_of_the_page_on_files_for_other_programs_draw_the_model_of_the_folder(
+    params_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, word = write_sd(tmp_path / "data/base/emoji64"), "<rex>"
+    train_lora(base, tmp_path / "trained")
+    vectors = {word: torch.randn(1, 16, generator=torch.Generator().manual_seed(3))}
+    safetensors.torch.save_file(vectors, tmp_path / "trained" / EMBEDDINGS_FILE, {"token": word})
+    params_values["subjects"] = {"rex": {"class_id": "dog", "identifier": word, "kind": "live"}}
+    params_values["export"] |= {"formats": ["diffusers", "single_file", "lora", "kohya", "embedding"]}
+    params_values["export"]["dtype"] = "float32"
+    params_values["train"]["method"] = "pivotal"
+    folder = tmp_path / "export/rex"
+    folder.mkdir(parents=True)
+    params = parse_params(params_values)
+    write_export(folder, base, tmp_path / "trained", "rex", params, "b" * 64, METRICS, None, "pivotal", 5)
+
+    monkeypatch.chdir(tmp_path)
+    page = (REPOSITORY / "docs/recipes.md").read_text()
+    single, parts = (run_block(block.partition("\n```")[0]) for block in page.split("```python\n")[1:])
+    load_word(single, folder / "embedding/rex.safetensors", word)
+    expected = picture(StableDiffusionPipeline.from_pretrained(folder), f"a photo of {word} dog")
+    assert np.abs(picture(StableDiffusionPipeline.from_pretrained(base)) - expected).max() > 10 * ONE_STEP
+    for pipeline in (single, parts):
+        assert np.abs(picture(pipeline, f"a photo of {word} dog") - expected).max() < ONE_STEP
+
+
+def run_block(block: str) -> Any:
+    """Run a block of Python of a page; return its pipeline."""
+    names: dict[str, Any] = {}
+    exec(block, names)
+    return names["pipeline"]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

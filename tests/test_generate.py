@@ -67,7 +67,7 @@ def test_a_version_is_asked_in_its_own_words_and_keeps_its_pictures(root: Path) 
         for version in (1, 2)
     }
     assert [path.name for path in pictures[1]] == [
-        "a-photo-of-sks-dog-in-space-v1-7.png", "a-photo-of-sks-in-space-v1-7.png", "a-photo-of-zwx-v1-7.png",
+        "a-photo-of-sks-dog-in-space-v1-7.png", "a-photo-of-sks-in-space-f609fe-v1-7.png", "a-photo-of-zwx-v1-7.png",
     ]  # fmt: skip
     assert all(path.is_file() for version in pictures for path in pictures[version])
     assert not {*pictures[1]} & {*pictures[2]}
@@ -124,6 +124,16 @@ def test_a_subject_without_a_version_is_run_where_no_export_lies_and_registered_
         done = call(fresh, *arguments)
         assert done.returncode != 0
         assert done.stderr.rstrip().endswith(f"; dreambooth {verb} {BISCUIT}"), done.stderr
+
+
+def test_a_version_that_is_not_there_leads_to_those_that_are(
+    root: Path, call: Callable[..., "subprocess.CompletedProcess[str]"]
+) -> None:
+    for arguments in (("generate", BISCUIT, "{}"), ("promote", BISCUIT)):
+        done = call(root, *arguments, "--version", "9")
+        assert done.returncode == 8
+        assert done.stderr.startswith("E_REGISTRY: biscuit has no version 9 ")
+        assert done.stderr.rstrip().endswith("; dreambooth versions biscuit")
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,11 @@ def read(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, An
     return weights, {part: json.loads((folder / part / "config.json").read_text()) for part in parts}
 
 
-def picture(pipeline: Any) -> np.ndarray:
+def picture(pipeline: Any, prompt: str = "a photo of sks dog") -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     side = TINY_RESOLUTION
     drawn = pipeline(
-        "a photo of sks dog", num_inference_steps=3, height=side, width=side,
+        prompt, num_inference_steps=3, height=side, width=side,
         generator=torch.Generator().manual_seed(1), output_type="np",
     )  # fmt: skip
     return np.asarray(drawn.images[0])

@@ -9,6 +9,7 @@ from toy_project import REPOSITORY, dvc, git, make_photos
 
 from dreambooth.errors import ParamsError, PhotosError, PipelineError, SubjectError
 from dreambooth.params import load_params
+from dreambooth.vocabulary import SCORER
 from flows import commandline
 from flows.add import Wish, add_subject, class_of_noun, collect, new_names, track_photos, with_subject
 from flows.dvcrun import child_environment
@@ -158,7 +159,11 @@ def test_what_is_unsaid_of_a_subject_that_exists_is_as_its_entry_says(project: P
     [
         (Wish("rex", "dog", kind="object"), "params.yaml: subjects.rex.kind: is live, not object; change it there, or"),
         (Wish("rex", "dog", "zwx"), "params.yaml: subjects.rex.identifier: is sks, not zwx; change it there, or leave"),
-        (Wish("rex", "cat"), "params.yaml: subjects.rex: its class noun is dog, not cat; say --class-noun 'dog'"),
+        (
+            Wish("rex", "cat"),
+            "params.yaml: subjects.rex: its class noun is dog, not cat; say --class-noun 'dog', or if "
+            "that is wrong, change subjects.rex.class_id there",  # biscuit is a dog too
+        ),
     ],
 )
 def test_what_contradicts_an_entry_is_named_with_its_option(
@@ -170,6 +175,22 @@ def test_what_contradicts_an_entry_is_named_with_its_option(
     (problem,) = caught.value.problems
     assert problem.startswith(message)
     assert everything(project) == before
+
+
+def test_a_class_noun_that_was_mistyped_is_told_with_the_word_it_may_be_and_set_right_where_the_message_says(
+    project: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(REPOSITORY / SCORER, project / SCORER)
+    make_photos(tmp_path / "camera", 3)
+    added = add_subject(project, Wish("wick", "candel"), [tmp_path / "camera"])
+    (remark,) = [one for one in added.remarks if "scorer" in one]
+    assert remark.endswith("; did you mean 'candle'? then change the class_noun in params.yaml")
+    with pytest.raises(ParamsError, match=r"'candel', or if that is wrong, change classes\.candel\.class_noun there$"):
+        add_again(project, tmp_path / "camera", Wish("wick", "candle"))
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(text.replace("class_noun: candel", "class_noun: candle"))
+    again = add_subject(project, Wish("wick", "candle"), [tmp_path / "camera"], force=True)
+    assert not [one for one in again.remarks if "scorer" in one]
 
 
 def test_the_kind_of_a_new_subject_is_said_to_be_assumed_and_of_an_old_one_it_is_not(

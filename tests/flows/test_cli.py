@@ -1,3 +1,4 @@
+import hashlib
 import inspect
 import json
 import os
@@ -15,7 +16,7 @@ from dreambooth import __version__
 from dreambooth.errors import PipelineError
 from flows import batch, cli
 from flows.cli import _way_back
-from flows.generate import draw, full_prompts, read_prompts, slugs
+from flows.generate import draw, full_prompts, read_prompts
 from flows.tables import undone_in_words, undone_stages
 
 HEAVY = ("torch", "prefect", "dvc", "mlflow", "diffusers", "transformers", "PIL", "pandas")
@@ -122,6 +123,15 @@ def test_check_takes_any_folder_and_draws_thumbnails_for_their_owner(project: Pa
     assert (project / "build/rex/check/00.png").is_file()
 
 
+def test_check_takes_the_folder_of_a_subject_for_the_subject_and_offers_an_id_for_a_slip(project: Path) -> None:
+    by_id = dreambooth(project, "check", "rex").stdout
+    assert "Next: dreambooth run rex\n" in by_id
+    assert dreambooth(project, "check", "data/subjects/rex/").stdout == by_id
+    assert dreambooth(project, "check", str(project / "data" / "subjects" / "rex")).stdout == by_id
+    slip = dreambooth(project, "check", "rexx").stderr
+    assert slip == f"E_SUBJECT: {project}/rexx is no folder, and there is no subject 'rexx'; did you mean 'rex'?\n"
+
+
 def test_check_refuses_what_is_no_id(project: Path) -> None:
     done = dreambooth(project, "check", "../../etc")
     assert (done.returncode, done.stderr[:11]) == (3, "E_SUBJECT: ")
@@ -133,7 +143,9 @@ def test_add_ends_with_the_next_command(project: Path, tmp_path: Path) -> None:
     done = dreambooth(project, "add", "tom", str(tmp_path / "camera"), "--class-noun", "cat")
     assert done.returncode == 0, done.stderr
     assert "Next: dreambooth run tom" in done.stdout
-    assert "kind: object" in done.stdout
+    assert "kind: object (" in done.stdout
+    assert "--kind live for animals, person for people: needs a consent" in done.stdout  # as live nobody asks for one
+    assert "person: needs a consent" in " ".join(dreambooth(project, "add", "--help").stdout.split())
     assert ".DS_Store" in done.stdout
     assert (project / "data" / "subjects" / "tom.dvc").exists()
     assert dreambooth(project, "add", "tom", str(tmp_path / "camera"), "--class-noun", "cat").returncode == 3
@@ -278,19 +290,22 @@ class Painter:
 
 
 def test_generated_files_are_named_by_prompt_and_seed(tmp_path: Path) -> None:
-    drawn = draw(Painter(), ["a photo of sks dog", "sks dog!"], 2, {"seed": 5}, tmp_path / "out")
+    drawn = draw(Painter(), ["a photo of sks dog", "sks dog"], 2, {"seed": 5}, tmp_path / "out")
     names = [path.name for path in drawn.pictures]
     assert names == ["a-photo-of-sks-dog-5.png", "a-photo-of-sks-dog-6.png", "sks-dog-5.png", "sks-dog-6.png"]
     assert drawn.sheet.is_file()
-    of_a_version = draw(Painter(), ["sks dog!"], 1, {"seed": 5}, tmp_path / "out", version=3)
+    of_a_version = draw(Painter(), ["sks dog"], 1, {"seed": 5}, tmp_path / "out", version=3)
     names = [path.name for path in (*of_a_version.pictures, of_a_version.sheet)]
     assert names == ["sks-dog-v3-5.png", "sheet-sks-dog-v3-5.png"]
-    options = {"seed": 5, "guidance_scale": 2.5, "negative_prompt": "A hat!"}
-    other = draw(Painter(), ["sks dog!", "in space"], 1, options, tmp_path / "out", version=3)
+    options = {"seed": 5, "guidance_scale": 2.5, "negative_prompt": "a hat"}
+    other = draw(Painter(), ["sks dog", "in space"], 1, options, tmp_path / "out", version=3)
     names = [path.name for path in (other.pictures[0], other.sheet)]
+    digits = hashlib.sha256(b"sks dog\0in space").hexdigest()[
+        :6
+    ]  # of prompts of which the name of a sheet says the first
     assert names == [
         "sks-dog-v3-guidance2.5-without-a-hat-5.png",
-        "sheet-sks-dog-and-1-more-v3-guidance2.5-without-a-hat-5.png",
+        f"sheet-sks-dog-and-1-more-{digits}-v3-guidance2.5-without-a-hat-5.png",
     ]
     assert all(path.is_file() for path in (*of_a_version.pictures, of_a_version.sheet))
     with Image.open(drawn.pictures[3]) as picture:
@@ -348,5 +363,18 @@ def test_a_prompt_names_the_subject_wherever_its_word_stands_alone(name: str) ->
     assert full_prompts(name, "dog", naming + others)[1] == others
 
 
-def test_prompts_of_the_same_letters_get_files_of_their_own() -> None:
-    assert slugs(["a dog", "a dog!", "犬"]) == ["a-dog", "a-dog-no2", "picture"]
+def test_prompts_that_share_their_first_words_or_letters_keep_files_of_their_own(tmp_path: Path) -> None:
+    long = "a photo of sks dog in a field of tall flowers under a wide evening "
+
+    def files(prompts: list[str], negative: str | None = None) -> set[Path]:
+        options = {"seed": 0} | ({"negative_prompt": negative} if negative else {})
+        drawn = draw(Painter(), prompts, 1, options, tmp_path)
+        return {*drawn.pictures, drawn.sheet}
+
+    calls = [[f"{long}sky"], [f"{long}sun"], ["a dog"], ["a dog!"], ["A dog"], ["犬"], ["猫"]]
+    assert len(set.union(*map(files, calls))) == 2 * len(calls)
+    assert files(["a dog"]) == {tmp_path / "a-dog-0.png", tmp_path / "sheet-a-dog-0.png"}
+    assert files(["a dog!"]) == files(["a dog!"])
+    assert len(files(["a dog", "a cat"]) & files(["a dog", "a cow"])) == 1  # the picture of the same prompt
+    vague = "blurry, dark, noisy, cropped, with "
+    assert not files(["a dog"], f"{vague}text") & files(["a dog"], f"{vague}hats")

@@ -102,6 +102,30 @@ def test_a_preset_without_the_one_that_it_stands_on_says_so(root: Path, preset: 
     assert remarks(root, [below, preset]) == remarks(root, [preset]) == remarks(root, [below]) == []
 
 
+@pytest.mark.parametrize(("preset", "below"), [(preset, below) for preset, (below,) in ALONE.items()])
+def test_a_preset_before_the_one_that_it_stands_on_is_refused_with_their_order(
+    root: Path, preset: str, below: str
+) -> None:
+    before = (root / "params.yaml").read_bytes()
+    with pytest.raises(
+        ParamsError, match=rf"{preset}: stands on top of {below}.*; --preset {below} --preset {preset}$"
+    ):
+        apply(root, [preset, below])
+    assert (root / "params.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("preset", WHOLE)
+def test_what_stands_left_and_right_of_an_arrow_is_what_the_file_says_before_and_after(root: Path, preset: str) -> None:
+    before = _values(root)
+    changes = apply(root, [preset])
+    after = _values(root)
+    for line in map(str, changes):
+        name, said = line.split(": ", 1)
+        assert [load_yaml(value) for value in said.split(" -> ")] == [before[name], after[name]]
+    assert "base.revision: null -> " in " ".join(map(str, changes))
+    assert str(Change("a", "null", ["no", 1.0, None])) == "a: 'null' -> [no, 1.0, null]"
+
+
 def test_rates_of_another_method_than_the_one_in_use_are_told(root: Path) -> None:
     apply(root, ["sd15-lora", "faces"])
     (remark,) = remarks(root, ["sd15-lora", "faces"])

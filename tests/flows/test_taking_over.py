@@ -108,7 +108,7 @@ def test_the_command_says_each_change_and_the_next_step(root: Path) -> None:
     done = dreambooth(root, "sweep", "--apply", "sweep-0123456789")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0] == "params.yaml: train.learning_rate: 0.0001 -> 5e-05"
+    assert lines[0] == "params.yaml: train.learning_rate: 1.0e-4 -> 5e-05"
     assert lines[4].startswith("Next: dreambooth run biscuit chime, ")
     again = dreambooth(root, "sweep", "--apply", "sweep-0123456789")
     assert again.stdout.startswith("params.yaml says what sweep-0123456789 says already")
