@@ -8,7 +8,7 @@ from dreambooth.bases import LOCAL_MODELS, locate
 from dreambooth.identifiers import known_words, remarks_by_tokenizer
 from dreambooth.params import Base, Params
 from dreambooth.prompts import load_templates
-from dreambooth.vocabulary import SCORER, VOCABULARY, find_vocabulary
+from dreambooth.vocabulary import SCORER, VOCABULARY, Vocabulary, find_vocabulary
 from flows.graph import GPU_ENTRIES, Graph
 from flows.project import PARAMS
 
