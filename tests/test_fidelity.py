@@ -192,10 +192,34 @@ def test_a_cosine_that_is_no_number_is_no_verdict_on_copying():
 
 
 def test_photos_of_one_thing_are_no_copies_of_each_other():
-    assert copy_cosine(torch.tensor([X, Y, DIAGONAL])) == pytest.approx(HALF + 0.02)
+    assert copy_cosine(torch.tensor([X, Y, DIAGONAL])) == pytest.approx(1 - (1 - HALF) / 2.5)
     assert copy_cosine(torch.tensor([X, X])) == 1
     with pytest.raises(ValueError, match="at least 2 photos, got 1"):
         copy_cosine(torch.tensor([X]))
+
+
+@pytest.mark.parametrize("photos", [3, 5])
+@pytest.mark.parametrize("spread", [0.1, 0.5, 1.0])
+def test_one_more_photo_of_the_subject_is_no_copy_where_nothing_was_measured_but_a_saved_one_is(
+    photos: int, spread: float
+) -> None:
+    chance = torch.Generator().manual_seed(0)
+    subject = torch.nn.functional.normalize(torch.randn(400, 1, 64, generator=chance), dim=-1)
+    away = torch.nn.functional.normalize(torch.randn(400, photos + 1, 64, generator=chance), dim=-1)
+    saved = torch.nn.functional.normalize(torch.randn(400, 1, 64, generator=chance), dim=-1)
+    rows = subject + spread * away
+    others, again = 0, 0
+    for known, new, noise in zip(rows[:, 1:], rows[:, :1], saved, strict=True):
+        threshold = copy_cosine(known)
+        others += bool(cosine(new, known).max() > threshold)
+        again += bool(cosine(known[:1] + spread / 3 * noise, known).max() > threshold)
+    assert others / 400 < 0.05
+    assert again == 400
+
+
+def test_two_photos_that_are_nearly_one_still_leave_room_for_a_copy() -> None:
+    nearly = torch.tensor([X, [0.99, math.sqrt(1 - 0.99**2)]])
+    assert copy_cosine(nearly) == pytest.approx(0.996)
 
 
 def test_a_measured_copy_cosine_is_raised_a_little_by_photos_that_are_alike_and_never_lowered():
