@@ -168,6 +168,11 @@ class Prior(Section):
     seed: Seed
     """Image i is drawn from the seed (seed, i)."""
 
+    @property
+    def named_prompts(self) -> list[tuple[str, str]]:
+        """Return each prompt with its place in params.yaml."""
+        return [(f"prior.prompts.{number}", template) for number, template in enumerate(self.prompts)]
+
 
 LORA_METHODS = ("lora", "pivotal")
 TOKEN_METHODS = ("textual_inversion", "pivotal")

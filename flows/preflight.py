@@ -1,36 +1,41 @@
 """What params.yaml asks for in vain, told before the first stage: the one that refuses it comes after the training."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dreambooth.bases import LOCAL_MODELS, locate
-from dreambooth.errors import DreamboothError
-from dreambooth.identifiers import COMMON, remarks_by_tokenizer
+from dreambooth.errors import DreamboothError, ParamsError, PhotosError, shown
+from dreambooth.identifiers import COMMON, reader_at, remarks_by_tokenizer
 from dreambooth.params import Base, Params
-from dreambooth.prompts import load_templates
+from dreambooth.prompts import Reader, Template, cuts, load_templates, read_caption, require_read, with_article
 from dreambooth.vocabulary import SCORER, VOCABULARY, Vocabulary, read_file, read_vocabulary, split
 from flows.graph import GPU_ENTRIES, Graph
 
-EVALUATE = "evaluate"
+EVALUATE, PRIOR, TRAIN = "evaluate", "prior", "train"
 BUNDLED = f"{LOCAL_MODELS}/emoji64"  # the base that the bundled scorer was taught beside
 RIFLE = "sks"  # the identifier of the paper's reference implementations; no caption of the bundled base has it
 
 
-def require_inputs(root: Path, params: Params, graph: Graph) -> None:
-    """Refuse what a stale stage would refuse: a base model that is nowhere, prompts that cannot be read.
+def require_inputs(root: Path, params: Params, graph: Graph) -> list[str]:
+    """Refuse what a stale stage would refuse: a base that is nowhere, prompts that it would not read the subject of.
+
+    Returns:
+        What is to be said of prompts whose end the base does not read.
 
     Raises:
-        ModelError, EvaluationError: as the stage would.
+        ModelError, EvaluationError, PhotosError, ParamsError: as the stage would.
     """
     if any(stage.entry in GPU_ENTRIES for stage in graph.stale):
         locate(params.base.pretrained_model_name_or_path, params.base.revision, root)
-    for file in dict.fromkeys(map(params.prompts_file, _evaluated(graph))):
-        load_templates(root / file)
+    files = dict.fromkeys(map(params.prompts_file, _stale(graph, EVALUATE)))
+    templates = {file: load_templates(root / file) for file in files}
+    reader = reader_at(tokenizer_folder(root, params.base)) if graph.stale else None
+    return list(dict.fromkeys(_read_in_part(root, params, graph, templates, reader))) if reader else []
 
 
 def remarks(root: Path, params: Params, graph: Graph) -> list[str]:
     """Say what will be worse than its user may think, of the subjects whose evaluation is stale."""
-    subjects = _evaluated(graph)
+    subjects = _stale(graph, EVALUATE)
     if not subjects:
         return []
     identifiers = dict.fromkeys(params.subject(one).identifier for one in subjects)
@@ -81,6 +86,43 @@ def foreign_scorer(root: Path, params: Params) -> Iterator[str]:
         )
 
 
+def cut_captions(
+    params: Params, captions: Iterable[Path], identifier: str, class_noun: str, reader: Reader
+) -> list[str]:
+    """Refuse captions of which the base would read no subject; return what is to be said of those it reads in part.
+
+    Raises:
+        PhotosError: with each of them; or with the first file that is no caption.
+    """
+    templates = [(shown(path), read_caption(path)) for path in captions]
+    return require_read(cuts(templates, _called(params, identifier, class_noun), reader), PhotosError)
+
+
+def _read_in_part(
+    root: Path, params: Params, graph: Graph, templates: Mapping[str, Sequence[Template]], reader: Reader
+) -> Iterator[str]:
+    """Go through captions, class prompts and evaluation prompts, as far as their stages are stale."""
+    for subject_id in _stale(graph, TRAIN):
+        from dreambooth.photos import find_photos, subject_folder  # SciPy takes a second, and may not be needed
+
+        subject, class_noun = params.subject(subject_id), params.class_of(subject_id).class_noun
+        if (folder := subject_folder(root, subject_id)).is_dir():
+            captions = find_photos(folder).captions.values()
+            yield from cut_captions(params, captions, subject.identifier, class_noun, reader)
+    for class_id in _stale(graph, PRIOR) if params.prior.kind == "images" else ():
+        noun = with_article(params.classes[class_id].class_noun)
+        yield from require_read(cuts(params.prior.named_prompts, noun, reader), ParamsError)
+    for subject_id in _stale(graph, EVALUATE):
+        file = params.prompts_file(subject_id)
+        words = _called(params, params.subject(subject_id).identifier, params.class_of(subject_id).class_noun)
+        yield from (cut.text for cut in cuts([(file, one.prompt) for one in templates[file]], words, reader))
+
+
+def _called(params: Params, identifier: str, class_noun: str) -> str:
+    """Return the words for a subject; a word that is learned is one token, as any letter is."""
+    return f"{'x' if params.train.learns_token else identifier} {class_noun}"
+
+
 def tokenizer_folder(root: Path, base: Base) -> Path | None:
     """Return where the tokenizer of a base lies: in its folder, or in the cache of the hub, which is not asked."""
     if (folder := root / base.pretrained_model_name_or_path).is_dir():
@@ -113,5 +155,5 @@ def _vocabulary(root: Path) -> Vocabulary | None:
         return None
 
 
-def _evaluated(graph: Graph) -> list[str]:
-    return [stage.key for stage in graph.stale if stage.entry == EVALUATE]
+def _stale(graph: Graph, entry: str) -> list[str]:
+    return [stage.key for stage in graph.stale if stage.entry == entry]
