@@ -170,8 +170,8 @@ class Prior(Section):
 
     @property
     def named_prompts(self) -> list[tuple[str, str]]:
-        """Return each prompt with its place in params.yaml."""
-        return [(f"prior.prompts.{number}", template) for number, template in enumerate(self.prompts)]
+        """Return each prompt with its place."""
+        return [(f"params.yaml: prior.prompts.{number}", template) for number, template in enumerate(self.prompts)]
 
 
 LORA_METHODS = ("lora", "pivotal")
