@@ -200,6 +200,21 @@ def paired_interval(differences: torch.Tensor, confidence: float = 0.95) -> Inte
     return Interval(mean, mean - half_width, mean + half_width, n)
 
 
+def widened(half_width: float, n: int, confidence: float, comparisons: int) -> float:
+    """Return the half width of a t interval that holds for all of several comparisons at once.
+
+    Args:
+        half_width: of one interval of n paired differences.
+        n: how many differences, 2 or more.
+        confidence: of that interval.
+        comparisons: how many intervals are looked at; one of them shall be wrong as rarely as a single one was.
+
+    Source: Bonferroni 1936 (Dunn 1961): each at the confidence 1 - (1 - confidence) / comparisons.
+    """
+    one, all_of_them = (float(stats.t.ppf(1 - (1 - confidence) / (2 * count), n - 1)) for count in (1, comparisons))
+    return half_width * all_of_them / one
+
+
 def _mean_cosine(embeddings: torch.Tensor, what: str) -> torch.Tensor:
     """Average the cosine over the pairs of different rows: (..., A, D), A >= 2, to (...)."""
     rows = embeddings.shape[-2]

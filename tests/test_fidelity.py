@@ -19,6 +19,7 @@ from dreambooth.fidelity import (
     identity,
     paired_interval,
     prompt_fidelity,
+    widened,
 )
 
 X, Y, DIAGONAL = [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]
@@ -271,3 +272,8 @@ def test_discrepancy_refuses_rows_that_are_no_pairs():
         discrepancy(torch.ones(3, 2), torch.ones(2, 2))
     with pytest.raises(ValueError, match="2 rows or more"):
         discrepancy(torch.ones(1, 2), torch.ones(1, 2))
+
+
+def test_an_interval_that_holds_for_several_comparisons_is_wider_as_the_quantiles_of_t_say() -> None:
+    assert widened(0.1, 6, 0.95, 1) == pytest.approx(0.1)
+    assert widened(0.1, 6, 0.95, 5) == pytest.approx(0.1 * 4.0321 / 2.5706, rel=1e-4)  # t of 5: 99 % beside 95 %
