@@ -70,7 +70,7 @@ def write_export(
 
 def require_formats(params: Params, method: str) -> None:
     """Refuse formats that the training that was done, by this method, does not fill."""
-    if faults := [*format_faults(params.export, method)]:
+    if faults := [*format_faults(params.export, method, params.train.use_dora)]:
         raise ExportError("; ".join(faults))
 
 

@@ -537,14 +537,19 @@ def describe(path: str) -> list[str]:
     ]
 
 
-def format_faults(export: Export, method: str) -> Iterator[str]:
-    """Name the formats that a training by this method does not fill."""
+def format_faults(export: Export, method: str, use_dora: bool) -> Iterator[str]:
+    """Name the formats that a training by this method does not fill, or that others read as another model."""
     for name in export.formats:
         methods = METHODS_OF_FORMAT.get(name)
         if methods and method not in methods:
             yield (
                 f"export.formats: {name} holds what train.method {' or '.join(methods)} makes, and the method is "
                 f"{method}; take it out, or train by another method"
+            )
+        elif name == "kohya" and use_dora:
+            yield (
+                "export.formats: kohya with train.use_dora is another model in ComfyUI and in A1111, which divide by "
+                "other lengths than the training; take it out, single_file is for them and lora for diffusers"
             )
 
 
@@ -577,7 +582,7 @@ def _contradictions(params: Params) -> Iterator[str]:
     photos = params.photos
     if photos.max_count < photos.min_count:
         yield f"photos.max_count: should be at least photos.min_count {photos.min_count} (got {photos.max_count})"
-    yield from format_faults(params.export, params.train.method)
+    yield from format_faults(params.export, params.train.method, params.train.use_dora)
     if photos.prepared_side < params.base.resolution:
         yield (
             f"photos.prepared_side: should be at least base.resolution {params.base.resolution} "
