@@ -148,6 +148,31 @@ def test_every_format_draws_the_picture_of_the_evaluated_model(
     assert np.abs(picture(kind_of(base).from_pretrained(folder)) - evaluated).max() < ONE_STEP
 
 
+@pytest.mark.parametrize(
+    ("changes", "marks"),
+    [
+        ({}, set()),
+        ({"prediction_type": "v_prediction"}, {"v_pred"}),
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, {"v_pred", "ztsnr"}),
+    ],
+)
+def test_a_single_file_of_sdxl_says_to_other_programs_what_it_predicts(
+    params_values: dict[str, Any], tmp_path: Path, changes: dict[str, Any], marks: set[str]
+) -> None:
+    base = write_sdxl(tmp_path / "base")
+    about = base / "scheduler/scheduler_config.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | changes))
+    folder = export(params_values, base, tmp_path / "nothing", tmp_path / "out", ["single_file"], dtype="float32")
+    path = folder / "single_file/biscuit.safetensors"
+    found = safetensors.torch.load_file(path)
+    assert {name for name in found if "." not in name} == marks
+    assert all(found[name].numel() == 0 for name in marks)
+    whole = StableDiffusionXLPipeline.from_pretrained(folder)
+    assert_equal_weights(
+        StableDiffusionXLPipeline.from_single_file(path, config=str(folder), local_files_only=True), whole
+    )
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_folder_of_a_full_training_is_the_evaluated_model_to_the_last_bit(
     params_values: dict[str, Any], base: Path, tmp_path: Path, dtype: str
