@@ -140,7 +140,8 @@ def report(recipe: Recipe, seeds: Sequence[int], losses: Difference, identity: S
     mean = f"{statistics.mean(differences):+.3f}"
     if len(seeds) > 1:
         interval = paired_interval(torch.tensor(differences), CONFIDENCE)
-        mean = f"{in_interval(interval.mean, interval.low, interval.high)} (95 % over seeds): {_told(interval.low <= 0 <= interval.high)}"
+        numbers = in_interval(interval.mean, interval.low, interval.high)
+        mean = f"{numbers} (95 % over seeds): {_told(interval.low <= 0 <= interval.high)}"
     gap, share = losses.ours - losses.reference, losses.half_width / losses.reference
     return f"""# Do ours and diffusers' script learn the same?
 
