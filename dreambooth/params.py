@@ -56,6 +56,7 @@ SamplerSteps = Annotated[int, Field(ge=SAMPLER_STEPS[0], le=SAMPLER_STEPS[1])]
 Guidance = Annotated[float, Field(ge=GUIDANCE[0], le=GUIDANCE[1])]
 Side = Annotated[int, Field(ge=SIDE[0], le=SIDE[1]), AfterValidator(_multiple_of_8)]
 Scheduler = Literal["dpmsolver++", "ddim", "pndm", "euler"]
+WITHOUT_ZERO_SNR = ("pndm",)  # solvers whose class in diffusers passes over rescale_betas_zero_snr
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -551,6 +552,22 @@ def format_faults(export: Export, method: str, use_dora: bool) -> Iterator[str]:
                 "export.formats: kohya with train.use_dora is another model in ComfyUI and in A1111, which divide by "
                 "other lengths than the training; take it out, single_file is for them and lora for diffusers"
             )
+
+
+def scheduler_fault(name: str, about: Mapping[str, Any]) -> str | None:
+    """Return why a solver cannot draw with a base, None if it can.
+
+    Args:
+        name: of the solver.
+        about: scheduler_config.json of the base.
+    """
+    if name not in WITHOUT_ZERO_SNR or not about.get("rescale_betas_zero_snr"):
+        return None
+    others = ", ".join(one for one in get_args(Scheduler) if one not in WITHOUT_ZERO_SNR)
+    return (
+        f"scheduler {name} would draw on another noise schedule than that of the base, whose last step is noise alone "
+        f"(rescale_betas_zero_snr); take one of {others}"
+    )
 
 
 def _remedy(error: Exception) -> str:

@@ -1,12 +1,13 @@
 """What params.yaml asks for in vain, told before the first stage: the one that refuses it comes after the training."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dreambooth.bases import LOCAL_MODELS, locate
 from dreambooth.errors import DreamboothError, ParamsError, PhotosError, shown
 from dreambooth.identifiers import COMMON, reader_at, remarks_by_tokenizer
-from dreambooth.params import Base, Params
+from dreambooth.params import Base, Params, scheduler_fault
 from dreambooth.prompts import Reader, Template, cuts, load_templates, read_caption, require_read, with_article
 from dreambooth.vocabulary import SCORER, VOCABULARY, Vocabulary, read_file, read_vocabulary, split
 from flows.graph import GPU_ENTRIES, Graph
@@ -17,7 +18,7 @@ RIFLE = "sks"  # the identifier of the paper's reference implementations; no cap
 
 
 def require_inputs(root: Path, params: Params, graph: Graph) -> list[str]:
-    """Refuse what a stale stage would refuse: a base that is nowhere, prompts that it would not read the subject of.
+    """Refuse what a stale stage would refuse: a base that is nowhere, a solver or prompts that are not for it.
 
     Returns:
         What is to be said of prompts whose end the base does not read.
@@ -27,6 +28,7 @@ def require_inputs(root: Path, params: Params, graph: Graph) -> list[str]:
     """
     if any(stage.entry in GPU_ENTRIES for stage in graph.stale):
         locate(params.base.pretrained_model_name_or_path, params.base.revision, root)
+    _require_schedulers(root, params, graph)
     files = dict.fromkeys(map(params.prompts_file, _stale(graph, EVALUATE)))
     templates = {file: load_templates(root / file) for file in files}
     reader = reader_at(tokenizer_folder(root, params.base)) if graph.stale else None
@@ -125,21 +127,38 @@ def _called(params: Params, identifier: str, class_noun: str) -> str:
 
 def tokenizer_folder(root: Path, base: Base) -> Path | None:
     """Return where the tokenizer of a base lies: in its folder, or in the cache of the hub, which is not asked."""
+    for name in ("tokenizer.json", "vocab.json"):
+        if (found := _at_hand(root, base, f"tokenizer/{name}")) is not None:
+            return found.parent
+    return None
+
+
+def _at_hand(root: Path, base: Base, name: str) -> Path | None:
+    """Return where a file of a base lies: in its folder, or in the cache of the hub, which is not asked."""
     if (folder := root / base.pretrained_model_name_or_path).is_dir():
-        return folder / "tokenizer"
+        return folder / name if (folder / name).is_file() else None
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    for name in ("tokenizer.json", "vocab.json"):
-        try:
-            found = try_to_load_from_cache(
-                base.pretrained_model_name_or_path, f"tokenizer/{name}", revision=base.revision
-            )
-        except HFValidationError:  # neither a folder nor a hub id, which `locate` refuses
-            return None
-        if isinstance(found, str):
-            return Path(found).parent
-    return None
+    try:
+        found = try_to_load_from_cache(base.pretrained_model_name_or_path, name, revision=base.revision)
+    except HFValidationError:  # neither a folder nor a hub id, which `locate` refuses
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _require_schedulers(root: Path, params: Params, graph: Graph) -> None:
+    """Refuse solvers that cannot draw with the base, as far as its scheduler_config.json is at hand."""
+    about = _at_hand(root, params.base, "scheduler/scheduler_config.json")
+    if about is None:
+        return
+    stale = {stage.entry for stage in graph.stale}
+    asked = {"prior": params.prior.scheduler} if PRIOR in stale and params.prior.kind == "images" else {}
+    asked |= {"evaluate": params.evaluate.scheduler} if EVALUATE in stale else {}
+    known = json.loads(about.read_text(encoding="utf-8"))
+    faults = {section: scheduler_fault(name, known) for section, name in asked.items()}
+    if told := [f"params.yaml: {section}.{fault}" for section, fault in faults.items() if fault]:
+        raise ParamsError(told)
 
 
 def _is_bundled(root: Path, base: Base) -> bool:

@@ -138,6 +138,20 @@ def test_what_a_late_stage_would_refuse_is_refused_before_the_first(project: Pat
     require_inputs(project, params.model_copy(update={"base": base}), done)  # nothing would ask for it
 
 
+def test_a_solver_that_cannot_draw_with_the_base_is_refused_before_the_first_stage(
+    project: Path, params: Params
+) -> None:
+    about = project / BUNDLED / "scheduler/scheduler_config.json"
+    about.parent.mkdir(parents=True)
+    about.write_text('{"rescale_betas_zero_snr": true}')
+    graph, evaluate = Graph.load(project), params.evaluate.model_copy(update={"scheduler": "pndm"})
+    require_inputs(project, params, graph)
+    with pytest.raises(
+        ParamsError, match=r"params\.yaml: evaluate\.scheduler pndm would draw on another noise schedule"
+    ):
+        require_inputs(project, params.model_copy(update={"evaluate": evaluate}), graph)
+
+
 def test_prompts_that_the_base_does_not_read_to_their_subject_are_refused_before_the_first_stage(
     project: Path, params: Params
 ) -> None:
