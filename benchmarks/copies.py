@@ -3,7 +3,8 @@
     python -m benchmarks.copies FOLDER...
 
 Each folder holds the photos of one subject. A photo that is saved again, mirrored, blurred or shrunk is a copy of
-itself; a photo that is held against the others of its folder, or of another folder, is none.
+itself; a photo that is held against the others of its folder, or of another folder, is none. With --unmeasured the
+threshold is what the photos alone say, as with an encoder whose copies nobody measured.
 """
 
 import argparse
@@ -32,6 +33,12 @@ def saved_again(photo: Image.Image, quality: int) -> Image.Image:
     return Image.open(file).convert("RGB")
 
 
+def cropped(photo: Image.Image, share: float) -> Image.Image:
+    """Cut a share of the side off at each edge, and bring the rest to the old size."""
+    edge = round(share * photo.width)
+    return photo.crop((edge, edge, photo.width - edge, photo.height - edge)).resize(photo.size)
+
+
 def blurred(photo: Image.Image, share: float) -> Image.Image:
     """Blur by a radius in shares of the side."""
     return photo.filter(ImageFilter.GaussianBlur(share * photo.width))
@@ -44,8 +51,15 @@ ALTERED: dict[str, Callable[[Image.Image], Image.Image]] = {
     "mirrored and re-saved": lambda photo: saved_again(ImageOps.mirror(photo), 75),
     "blurred by 0.5 % of the side": lambda photo: blurred(photo, 0.005),
     "blurred by 1 % of the side": lambda photo: blurred(photo, 0.01),
+    "cropped by 5 % at each edge": lambda photo: cropped(photo, 0.05),
     "a quarter of the pixels": lambda photo: photo.resize((photo.width // 2, photo.height // 2)),
 }
+
+
+class Unmeasured(Lite0Encoder):
+    """Lite0 without what is known of its copies, as DINO and CLIP are."""
+
+    copy_cosine = None
 
 
 def photos_of(folder: Path, limits: Photos) -> list[Image.Image]:
@@ -77,9 +91,10 @@ def main() -> None:
     """Measure, print a table, and exit with 1 if the detector misses its bar."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="photos of one subject each, three or more")
-    limits = load_params(ROOT / "params.yaml").photos
-    folders = {str(folder): photos_of(folder, limits) for folder in parser.parse_args().folders}
-    table = measure(folders, Encoders(Lite0Encoder(), None))
+    parser.add_argument("--unmeasured", action="store_true", help="by the photos alone")
+    asked, limits = parser.parse_args(), load_params(ROOT / "params.yaml").photos
+    folders = {str(folder): photos_of(folder, limits) for folder in asked.folders}
+    table = measure(folders, Encoders(Unmeasured() if asked.unmeasured else Lite0Encoder(), None))
     shown = table.groupby("picture", sort=False).agg(pictures=("flagged", "size"), flagged=("flagged", "mean"))
     say(shown.to_string(float_format="{:.2f}".format))
     found = table.loc[table["copy"], "flagged"].mean()

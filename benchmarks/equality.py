@@ -20,12 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from scipy import stats
 
 from benchmarks.bench import add_recipe_options, comparison_key, hardware, recipe_of
 from benchmarks.recipe import CLASS, ROOT, SUBJECT, Ours, Recipe, Reference, find_script
 from dreambooth import evaluation
+from dreambooth.fidelity import paired_interval
 from dreambooth.folders import write_file
 from dreambooth.intervals import in_interval
 from dreambooth.models import model_hash
@@ -135,18 +137,21 @@ def report(recipe: Recipe, seeds: Sequence[int], losses: Difference, identity: S
         for seed, one in zip(seeds, identity, strict=True)
     ]
     differences = [one["ours"] - one["reference"] for one in identity]
-    spread = f", standard error {statistics.stdev(differences) / len(seeds) ** 0.5:.3f}" if len(seeds) > 1 else ""
+    mean = f"{statistics.mean(differences):+.3f}"
+    if len(seeds) > 1:
+        interval = paired_interval(torch.tensor(differences), CONFIDENCE)
+        numbers = in_interval(interval.mean, interval.low, interval.high)
+        mean = f"{numbers} (95 % over seeds): {_told(interval.low <= 0 <= interval.high)}"
     gap, share = losses.ours - losses.reference, losses.half_width / losses.reference
-    verdict = "not told apart" if losses.equal else "DIFFERENT"
     return f"""# Do ours and diffusers' script learn the same?
 
 {datetime.now(UTC):%Y-%m-%d}, {hardware()}. Base `{recipe.base.name}`, {recipe.steps} steps of twice
 {recipe.train_batch_size} rows, rate {recipe.learning_rate:g}, {recipe.class_images} class images, {len(seeds)} seeds.
 
 **Loss, mean of the last half of the steps: ours {losses.ours:.4f}, reference {losses.reference:.4f}, difference
-{gap:+.4f} +- {losses.half_width:.4f} (95 %, {100 * share:.1f} % of the mean): {verdict}.**
+{gap:+.4f} +- {losses.half_width:.4f} (95 %, {100 * share:.1f} % of the mean): {_told(losses.equal)}.**
 
-**Identity, ours less the reference: {statistics.mean(differences):+.3f}{spread}** (mean of the seeds)
+**Identity, ours less the reference, mean of the seeds: {mean}.**
 
 | seed | base | ours | reference | ours - reference [95 % over prompts] |
 |---|---|---|---|---|
@@ -155,6 +160,10 @@ def report(recipe: Recipe, seeds: Sequence[int], losses: Difference, identity: S
 Both sides trained on the same class images, which ours drew (DPM-Solver++ 2M, {recipe.sampler_steps} steps), and each
 made its own noise, timesteps and order of rows.
 """
+
+
+def _told(equal: bool) -> str:
+    return "not told apart" if equal else "DIFFERENT"
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:

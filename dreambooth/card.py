@@ -23,7 +23,6 @@ LOADING = {
     "kohya": 'ComfyUI, A1111 (models/Lora), `.load_lora_weights("EXPORT/FILE")`',
     "embedding": "ComfyUI and A1111 (embeddings/), by the file's name; `.load_textual_inversion(path, token=...)`",
 }
-_KOHYA_DORA = "programs that know DoRA: ComfyUI, A1111 (models/Lora); not diffusers, which drops the magnitudes: lora/"
 _WORDLESS = (
     '`PIPELINE.from_single_file("EXPORT/FILE", config=BASE)`, ComfyUI, A1111; it has the vocabulary of the base, so '
     "load the word from embedding/ as well"
@@ -118,8 +117,6 @@ def _files(folder: Path, place: str, pipeline: str, params: Params, method: str)
 
 def _loading(kind: str, pipeline: str, params: Params, method: str) -> str:
     """Say how a file of a format is loaded, with what this training makes different."""
-    if kind == "kohya" and params.train.use_dora:
-        return _KOHYA_DORA
     if kind == "single_file" and method in TOKEN_METHODS:
         return _WORDLESS
     if kind == "embedding" and "XL" in pipeline:

@@ -18,7 +18,7 @@ from dreambooth.consent import Consent
 from dreambooth.errors import ExportError, ModelError
 from dreambooth.families import SDXL
 from dreambooth.folders import GENERATION
-from dreambooth.layouts import UNetShape, is_open_clip, single_file
+from dreambooth.layouts import UNetShape, is_open_clip, prediction_marks, single_file
 from dreambooth.lora import read_lora
 from dreambooth.models import DTYPES, write_pipeline
 from dreambooth.params import Params, format_faults
@@ -70,7 +70,7 @@ def write_export(
 
 def require_formats(params: Params, method: str) -> None:
     """Refuse formats that the training that was done, by this method, does not fill."""
-    if faults := [*format_faults(params.export, method)]:
+    if faults := [*format_faults(params.export, method, params.train.use_dora)]:
         raise ExportError("; ".join(faults))
 
 
@@ -144,12 +144,19 @@ class _Work:
         """Entries of a header that tell of the model."""
         defaults = generation_defaults(self.params, self.subject_id)
         called = self.word if (self.trained / EMBEDDINGS_FILE).is_file() else defaults["identifier"]
-        scheduler = json.loads((self.folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))
         return {
             "description": f"a {defaults['class_noun']} called {defaults['identifier']}, personalised with DreamBooth",
             "trigger_phrase": f"{called} {defaults['class_noun']}",
-            "prediction_type": "v" if scheduler.get("prediction_type") == "v_prediction" else "epsilon",
+            "prediction_type": "v" if self.scheduler.get("prediction_type") == "v_prediction" else "epsilon",
         }
+
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """Return what the pipeline says of its noise."""
+        about: dict[str, Any] = json.loads(
+            (self.folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8")
+        )
+        return about
 
     @property
     def word(self) -> str:
@@ -176,6 +183,8 @@ def _write_single_file(work: _Work) -> None:
         {part: cast_weights(of_part, work.dtype) for part, of_part in parts.items()},
         {part: _config(folder, part) for part in parts},
     )
+    if family_of(folder) == "sdxl":
+        weights |= prediction_marks(work.scheduler)
     write_weights(folder / f"single_file/{work.subject_id}.safetensors", weights, work.spec("single_file"))
 
 

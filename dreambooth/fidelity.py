@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 from scipy import stats
 
 COPY_DISTANCE = 8  # bits of a 63-bit perceptual hash at or under which a picture is a copy: 0 false in 156 photos
-COPY_MARGIN = 0.02  # cosine above the most similar pair of photos
+COPY_MARGIN = 0.02  # cosine above the most similar pair of photos, where copies were measured
+# Where they were not: a copy is so many times nearer to a photo than the two nearest photos are to each other. Measured
+# on 30 subjects with Lite0 (docs/log.md): of other photos 2 % lie nearer, of those above pair and margin 27 to 42 %.
+COPY_NEARER = 2.5
 COPY_LENIENCY = 0.03  # cosine; with Lite0 up to .95, above which re-saved and mirrored photos still are
 
 
@@ -103,13 +106,16 @@ def copy_cosine(real: torch.Tensor, measured: float | None) -> float:
         measured: what separated copies from other photos with this encoder; None if that was never tried.
 
     Returns:
-        The most similar pair and COPY_MARGIN, at most 1. A measured value is never lowered, and raised by COPY_LENIENCY
-        at most: photos of a series are so alike that they would let every copy pass.
+        A measured value is raised to the most similar pair and COPY_MARGIN, by COPY_LENIENCY at most: photos of a
+        series are so alike that they would let every copy pass. Where nothing was measured, the distance of that pair
+        from 1, divided by COPY_NEARER: one more photo is nearer than all pairs of N with a chance of 2 / (N + 1).
     """
     if len(real) < 2:
         raise ValueError(f"pairs need at least 2 photos, got {len(real)}")
-    found = min(cosine(real, real).fill_diagonal_(-1).max().item() + COPY_MARGIN, 1.0)
-    return found if measured is None else min(max(found, measured), measured + COPY_LENIENCY)
+    nearest = cosine(real, real).fill_diagonal_(-1).max().item()
+    if measured is None:
+        return 1 - (1 - nearest) / COPY_NEARER
+    return min(max(nearest + COPY_MARGIN, measured), measured + COPY_LENIENCY)
 
 
 def copies(nearest_cosine: torch.Tensor, distance: NDArray[np.int64], threshold: float) -> NDArray[np.bool_]:
@@ -192,6 +198,21 @@ def paired_interval(differences: torch.Tensor, confidence: float = 0.95) -> Inte
     mean = values.mean().item()
     half_width = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * values.std().item() / math.sqrt(n)
     return Interval(mean, mean - half_width, mean + half_width, n)
+
+
+def widened(half_width: float, n: int, confidence: float, comparisons: int) -> float:
+    """Return the half width of a t interval that holds for all of several comparisons at once.
+
+    Args:
+        half_width: of one interval of n paired differences.
+        n: how many differences, 2 or more.
+        confidence: of that interval.
+        comparisons: how many intervals are looked at; one of them shall be wrong as rarely as a single one was.
+
+    Source: Bonferroni 1936 (Dunn 1961): each at the confidence 1 - (1 - confidence) / comparisons.
+    """
+    one, all_of_them = (float(stats.t.ppf(1 - (1 - confidence) / (2 * count), n - 1)) for count in (1, comparisons))
+    return half_width * all_of_them / one
 
 
 def _mean_cosine(embeddings: torch.Tensor, what: str) -> torch.Tensor:

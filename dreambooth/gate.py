@@ -19,7 +19,7 @@ from dreambooth.evaluation import compare, counted, flat_remark
 from dreambooth.intervals import in_interval
 from dreambooth.params import Gate
 
-POWER = 0.8  # with which the number of prompts that is named decides
+POWER = 0.8  # with which the number of prompts that is named decides; in words: four times of five
 State = Literal["shown", "open", "refused"]
 Verdict = Literal["promote", "keep", "inconclusive"]
 
@@ -58,7 +58,7 @@ class Check:
     text: str
     """Value and bound in words."""
     needed: int | None = None
-    """How many prompts (class images, for the prior) would decide an open one."""
+    """How many prompts that count (class images, for the prior) would decide an open one, were its mean the truth."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,9 @@ def _decision(against: Literal["champion", "base"], checks: list[Check], found: 
     over_prompts = [check.needed for check in decisive if check.needed and check.name != "pres_rise"]
     images = [check.needed for check in decisive if check.needed and check.name == "pres_rise"]
     needed = max(over_prompts, default=None)
-    says = [*([f"{needed} prompts"] if needed else []), *([f"{images[0]} class images"] if images else [])]
+    says = [*([f"{needed} prompts that count"] if needed else []), *([f"{images[0]} class images"] if images else [])]
     if says:
-        line += f"; {' and '.join(says)} would decide"
+        line += f"; about {' and '.join(says)} would decide four times of five, if the difference is as measured"
+    if needed:
+        line += ": raise evaluate.max_prompts, or write more prompts into the folder evaluate.prompts"
     return Decision(verdict, against, line, tuple(checks))

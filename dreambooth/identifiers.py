@@ -1,9 +1,11 @@
 """Say whether a word is fit to mean a subject: rare, and few tokens (Ruiz et al. 2022, section 3.2)."""
 
+import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dreambooth.prompts import Reader
 from dreambooth.vocabulary import find_vocabulary, split
 
 if TYPE_CHECKING:
@@ -13,6 +15,7 @@ MAX_PIECES = 3  # the paper's identifiers have 1 to 3 tokens
 FREQUENT_SHARE = 0.25  # of the merges of a byte-level vocabulary, which stand in the order of their frequency
 FIRST_MERGE = 512  # 256 bytes, and the same ones at the end of a word
 SHORTEST_WORD = 3  # letters; shorter pieces are parts of anything, "x" or "re"
+START_AND_END = 2  # tokens around every text
 END_OF_WORD = "</w>"  # CLIP's mark of a piece that ends a word: "dog</w>" of "mydog" is the token of the word "dog"
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # Radford et al. 2021, simple_tokenizer.py
 # Words that prompts are made of: as an identifier each would change every prompt, "a photo of photo dog".
@@ -95,6 +98,22 @@ def remarks_by_tokenizer(identifiers: Iterable[str], folder: Path | None, words:
     return remarks
 
 
+def reader_at(folder: Path | None) -> Reader | None:
+    """Return how much of a text is read, by the files of a tokenizer; None where they are not at hand.
+
+    Args:
+        folder: as of `remarks_by_tokenizer`, with tokenizer_config.json.
+    """
+    about = folder / "tokenizer_config.json" if folder else None
+    tokenizer = _read(folder) if folder else None
+    if tokenizer is None or about is None or not about.is_file():
+        return None
+    room = json.loads(about.read_text(encoding="utf-8")).get("model_max_length")
+    if not isinstance(room, int):
+        return None
+    return Reader(lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids), room - START_AND_END)
+
+
 def _is_frequent(token: int, vocabulary: int) -> bool:
     rank = (token - FIRST_MERGE) / max(vocabulary - FIRST_MERGE, 1)
     return 0 <= rank < FREQUENT_SHARE
@@ -108,6 +127,7 @@ def _read(folder: Path) -> "Tokenizer | None":
 
         tokenizer = Tokenizer.from_file(str(whole))
         tokenizer.no_padding()
+        tokenizer.no_truncation()
         return tokenizer
     return _clip(vocabulary, merges) if vocabulary.is_file() and merges.is_file() else None
 

@@ -204,6 +204,20 @@ def single_file(parts: Mapping[str, Weights], configs: Mapping[str, Mapping[str,
     return whole
 
 
+def prediction_marks(scheduler: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the empty tensors by whose names ComfyUI and A1111 know what an SDXL model predicts, else epsilon.
+
+    Args:
+        scheduler: its scheduler_config.json.
+
+    Source: ComfyUI, comfy/supported_models.py (SDXL.model_type); A1111, modules/sd_models.py. SD2 is told by weights.
+    """
+    if scheduler.get("prediction_type") != "v_prediction":
+        return {}
+    names = ("v_pred", "ztsnr") if scheduler.get("rescale_betas_zero_snr") else ("v_pred",)
+    return {name: torch.empty(0) for name in names}
+
+
 def is_open_clip(text_encoder: Mapping[str, Any]) -> bool:
     """Tell the text encoder of SD2 (OpenCLIP, gelu) from that of SD1 (OpenAI's CLIP, quick_gelu) by its config.json."""
     return bool(text_encoder.get("hidden_act", "quick_gelu") == "gelu")

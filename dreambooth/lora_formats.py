@@ -6,6 +6,7 @@ Names of kohya-ss/sd-scripts, networks/lora.py: SD1 and SD2 by the modules of di
 import torch
 from torch import Tensor
 
+from dreambooth.errors import ExportError
 from dreambooth.layouts import UNetShape, unet_name
 from dreambooth.lora import ENCODERS, Lora
 
@@ -30,14 +31,18 @@ def to_kohya(lora: Lora, sdxl: UNetShape | None = None) -> dict[str, Tensor]:
     Args:
         lora: by module.
         sdxl: the shape of the UNet of an SDXL model, whose modules kohya names as the original layout does.
+
+    Raises:
+        ExportError: it is a DoRA. ComfyUI divides by the lengths of the rows of the base, A1111 by those of columns;
+            the training, and `lora.merged`, by those of the rows of the sum.
     """
+    if any(layer.magnitude is not None for layer in lora.values()):
+        raise ExportError("export.formats: kohya holds no DoRA, and this training made one; take it out")
     weights: dict[str, Tensor] = {}
     for module, layer in lora.items():
         name = kohya_name(module, sdxl)
         weights |= {f"{name}.lora_down.weight": layer.down, f"{name}.lora_up.weight": layer.up}
         weights[f"{name}.alpha"] = torch.tensor(layer.alpha, dtype=layer.down.dtype)
-        if layer.magnitude is not None:  # a column, as LyCORIS and ComfyUI have it
-            weights[f"{name}.dora_scale"] = layer.magnitude.reshape(-1, *[1] * (layer.down.ndim - 1))
     return weights
 
 

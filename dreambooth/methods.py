@@ -38,14 +38,20 @@ def add_token(model: Model, settings: Train, identifier: str, class_noun: str) -
 
 
 def frozen_dtype(settings: Train) -> torch.dtype | None:
-    """Return the precision of a UNet that is frozen, None where it is float32 or the UNet is trained."""
-    return None if settings.method == "full" else HALF[settings.mixed_precision]
+    """Return the precision of a UNet that is frozen, None where it is float32 or the UNet is trained.
+
+    The magnitudes of DoRA are lengths of its rows: those of rounded rows would move the weights of the base when they
+    are merged, before anything is learned.
+    """
+    if settings.method == "full" or (settings.adds_lora and settings.use_dora):
+        return None
+    return HALF[settings.mixed_precision]
 
 
 def make_trainable(model: Model, settings: Train) -> dict[str, torch.nn.Module]:
     """Freeze the model but for what the method trains; return the modules that hold it, in training mode.
 
-    With a half precision a UNet that is frozen is kept in it: only what is trained needs float32.
+    With a half precision a UNet that is frozen is kept in it, but for DoRA: only what is trained needs float32.
     """
     trained: dict[str, torch.nn.Module] = {}
     if settings.method != "textual_inversion":

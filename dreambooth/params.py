@@ -56,6 +56,7 @@ SamplerSteps = Annotated[int, Field(ge=SAMPLER_STEPS[0], le=SAMPLER_STEPS[1])]
 Guidance = Annotated[float, Field(ge=GUIDANCE[0], le=GUIDANCE[1])]
 Side = Annotated[int, Field(ge=SIDE[0], le=SIDE[1]), AfterValidator(_multiple_of_8)]
 Scheduler = Literal["dpmsolver++", "ddim", "pndm", "euler"]
+WITHOUT_ZERO_SNR = ("pndm",)  # solvers whose class in diffusers passes over rescale_betas_zero_snr
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -167,6 +168,11 @@ class Prior(Section):
     """Images drawn at once; part of the content key, because it changes the last bits of an image."""
     seed: Seed
     """Image i is drawn from the seed (seed, i)."""
+
+    @property
+    def named_prompts(self) -> list[tuple[str, str]]:
+        """Return each prompt with its place."""
+        return [(f"params.yaml: prior.prompts.{number}", template) for number, template in enumerate(self.prompts)]
 
 
 LORA_METHODS = ("lora", "pivotal")
@@ -538,8 +544,8 @@ def describe(path: str) -> list[str]:
     ]
 
 
-def format_faults(export: Export, method: str) -> Iterator[str]:
-    """Name the formats that a training by this method does not fill."""
+def format_faults(export: Export, method: str, use_dora: bool) -> Iterator[str]:
+    """Name the formats that a training by this method does not fill, or that others read as another model."""
     for name in export.formats:
         methods = METHODS_OF_FORMAT.get(name)
         if methods and method not in methods:
@@ -547,6 +553,27 @@ def format_faults(export: Export, method: str) -> Iterator[str]:
                 f"export.formats: {name} holds what train.method {' or '.join(methods)} makes, and the method is "
                 f"{method}; take it out, or train by another method"
             )
+        elif name == "kohya" and use_dora:
+            yield (
+                "export.formats: kohya with train.use_dora is another model in ComfyUI and in A1111, which divide by "
+                "other lengths than the training; take it out, single_file is for them and lora for diffusers"
+            )
+
+
+def scheduler_fault(name: str, about: Mapping[str, Any]) -> str | None:
+    """Return why a solver cannot draw with a base, None if it can.
+
+    Args:
+        name: of the solver.
+        about: scheduler_config.json of the base.
+    """
+    if name not in WITHOUT_ZERO_SNR or not about.get("rescale_betas_zero_snr"):
+        return None
+    others = ", ".join(one for one in get_args(Scheduler) if one not in WITHOUT_ZERO_SNR)
+    return (
+        f"scheduler {name} would draw on another noise schedule than that of the base, whose last step is noise alone "
+        f"(rescale_betas_zero_snr); take one of {others}"
+    )
 
 
 def _remedy(error: Exception) -> str:
@@ -578,7 +605,7 @@ def _contradictions(params: Params) -> Iterator[str]:
     photos = params.photos
     if photos.max_count < photos.min_count:
         yield f"photos.max_count: should be at least photos.min_count {photos.min_count} (got {photos.max_count})"
-    yield from format_faults(params.export, params.train.method)
+    yield from format_faults(params.export, params.train.method, params.train.use_dora)
     if photos.prepared_side < params.base.resolution:
         yield (
             f"photos.prepared_side: should be at least base.resolution {params.base.resolution} "

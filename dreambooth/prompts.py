@@ -3,16 +3,16 @@
 import csv
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dreambooth.errors import EvaluationError, PhotosError
+from dreambooth.errors import EvaluationError, ParamsError, PhotosError, shown
 from dreambooth.folders import read_text
 
 PLACEHOLDER = "{}"
 INSTANCE_TEMPLATE = "a photo of {}"
-MAX_CAPTION = 1000  # characters; CLIP reads 77 tokens
+MAX_CAPTION = 1000  # characters; how many tokens are read depends on the base: `cuts`
 ARTICLE = re.compile(r"\b(?:an?|the) ", re.IGNORECASE)
 # After these a new noun phrase begins; not in "a see-through {}". Those that are adjectives too are left out.
 BREAK = re.compile(
@@ -40,6 +40,67 @@ class Template(NamedTuple):
 
     kind: str
     prompt: str
+
+
+class Reader(NamedTuple):
+    """How much of a text the text encoders of a base read."""
+
+    count: Callable[[str], int]
+    """Of the tokens of a text, without start and end."""
+    room: int
+    """How many of them are read: 75 by CLIP's 77."""
+
+
+def reader_of(tokenizers: Sequence[Any]) -> Reader:
+    """Return how much of a text is read through all tokenizers of a base."""
+
+    def count(text: str) -> int:
+        found = [one(text, add_special_tokens=False, verbose=False)["input_ids"] for one in tokenizers]
+        return max(map(len, found))
+
+    return Reader(count, min(one.model_max_length - one.num_special_tokens_to_add() for one in tokenizers))
+
+
+class Cut(NamedTuple):
+    """A prompt whose end is not read."""
+
+    text: str
+    """For people."""
+    loses_subject: bool
+    """Whether the words for the subject, or the class, stand in what is not read."""
+
+
+def cuts(templates: Iterable[tuple[str, str]], words: str, reader: Reader) -> Iterator[Cut]:
+    """Yield the prompts that are longer than what is read of them.
+
+    Args:
+        templates: where each stands, and its text with a {}.
+        words: for the subject or the class.
+        reader: of the base.
+    """
+    for where, template in templates:
+        number = reader.count(fill(template, words))
+        if number <= reader.room:
+            continue
+        head = reader.count(fill(template.partition(PLACEHOLDER)[0] + PLACEHOLDER, words))
+        lost = head > reader.room
+        if lost:
+            what = f"{words!r} ends at token {head}, and the base reads {reader.room}; put {{}} near the beginning"
+        else:
+            what = f"has {number} tokens, and the base reads {reader.room}: the end has no effect; shorten it"
+        yield Cut(f"{where}: {what}: {shown(template[:60])!r}", lost)
+
+
+def require_read(found: Iterable[Cut], error: type[ParamsError] | type[PhotosError]) -> list[str]:
+    """Refuse prompts that do not say whom they mean; return what is to be said of those that lose only their end.
+
+    Raises:
+        ParamsError, PhotosError: as `error` says, with each prompt whose words for the subject are not read.
+    """
+    found = list(found)
+    if lost := [cut.text for cut in found if cut.loses_subject]:
+        raise error(lost)
+    return [cut.text for cut in found]
 
 
 def instance_prompt(identifier: str, class_noun: str, caption: str | None = None) -> str:

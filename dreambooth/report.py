@@ -13,7 +13,7 @@ from matplotlib.figure import Figure as Plot
 from dreambooth.curves import png_of, tradeoff_curve
 from dreambooth.errors import shown
 from dreambooth.evaluation import COST, SECOND_OPINION, choose_step, counted, flat_remark
-from dreambooth.fidelity import COPY_DISTANCE
+from dreambooth.fidelity import COPY_DISTANCE, widened
 from dreambooth.folders import write_file
 from dreambooth.gate import Decision
 from dreambooth.images import read_prepared
@@ -146,7 +146,7 @@ def make_report(title: str, sources: Sources, metrics: Mapping[str, Any], decisi
         loss=data_uri(loss, "png"),
         loss_note="Faint: each step, which is nearly pure noise. Strong: the mean of its neighbourhood.",
         tradeoff=data_uri(tradeoff, "png") if tradeoff else "",
-        tradeoff_note=_tradeoff_note(points, drop, shipped, sources.recipe),
+        tradeoff_note=_tradeoff_note(points, drop, shipped, sources.recipe, metrics["confidence"]),
         provenance=provenance(about, metrics, sources),
         curves={"loss.png": loss} | ({"tradeoff.png": tradeoff} if tradeoff else {}),
     )
@@ -444,7 +444,9 @@ def _prior_note(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _tradeoff_note(points: pd.DataFrame | None, drop: float, shipped: int | None, recipe: Mapping[str, Any]) -> str:
+def _tradeoff_note(
+    points: pd.DataFrame | None, drop: float, shipped: int | None, recipe: Mapping[str, Any], confidence: float
+) -> str:
     if points is None:
         return "Not drawn: the prompt fidelity was not measured."
     means = "Up: more like the subject. Right: more like the prompt."
@@ -461,13 +463,14 @@ def _tradeoff_note(points: pd.DataFrame | None, drop: float, shipped: int | None
         about = (
             f"{about} Shipped is {f'step {shipped}' if shipped else 'a step that was not noted'}, without a preview."
         )
-    return f"{about} {_advice(points, drop, shipped, recipe.get('lr_scheduler', 'constant'))}"
+    return f"{about} {_advice(points, drop, shipped, recipe.get('lr_scheduler', 'constant'), confidence)}"
 
 
-def _advice(points: pd.DataFrame, drop: float, shipped: int | None, lr_scheduler: str) -> str:
+def _advice(points: pd.DataFrame, drop: float, shipped: int | None, lr_scheduler: str, confidence: float) -> str:
     """Say which step the previews speak for and how to get it: the weights of a step are not kept after the training.
 
-    A step that the intervals do not tell apart from the last one is no advice.
+    A step that is not told apart from the last one is no advice. It is the best of all but the last, in one of two
+    measures: its interval holds for so many comparisons at once.
     """
     step, last = choose_step(points, drop), points.iloc[-1]
     best = points[points["step"] == step].iloc[0]
@@ -476,10 +479,15 @@ def _advice(points: pd.DataFrame, drop: float, shipped: int | None, lr_scheduler
         return f"{most}, which is the one that is shipped."
     if step == last["step"]:
         return f"{most}, the last one."
-    if not any(best[name] - last[name] > best[f"{name}_error"] for name in ("identity", "prompt")):
+    count, comparisons = int(best["prompts"]), 2 * (len(points) - 1)
+    better = count >= MIN_PROMPTS and any(
+        best[name] - last[name] > widened(best[f"{name}_error"], count, confidence, comparisons)
+        for name in ("identity", "prompt")
+    )
+    if not better:
         return (
-            f"{most}, but it is not told apart from the last one: no reason for a shorter training. More "
-            "train.preview_prompts tell more."
+            f"{most}, but by {count} prompts the best of {len(points)} steps is not told apart from the last one: no "
+            f"reason for a shorter training. More train.preview_prompts tell more, {MIN_PROMPTS} at least."
         )
     ends = (
         "" if lr_scheduler == "constant" else f"; its rate then falls to 0 by there ({lr_scheduler}), for other weights"

@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from dreambooth.errors import ModelError
 from dreambooth.families import Text, condition, drawn_sizes, encode_text
 from dreambooth.models import Model
-from dreambooth.params import Evaluate, Prior
+from dreambooth.params import Evaluate, Prior, scheduler_fault
 from dreambooth.progress import progress_bar
 
 # By their classes in diffusers, whose import takes seconds. All of them deterministic: the only noise of an
@@ -180,8 +181,14 @@ def decode(model: Model, latents: Tensor) -> list[Image.Image]:
 
 
 def make_scheduler(name: str, config: dict[str, Any]) -> Any:
-    """Build a solver by name on the noise schedule of a model."""
+    """Build a solver by name on the noise schedule of a model.
+
+    Raises:
+        ModelError: its class would leave out a part of that schedule.
+    """
     import diffusers
 
+    if fault := scheduler_fault(name, config):
+        raise ModelError(fault)
     class_name, options = SCHEDULERS[name]
     return getattr(diffusers, class_name).from_config(config, **options)

@@ -25,7 +25,7 @@ from dreambooth.errors import ConsentError
 from dreambooth.folders import GENERATION, read_manifest
 from dreambooth.images import png_bytes
 from dreambooth.models import DTYPES, load_model
-from dreambooth.params import GUIDANCE, SAMPLER_STEPS, SIDE, SIDE_UNIT
+from dreambooth.params import GUIDANCE, SAMPLER_STEPS, SIDE, SIDE_UNIT, scheduler_fault
 from dreambooth.pointer import resolve_whole
 from dreambooth.sampling import SCHEDULERS, SamplerSettings, draw
 
@@ -89,6 +89,8 @@ class PictureModel(PythonModel):  # type: ignore[misc]  # mlflow has no types
         self._require_consent()
         wanted = self._defaults | CALL | {k: v for k, v in (params or {}).items() if v is not None}
         settings = _settings(wanted)
+        fault = scheduler_fault(settings.scheduler, self._model.scheduler_config)
+        _require(fault is None, str(fault))
         prompts = list(_prompts(model_input))
         _require(1 <= len(prompts) <= MAX_PICTURES, f"prompt: give 1 to {MAX_PICTURES} (got {len(prompts)})")
         self._require_work(len(prompts), settings)

@@ -11,6 +11,7 @@ from pathlib import Path
 from dreambooth.consent import PERSON, RECORD, read_consent, require_lasting
 from dreambooth.errors import ConsentError, ParamsError, PhotosError, PipelineError, SubjectError, shown
 from dreambooth.folders import read_text
+from dreambooth.identifiers import reader_at
 from dreambooth.params import Params, Photos, check_id, load_params, parse_params
 from dreambooth.photos import (
     CAPTION_SUFFIX,
@@ -27,7 +28,7 @@ from dreambooth.prompts import read_caption
 from dreambooth.yaml12 import dump_yaml
 from flows.commandline import DVC, last_words, run_quietly
 from flows.generate import slug
-from flows.preflight import poor_identifiers, unknown_nouns
+from flows.preflight import cut_captions, poor_identifiers, tokenizer_folder, unknown_nouns
 from flows.project import PARAMS, means, read_params_text, write_params_text
 
 IDENTIFIER, KIND = "sks", "object"  # of a new subject of which nothing else is said
@@ -88,6 +89,7 @@ def add_subject(root: Path, wish: Wish, sources: Sequence[Path], force: bool = F
     _require_replaceable(folder, entry["kind"])
     text = with_subject(read_params_text(root), params, wish, class_id)
     photos, ignored = collect(sources)
+    cut = _cut_captions(root, params, photos, entry["identifier"], wish.class_noun)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{wish.subject_id}.", dir=folder.parent) as temporary:
         place = Path(temporary) / "photos"
@@ -98,6 +100,7 @@ def add_subject(root: Path, wish: Wish, sources: Sequence[Path], force: bool = F
             place.rename(folder)
             write_params_text(root, text)
     remarks = [str(remark)] if (remark := alike(reports, params.photos)) else []
+    remarks += cut
     remarks += poor_identifiers(root, params, [entry["identifier"]], [wish.class_noun])
     remarks += unknown_nouns(root, params, [wish.class_noun])
     return Added(folder, class_id, reports, ignored, remarks, assumed_kind)
@@ -260,6 +263,13 @@ def _named(sources: Sequence[Path], ignored: Sequence[str]) -> str:
     """Say what the user named, and what of it is no photo."""
     told = ", ".join(shown(source) for source in sources[:3]) + (" ..." if len(sources) > 3 else "")
     return told + (f" (passed over: {', '.join(map(shown, ignored[:5]))})" if ignored else "")
+
+
+def _cut_captions(root: Path, params: Params, photos: Sequence[Path], identifier: str, class_noun: str) -> list[str]:
+    """Refuse captions of which the base would read no subject; return what is to be said of those it reads in part."""
+    captions = [caption for photo in photos if (caption := photo.with_suffix(CAPTION_SUFFIX)).is_file()]
+    reader = reader_at(tokenizer_folder(root, params.base)) if captions else None
+    return cut_captions(params, captions, identifier, class_noun, reader) if reader else []
 
 
 def _copy_and_check(photos: Sequence[Path], place: Path, named: str, limits: Photos) -> list[PhotoReport]:

@@ -115,7 +115,8 @@ def plan(
         say(line)
     if made.lines and made.at_once > 1 and (gpus or has_gpu()):
         say(one_gpu(made.at_once))
-    require_inputs(root, params, graph)
+    for remark in require_inputs(root, params, graph):
+        warn(remark)
 
 
 def accept(

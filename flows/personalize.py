@@ -93,7 +93,8 @@ def personalize(subject: str | list[str] | None = None, root: str | None = None)
             subjects = choose_subjects(params, subject)
             every = Graph.load(project)
             graph = every.select(subjects)
-            require_inputs(project, params, graph)
+            for remark in require_inputs(project, params, graph):
+                get_run_logger().warning("%s", remark)
             require_room(project, every, graph)
         except DreamboothError as error:
             return failed(error)

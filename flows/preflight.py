@@ -1,38 +1,46 @@
 """Report what params.yaml asks for in vain up front: the stage that would refuse it runs after the training."""
 
 import difflib
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dreambooth.bases import LOCAL_MODELS, locate
-from dreambooth.identifiers import known_words, remarks_by_tokenizer
-from dreambooth.params import Base, Params
-from dreambooth.prompts import load_templates
+from dreambooth.errors import ParamsError, PhotosError, shown
+from dreambooth.identifiers import known_words, reader_at, remarks_by_tokenizer
+from dreambooth.params import Base, Params, scheduler_fault
+from dreambooth.prompts import Reader, Template, cuts, load_templates, read_caption, require_read, with_article
 from dreambooth.vocabulary import SCORER, VOCABULARY, Vocabulary, find_vocabulary
 from flows.graph import GPU_ENTRIES, Graph
 from flows.project import PARAMS
 
-EVALUATE = "evaluate"
+EVALUATE, PRIOR, TRAIN = "evaluate", "prior", "train"
 BUNDLED = f"{LOCAL_MODELS}/emoji64"  # the base that the bundled scorer was taught beside
 ALIKE = 0.75  # of two words, by difflib: candel is candle, and a van is no can
 RIFLE = "sks"  # the identifier of the paper's reference implementations; no caption of the bundled base has it
 
 
-def require_inputs(root: Path, params: Params, graph: Graph) -> None:
-    """Refuse what a stale stage would refuse: a base model that is nowhere, prompts that cannot be read.
+def require_inputs(root: Path, params: Params, graph: Graph) -> list[str]:
+    """Refuse what a stale stage would refuse: a base that is nowhere, a solver or prompts that are not for it.
+
+    Returns:
+        What is to be said of prompts whose end the base does not read.
 
     Raises:
-        ModelError, EvaluationError: as the stage would.
+        ModelError, EvaluationError, PhotosError, ParamsError: as the stage would.
     """
     if any(stage.entry in GPU_ENTRIES for stage in graph.stale):
         locate(params.base.pretrained_model_name_or_path, params.base.revision, root)
-    for file in dict.fromkeys(map(params.prompts_file, _evaluated(graph))):
-        load_templates(root / file)
+    _require_schedulers(root, params, graph)
+    files = dict.fromkeys(map(params.prompts_file, _stale(graph, EVALUATE)))
+    templates = {file: load_templates(root / file) for file in files}
+    reader = reader_at(tokenizer_folder(root, params.base)) if graph.stale else None
+    return list(dict.fromkeys(_read_in_part(root, params, graph, templates, reader))) if reader else []
 
 
 def remarks(root: Path, params: Params, graph: Graph) -> list[str]:
     """Say what will be worse than its user may think, of the subjects whose evaluation is stale."""
-    subjects = _evaluated(graph)
+    subjects = _stale(graph, EVALUATE)
     if not subjects:
         return []
     identifiers = dict.fromkeys(params.subject(one).identifier for one in subjects)
@@ -91,28 +99,82 @@ def foreign_scorer(root: Path, params: Params) -> Iterator[str]:
         )
 
 
+def cut_captions(
+    params: Params, captions: Iterable[Path], identifier: str, class_noun: str, reader: Reader
+) -> list[str]:
+    """Refuse captions of which the base would read no subject; return what is to be said of those it reads in part.
+
+    Raises:
+        PhotosError: with each of them; or with the first file that is no caption.
+    """
+    templates = [(shown(path), read_caption(path)) for path in captions]
+    return require_read(cuts(templates, _called(params, identifier, class_noun), reader), PhotosError)
+
+
+def _read_in_part(
+    root: Path, params: Params, graph: Graph, templates: Mapping[str, Sequence[Template]], reader: Reader
+) -> Iterator[str]:
+    """Go through captions, class prompts and evaluation prompts, as far as their stages are stale."""
+    for subject_id in _stale(graph, TRAIN):
+        from dreambooth.photos import find_photos, subject_folder  # SciPy takes a second, and may not be needed
+
+        subject, class_noun = params.subject(subject_id), params.class_of(subject_id).class_noun
+        if (folder := subject_folder(root, subject_id)).is_dir():
+            captions = find_photos(folder).captions.values()
+            yield from cut_captions(params, captions, subject.identifier, class_noun, reader)
+    for class_id in _stale(graph, PRIOR) if params.prior.kind == "images" else ():
+        noun = with_article(params.classes[class_id].class_noun)
+        yield from require_read(cuts(params.prior.named_prompts, noun, reader), ParamsError)
+    for subject_id in _stale(graph, EVALUATE):
+        file = params.prompts_file(subject_id)
+        words = _called(params, params.subject(subject_id).identifier, params.class_of(subject_id).class_noun)
+        yield from (cut.text for cut in cuts([(file, one.prompt) for one in templates[file]], words, reader))
+
+
+def _called(params: Params, identifier: str, class_noun: str) -> str:
+    """Return the words for a subject; a word that is learned is one token, as any letter is."""
+    return f"{'x' if params.train.learns_token else identifier} {class_noun}"
+
+
 def tokenizer_folder(root: Path, base: Base) -> Path | None:
     """Return where the tokenizer of a base lies: in its folder, or in the cache of the hub, which is not asked."""
+    for name in ("tokenizer.json", "vocab.json"):
+        if (found := _at_hand(root, base, f"tokenizer/{name}")) is not None:
+            return found.parent
+    return None
+
+
+def _at_hand(root: Path, base: Base, name: str) -> Path | None:
+    """Return where a file of a base lies: in its folder, or in the cache of the hub, which is not asked."""
     if (folder := root / base.pretrained_model_name_or_path).is_dir():
-        return folder / "tokenizer"
+        return folder / name if (folder / name).is_file() else None
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    for name in ("tokenizer.json", "vocab.json"):
-        try:
-            found = try_to_load_from_cache(
-                base.pretrained_model_name_or_path, f"tokenizer/{name}", revision=base.revision
-            )
-        except HFValidationError:  # neither a folder nor a hub id, which `locate` refuses
-            return None
-        if isinstance(found, str):
-            return Path(found).parent
-    return None
+    try:
+        found = try_to_load_from_cache(base.pretrained_model_name_or_path, name, revision=base.revision)
+    except HFValidationError:  # neither a folder nor a hub id, which `locate` refuses
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _require_schedulers(root: Path, params: Params, graph: Graph) -> None:
+    """Refuse solvers that cannot draw with the base, as far as its scheduler_config.json is at hand."""
+    about = _at_hand(root, params.base, "scheduler/scheduler_config.json")
+    if about is None:
+        return
+    stale = {stage.entry for stage in graph.stale}
+    asked = {"prior": params.prior.scheduler} if PRIOR in stale and params.prior.kind == "images" else {}
+    asked |= {"evaluate": params.evaluate.scheduler} if EVALUATE in stale else {}
+    known = json.loads(about.read_text(encoding="utf-8"))
+    faults = {section: scheduler_fault(name, known) for section, name in asked.items()}
+    if told := [f"params.yaml: {section}.{fault}" for section, fault in faults.items() if fault]:
+        raise ParamsError(told)
 
 
 def _is_bundled(root: Path, base: Base) -> bool:
     return root / base.pretrained_model_name_or_path == root / BUNDLED
 
 
-def _evaluated(graph: Graph) -> list[str]:
-    return [stage.key for stage in graph.stale if stage.entry == EVALUATE]
+def _stale(graph: Graph, entry: str) -> list[str]:
+    return [stage.key for stage in graph.stale if stage.entry == entry]

@@ -53,17 +53,19 @@ class Sweep:
                 yield from (f"{subject_id}: {sweeps.with_seeds(one)}" for one in recipes)
             ranking = sweeps.ranked(recipes, drop)
             if ranking and ranking[0].values:
-                yield f"{subject_id}: {_best_in_words(subject_id, ranking, drop)}"
+                yield f"{subject_id}: {_best_in_words(subject_id, ranking, len(recipes), drop)}"
 
 
-def _best_in_words(subject_id: str, ranking: Sequence[Recipe], drop: float) -> str:
+def _best_in_words(subject_id: str, ranking: Sequence[Recipe], tried: int, drop: float) -> str:
     """Say which recipe is the first, how sure that is, and the commands that take it over."""
     best = ranking[0]
     certainty = sweeps.certainty(ranking)
+    chosen = f"; its scores chose it out of {tried}, so set other evaluate.seeds to judge it" if tried > 1 else ""
     seed = f", with the first seed, {best.first.values[SEED]}" if SEED in best.first.values else ""
     return (
-        f"the most identity within {drop:g} of the best prompt: {best}{f' ({certainty})' if certainty else ''}; "
-        f"to take it over{seed}: dreambooth sweep --apply {best.first.experiment}, then dreambooth run {subject_id}"
+        f"the most identity within {drop:g} of the best prompt: {best}{f' ({certainty})' if certainty else ''}"
+        f"{chosen}; to take it over{seed}: dreambooth sweep --apply {best.first.experiment}, then "
+        f"dreambooth run {subject_id}"
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from dreambooth.dataset import Posterior
-from dreambooth.errors import SubjectError
+from dreambooth.errors import ParamsError, SubjectError
 from dreambooth.families import Sizes, drawn_sizes
 from dreambooth.folders import cache_folder, new_folder, scratch_folder, sha256_of_file
 from dreambooth.hardware import computes_on
@@ -19,7 +19,7 @@ from dreambooth.models import DTYPES, Model, default_device, device_name, load_m
 from dreambooth.params import Params
 from dreambooth.photos import PhotoReport, check_photos, require_usable
 from dreambooth.priors import ensure_class_images, prior_key, read_class_images, save_class_latents
-from dreambooth.prompts import class_prompt, class_prompts
+from dreambooth.prompts import class_prompt, class_prompts, cuts, reader_of, require_read, with_article
 from dreambooth.views import sizes_of
 from stages.entry import main, say
 
@@ -57,7 +57,7 @@ def _drawn(params: Params, class_id: str, root: Path, about: dict[str, Any]) -> 
     key = prior_key(base_hash, texts, params.prior, resolution, dtype, device_name(device))
     store = cache_folder() / "priors" / key
     report = ensure_class_images(
-        store, texts, lambda: _load(class_id, base, DTYPES[dtype], device), params.prior, resolution
+        store, texts, lambda: _load_to_draw(params, class_id, base, device), params.prior, resolution
     )
     images, posteriors = read_class_images(store, params.prior.num_class_images)
     settings = params.prior.model_dump(exclude={"kind", "folder", "prompts"})
@@ -88,6 +88,15 @@ def _own(params: Params, class_id: str, root: Path, about: dict[str, Any]) -> Pi
     dropped = len(reports) - len(usable)
     say(f"prior {class_id}: {len(usable)} photos of your own, {dropped} dropped; latents: {reused} reused")
     return [png_bytes(square) for square in squares], posteriors, sizes
+
+
+def _load_to_draw(params: Params, class_id: str, base: Path, device: torch.device) -> Model:
+    """Load the base; refuse prompts of which it would read no class."""
+    model = _load(class_id, base, DTYPES[params.base.inference_dtype], device)
+    noun = with_article(params.classes[class_id].class_noun)
+    for remark in require_read(cuts(params.prior.named_prompts, noun, reader_of(model.tokenizers)), ParamsError):
+        say(f"prior {class_id}: warning: {remark}")
+    return model
 
 
 def _load(

@@ -16,7 +16,7 @@ from PIL import Image
 from dreambooth import launcher, methods, processes, prompts
 from dreambooth.checkpoint import KEEP, MAY_CHANGE, Checkpoints
 from dreambooth.dataset import Sample
-from dreambooth.errors import DivergedError, TrainingError
+from dreambooth.errors import DivergedError, PhotosError, TrainingError, shown
 from dreambooth.evaluation_loss import EvaluationRecord
 from dreambooth.folders import (
     cache_of,
@@ -88,6 +88,7 @@ def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = 
     about["class_images"] = sum(not sample.taught for sample in prior)
     about["class_prompts"] = sorted({sample.prompt for sample in prior})
     methods.add_token(model, params.train, about["inputs"]["identifier"], about["inputs"]["class_noun"])
+    remarks = _require_read(params, subject_id, root, model)
     checkpoints = _checkpoints(subject_id, root, about["inputs"], resume_from)
     if params.train.preview_steps is None or processes.rank() > 0:  # the first process alone draws previews
         model.vae = None  # all latents are known: its memory is free for the training
@@ -95,7 +96,7 @@ def run(params: Params, subject_id: str, root: Path, resume_from: Path | None = 
         train(model, instance, prior, params.train, None, checkpoints)
         return
     _require_room(params, model, checkpoints)
-    _say_remarks(params, subject_id, root, model, len(instance))
+    _say_remarks(params, subject_id, root, model, len(instance), remarks)
     _say_rows(params.train, subject_id, len(instance), about["class_images"], model.device)
     target = root / OUTPUTS[0].format(id=subject_id)
     with only_one_of(root, "train", subject_id, f"the training of {subject_id}"):
@@ -151,13 +152,23 @@ def _say_rows(settings: Train, subject_id: str, photos: int, class_images: int, 
         say(f"train {subject_id}: warning: {class_images - rows} class images are never seen; fewer are enough")
 
 
-def _say_remarks(params: Params, subject_id: str, root: Path, model: Model, photos: int) -> None:
+def _require_read(params: Params, subject_id: str, root: Path, model: Model) -> list[str]:
+    """Refuse captions of which the base would read no subject; return what is to be said of those it reads in part."""
+    photos = read_manifest(root / INPUTS[0].format(id=subject_id))["photos"]
+    captions = [(f"the caption of {shown(one['original'])}", one["caption"]) for one in photos if one.get("caption")]
+    words = f"{params.subject(subject_id).identifier} {params.class_of(subject_id).class_noun}"
+    return prompts.require_read(prompts.cuts(captions, words, prompts.reader_of(model.tokenizers)), PhotosError)
+
+
+def _say_remarks(
+    params: Params, subject_id: str, root: Path, model: Model, photos: int, remarks: Sequence[str]
+) -> None:
     word, tokenizer = params.subject(subject_id).identifier, model.tokenizer
     ids = tokenizer(word, add_special_tokens=False)["input_ids"]
     known = known_words(root, [params.class_of(subject_id).class_noun])
     steps, warmup = max_train_steps(params.train, photos), params.train.lr_warmup_steps
     pieces = tokenizer.convert_ids_to_tokens(ids)
-    remarks = [*identifier_remarks(word, ids, pieces, len(tokenizer), known), *params.idle]
+    remarks = [*remarks, *identifier_remarks(word, ids, pieces, len(tokenizer), known), *params.idle]
     if warmup >= steps:
         remarks.append(f"train.lr_warmup_steps: {warmup} leave none of the {steps} steps at the full rate")
     if params.train.mixed_precision == "bf16" and gpu_lacks_bfloat16():

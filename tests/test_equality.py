@@ -1,5 +1,6 @@
 """Equality with the reference, and growth: the arithmetic by hand, and both programs at toy size."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from test_bench import SCRIPT
 from tiny_project import add_photos
 
 from benchmarks import equality, growth
-from benchmarks.equality import compare_losses, read_reference
+from benchmarks.equality import Difference, compare_losses, read_reference, report
+from benchmarks.recipe import Recipe
 from benchmarks.usage import Usage
 
 # The stand-in of test_bench, which also tells TensorBoard its losses and leaves the base as what it trained.
@@ -46,6 +48,16 @@ def test_the_half_width_is_that_of_welch_by_hand() -> None:
     one, other = np.array([0, 0, 1.0, 3.0]), np.array([0, 0, 2.0, 4.0])
     # Two values of variance 2 a side: standard error sqrt(2/2 + 2/2), two degrees of freedom, t = 4.3027.
     assert compare_losses([one], [other]).half_width == pytest.approx(4.302653 * 2**0.5)
+
+
+def test_the_page_of_three_seeds_has_the_t_interval_over_them(tmp_path: Path) -> None:
+    recipe = Recipe(tmp_path, tmp_path, "dog", 32, 4, 2, 1, 2, 1e-5, "no", 2)
+    gaps = (-0.016, -0.007, 0.023)
+    seeds = [{"base": 0.5, "ours": 0.5 + gap, "reference": 0.5, "low": -0.1, "high": 0.1} for gap in gaps]
+    page = report(recipe, [0, 1, 2], Difference(0.65, 0.63, 0.03), seeds)
+    # Deviation .0204 over the root of 3 is .0118; t of 2 degrees of freedom is 4.3027.
+    assert re.search(r"mean of the seeds: [+-]0\.000 \[-0\.051, \+0\.051\] \(95 % over seeds\): not told apart\.", page)
+    assert "mean of the seeds: +0.023.**" in report(recipe, [2], Difference(0.65, 0.63, 0.03), seeds[2:])
 
 
 def test_losses_of_the_script_are_read_in_the_order_of_steps(tmp_path: Path) -> None:

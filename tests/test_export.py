@@ -182,6 +182,31 @@ def run_block(block: str) -> Any:
     return names["pipeline"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "marks"),
+    [
+        ({}, set()),
+        ({"prediction_type": "v_prediction"}, {"v_pred"}),
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, {"v_pred", "ztsnr"}),
+    ],
+)
+def test_a_single_file_of_sdxl_says_to_other_programs_what_it_predicts(
+    params_values: dict[str, Any], tmp_path: Path, changes: dict[str, Any], marks: set[str]
+) -> None:
+    base = write_sdxl(tmp_path / "base")
+    about = base / "scheduler/scheduler_config.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | changes))
+    folder = export(params_values, base, tmp_path / "nothing", tmp_path / "out", ["single_file"], dtype="float32")
+    path = folder / "single_file/biscuit.safetensors"
+    found = safetensors.torch.load_file(path)
+    assert {name for name in found if "." not in name} == marks
+    assert all(found[name].numel() == 0 for name in marks)
+    whole = StableDiffusionXLPipeline.from_pretrained(folder)
+    assert_equal_weights(
+        StableDiffusionXLPipeline.from_single_file(path, config=str(folder), local_files_only=True), whole
+    )
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_folder_of_a_full_training_is_the_evaluated_model_to_the_last_bit(
     params_values: dict[str, Any], base: Path, tmp_path: Path, dtype: str
@@ -216,21 +241,22 @@ def test_both_files_of_a_lora_and_the_folder_draw_the_trained_picture(
     assert about["ss_network_module"] == "networks.lora"
 
 
-def test_diffusers_draws_the_trained_picture_of_a_dora_and_the_card_sends_it_to_the_file_that_it_can_read(
+def test_a_dora_is_drawn_by_diffusers_from_its_lora_and_in_the_format_of_kohya_it_is_refused(
     params_values: dict[str, Any], base: Path, tmp_path: Path
 ) -> None:
     expected = train_lora(base, tmp_path / "trained", dora=True)
     params_values["train"]["use_dora"] = True
-    arguments = (params_values, base, tmp_path / "trained", tmp_path / "out", ["lora", "kohya"], "lora")
+    arguments = (params_values, base, tmp_path / "trained", tmp_path / "out", ["lora"], "lora")
     folder = export(*arguments, dtype="float32")
     assert np.abs(picture(loaded(base, folder / "lora" / LORA_FILE)) - expected).max() < ONE_STEP
-    card = (folder / "README.md").read_text()
-    (line,) = [line for line in card.splitlines() if line.startswith("| kohya/")]
-    assert "load_lora_weights" not in line
-    assert "know DoRA" in line
-    assert '`.load_lora_weights("export/biscuit/lora")`' in card
-    names = safetensors.torch.load_file(folder / "kohya/biscuit.safetensors")
-    assert sum(name.endswith(".dora_scale") for name in names) == len(names) / 4
+    assert '`.load_lora_weights("export/biscuit/lora")`' in (folder / "README.md").read_text()
+    params_values["export"]["formats"].append("kohya")
+    with pytest.raises(ParamsError, match=r"kohya with train\.use_dora is another model in ComfyUI and in A1111"):
+        parse_params(params_values)
+    params_values["train"]["use_dora"] = False  # changed after the training
+    arguments = (params_values, base, tmp_path / "trained", tmp_path / "again", ["kohya"], "lora")
+    with pytest.raises(ExportError, match="kohya holds no DoRA, and this training made one"):
+        export(*arguments, dtype="float32")
 
 
 def test_a_single_file_of_a_new_word_has_the_vocabulary_of_the_base_and_the_word_beside_it(

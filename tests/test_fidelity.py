@@ -19,6 +19,7 @@ from dreambooth.fidelity import (
     identity,
     paired_interval,
     prompt_fidelity,
+    widened,
 )
 
 X, Y, DIAGONAL = [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]
@@ -192,10 +193,34 @@ def test_a_cosine_that_is_no_number_is_no_verdict_on_copying():
 
 
 def test_photos_of_one_thing_are_no_copies_of_each_other():
-    assert copy_cosine(torch.tensor([X, Y, DIAGONAL]), None) == pytest.approx(HALF + 0.02)
+    assert copy_cosine(torch.tensor([X, Y, DIAGONAL]), None) == pytest.approx(1 - (1 - HALF) / 2.5)
     assert copy_cosine(torch.tensor([X, X]), None) == 1
     with pytest.raises(ValueError, match="at least 2 photos, got 1"):
         copy_cosine(torch.tensor([X]), None)
+
+
+@pytest.mark.parametrize("photos", [3, 5])
+@pytest.mark.parametrize("spread", [0.1, 0.5, 1.0])
+def test_one_more_photo_of_the_subject_is_no_copy_where_nothing_was_measured_but_a_saved_one_is(
+    photos: int, spread: float
+) -> None:
+    chance = torch.Generator().manual_seed(0)
+    subject = torch.nn.functional.normalize(torch.randn(400, 1, 64, generator=chance), dim=-1)
+    away = torch.nn.functional.normalize(torch.randn(400, photos + 1, 64, generator=chance), dim=-1)
+    saved = torch.nn.functional.normalize(torch.randn(400, 1, 64, generator=chance), dim=-1)
+    rows = subject + spread * away
+    others, again = 0, 0
+    for known, new, noise in zip(rows[:, 1:], rows[:, :1], saved, strict=True):
+        threshold = copy_cosine(known, None)
+        others += bool(cosine(new, known).max() > threshold)
+        again += bool(cosine(known[:1] + spread / 3 * noise, known).max() > threshold)
+    assert others / 400 < 0.05
+    assert again == 400
+
+
+def test_two_photos_that_are_nearly_one_still_leave_room_for_a_copy() -> None:
+    nearly = torch.tensor([X, [0.99, math.sqrt(1 - 0.99**2)]])
+    assert copy_cosine(nearly, None) == pytest.approx(0.996)
 
 
 def test_a_measured_copy_cosine_is_raised_a_little_by_photos_that_are_alike_and_never_lowered():
@@ -247,3 +272,8 @@ def test_discrepancy_refuses_rows_that_are_no_pairs():
         discrepancy(torch.ones(3, 2), torch.ones(2, 2))
     with pytest.raises(ValueError, match="2 rows or more"):
         discrepancy(torch.ones(1, 2), torch.ones(1, 2))
+
+
+def test_an_interval_that_holds_for_several_comparisons_is_wider_as_the_quantiles_of_t_say() -> None:
+    assert widened(0.1, 6, 0.95, 1) == pytest.approx(0.1)
+    assert widened(0.1, 6, 0.95, 5) == pytest.approx(0.1 * 4.0321 / 2.5706, rel=1e-4)  # t of 5: 99 % beside 95 %

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +93,27 @@ def test_a_gain_that_is_not_shown_is_inconclusive_and_says_how_many_prompts_woul
     found = decide(wavering(0.03, 0.1), card(24), MARGINS)
     assert found.verdict == "inconclusive"
     assert math.ceil(((1.9600 + 0.8416) * 0.1 / (0.03 - MARGINS.min_gain)) ** 2) == 197
-    assert found.line.endswith("197 prompts would decide")
+    assert found.line.endswith(
+        "; about 197 prompts that count would decide four times of five, if the difference is as measured: "
+        "raise evaluate.max_prompts, or write more prompts into the folder evaluate.prompts"
+    )
+
+
+def test_class_images_that_would_decide_are_no_reason_to_write_prompts() -> None:
+    challenger = card(identity=0.1)
+    challenger.pres.extend([0.9, -0.2])
+    champion = card()
+    champion.pres.extend([0.4, 0.2])
+    found = decide(challenger, champion, MARGINS)
+    assert re.search(r"pres_rise .*; about \d+ class images would decide four times of five", found.line)
+    assert "evaluate.prompts" not in found.line
 
 
 def test_more_confidence_needs_more_prompts_to_decide() -> None:
     needed = []
     for confidence, z in ((0.8, 1.2816), (0.95, 1.9600), (0.99, 2.5758)):
         line = decide(wavering(0.03, 0.2), card(24), MARGINS, confidence).line
-        needed.append(int(line.rpartition("; ")[2].split()[0]))
+        needed.append(int(line.rpartition("; about ")[2].split()[0]))
         assert needed[-1] == pytest.approx(((z + 0.8416) * 0.2 / 0.02) ** 2, abs=1)
     assert needed == sorted(set(needed))
 

@@ -15,9 +15,11 @@ from test_training import make_samples, settings, weights
 from tiny_families import write_sdxl
 
 from dreambooth import methods
+from dreambooth.adapters import LORA_FILE, save_lora
 from dreambooth.checkpoint import named_weights
 from dreambooth.errors import ModelError, TrainingError
 from dreambooth.families import drawn_sizes
+from dreambooth.lora import merge_lora
 from dreambooth.models import Model, load_model, write_pipeline
 from dreambooth.sampling import SamplerSettings, draw
 from dreambooth.training import History, train
@@ -253,6 +255,21 @@ def drawn_by(pipeline: Any) -> np.ndarray[Any, Any]:
         "a photo of sks dog", num_inference_steps=3, guidance_scale=3.0, height=32, width=32, latents=latents
     ).images[0]
     return np.asarray(image).astype(int)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_dora_that_has_learned_nothing_leaves_the_weights_of_the_base_as_they_are(
+    tiny_model_folder: Path, tmp_path: Path, precision: str
+) -> None:
+    base = weights(load_model(tiny_model_folder, device="cpu"))
+    values = settings(method="lora", use_dora=True, mixed_precision=precision)
+    model = load_model(tiny_model_folder, device="cpu", unet_dtype=methods.frozen_dtype(values))
+    trained = methods.make_trainable(model, values)
+    save_lora(tmp_path / LORA_FILE, trained, torch.float32)
+    plain = load_model(tiny_model_folder, device="cpu")
+    merge_lora(tmp_path / LORA_FILE, {"unet": plain.unet, **plain.encoders})
+    for name, weight in weights(plain).items():
+        torch.testing.assert_close(weight, base[name], rtol=1e-5, atol=1e-6)
 
 
 def test_the_files_say_rank_alpha_and_token(tiny_model_folder: Path, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 from tiny_project import REPOSITORY
 
 from dreambooth.errors import EvaluationError, PhotosError
-from dreambooth.prompts import fill, load_templates, read_caption, with_article
+from dreambooth.identifiers import reader_at
+from dreambooth.prompts import Reader, cuts, fill, load_templates, read_caption, require_read, with_article
 from dreambooth.vocabulary import VOCABULARY, read_vocabulary
 
 PROMPTS = REPOSITORY / "data/prompts"
@@ -19,6 +20,34 @@ COUNTS = {
     "object": {"recontextualisation": 20, "property": 5},
 }
 LISTS = [(scale, kind) for scale in ("bundled", "photo") for kind in COUNTS]
+
+
+def test_a_prompt_that_is_cut_before_its_subject_is_refused_and_one_that_is_cut_after_it_is_told() -> None:
+    reader = Reader(lambda text: len(text.split()), room=6)
+    whole, end, lost = "a photo of {} in snow", "a photo of {} in the deep snow", "in the deep white snow sits {}"
+    assert list(cuts([("a.txt", whole)], "sks dog", reader)) == [
+        (
+            "a.txt: has 7 tokens, and the base reads 6: the end has no effect; shorten it: 'a photo of {} in snow'",
+            False,
+        )
+    ]
+    assert list(cuts([("a.txt", whole)], "dog", reader)) == []
+    found = list(cuts([("a.txt", end), ("b.txt", lost)], "sks dog", reader))
+    assert [cut.loses_subject for cut in found] == [False, True]
+    with pytest.raises(PhotosError) as refused:
+        require_read(found, PhotosError)
+    assert refused.value.problems == (
+        "b.txt: 'sks dog' ends at token 8, and the base reads 6; put {} near the beginning: "
+        "'in the deep white snow sits {}'",
+    )
+    assert require_read(found[:1], PhotosError) == [found[0].text]
+
+
+def test_the_files_of_a_tokenizer_say_how_much_it_reads() -> None:
+    reader = reader_at(REPOSITORY / "data/base/emoji64/tokenizer")
+    assert reader is not None
+    assert (reader.room, reader.count("a dog " * 100)) == (30, 200)
+    assert reader_at(REPOSITORY) is reader_at(None) is None
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from matplotlib.figure import Figure as Plot
 from PIL import Image
@@ -23,6 +25,7 @@ from tiny_project import REPOSITORY, make_photo
 from dreambooth.card import _scores
 from dreambooth.curves import _write_labels
 from dreambooth.evaluation import Encoders, cases, class_seeds, reference, score, summarise
+from dreambooth.fidelity import paired_interval
 from dreambooth.folders import new_folder
 from dreambooth.gate import decide, read_scorecard
 from dreambooth.images import png_bytes
@@ -57,16 +60,12 @@ class PatchEncoder:
     name, revision, transform, copy_cosine = "patches", "1", "4 x 4", 0.999
 
     def embed(self, images: Any, batch_size: int = 16) -> Any:
-        import torch
-
         rows = [list(image.resize((4, 4)).convert("L").tobytes()) for image in images]
         return torch.nn.functional.normalize(torch.tensor(rows, dtype=torch.float32) + 1, dim=1)
 
     embed_images = embed
 
     def embed_texts(self, prompts: Any) -> Any:
-        import torch
-
         return torch.nn.functional.normalize(torch.rand(len(prompts), 16, generator=torch.Generator().manual_seed(0)))
 
 
@@ -355,7 +354,7 @@ def test_over_fewer_than_six_prompts_scores_are_shown_without_an_interval(
     points = read_points(where.evaluation, metrics, None)
     assert points is not None
     assert points["identity_error"].notna().all() == has_interval
-    assert ("bars" in _tradeoff_note(points, 0.03, None, {})) == has_interval
+    assert ("bars" in _tradeoff_note(points, 0.03, None, {}, 0.95)) == has_interval
     assert (f"[{metrics['identity']['low']:+.3f}" in _scores(metrics)) == has_interval
 
 
@@ -377,43 +376,60 @@ def test_with_scored_previews_the_plot_has_a_point_a_step_and_a_choice(
     where, metrics = sources
     copy = Path(shutil.copytree(where.evaluation, tmp_path / "evaluation"))
     points = {"step": [50, 100, 150], "identity": [0.3, 0.5, 0.6], "prompt": [0.4, 0.39, 0.2]}
-    errors = {"identity_error": [0.1] * 3, "prompt_error": [0.1] * 3, "prompts": [5] * 3}
+    errors = {"identity_error": [0.1] * 3, "prompt_error": [0.1] * 3, "prompts": [6] * 3}
     pd.DataFrame(points | errors).to_csv(copy / "checkpoints.csv", index=False)
     decision = decide(*(read_scorecard(copy, name) for name in ("personalised", "base")), MARGINS)
     report = make_report("biscuit", dataclasses.replace(where, evaluation=copy), metrics, decision, 0.03)
-    assert "previews of 5 prompts" in report.tradeoff_note
+    assert "previews of 6 prompts" in report.tradeoff_note
     assert "step 100. Its weights were removed" in report.tradeoff_note
     assert report.tradeoff.startswith("data:image/png")
 
 
-def points_of(error: float) -> pd.DataFrame:
+def points_of(error: float, prompts: int = 6) -> pd.DataFrame:
     """Return three steps; the second one has the most identity within .03 of the best prompt fidelity."""
-    means = {"step": [50, 100, 150], "identity": [0.3, 0.5, 0.6], "prompt": [0.4, 0.39, 0.2], "prompts": [5] * 3}
+    means = {"step": [50, 100, 150], "identity": [0.3, 0.5, 0.6], "prompt": [0.4, 0.39, 0.2], "prompts": [prompts] * 3}
     return pd.DataFrame(means | {"identity_error": [error] * 3, "prompt_error": [error] * 3})
 
 
 def test_a_step_that_is_better_comes_with_the_way_to_get_it_for_its_weights_are_gone() -> None:
-    advice = _advice(points_of(0.1), 0.03, 150, "constant")
+    advice = _advice(points_of(0.1), 0.03, 150, "constant", 0.95)
     assert advice.endswith("set train.max_train_steps to 100 and run it again: dreambooth run.")
-    assert _advice(points_of(0.1), 0.03, 150, "cosine").endswith("falls to 0 by there (cosine), for other weights.")
+    assert _advice(points_of(0.1), 0.03, 150, "cosine", 0.95).endswith(
+        "falls to 0 by there (cosine), for other weights."
+    )
 
 
 def test_a_step_that_is_not_told_apart_from_the_last_one_is_no_advice() -> None:
-    for error in (0.2, float("nan")):
-        advice = _advice(points_of(error), 0.03, 150, "constant")
-        assert "not told apart" in advice
+    for error, prompts in ((0.15, 6), (float("nan"), 6), (0.01, 5)):
+        advice = _advice(points_of(error, prompts), 0.03, 150, "constant", 0.95)
+        assert f"by {prompts} prompts the best of 3 steps is not told apart" in advice
         assert "max_train_steps" not in advice
 
 
+@pytest.mark.parametrize("prompts", [6, 12])
+@pytest.mark.parametrize("steps", [4, 10])
+def test_of_trainings_whose_steps_are_all_alike_few_are_advised_to_be_shorter(prompts: int, steps: int) -> None:
+    advised = 0
+    for seed in range(200):
+        values = 0.5 + np.random.default_rng(seed).normal(0, 0.03, (2, steps, prompts))
+        points = pd.DataFrame({"step": range(1, steps + 1), "prompts": prompts})
+        for name, found in zip(("identity", "prompt"), values, strict=True):
+            intervals = [paired_interval(torch.tensor(one - found[-1])) for one in found]
+            points[name] = found.mean(axis=1)
+            points[f"{name}_error"] = [(one.high - one.low) / 2 for one in intervals]
+        advised += "max_train_steps" in _advice(points, 0.03, steps, "constant", 0.95)
+    assert advised < 0.05 * 200
+
+
 def test_the_step_that_is_shipped_says_so() -> None:
-    assert _advice(points_of(0.1), 0.5, 150, "constant").endswith("step 150, which is the one that is shipped.")
-    assert _advice(points_of(0.1), 0.5, None, "constant").endswith("step 150, the last one.")
-    assert "average over the steps" in _tradeoff_note(points_of(0.1), 0.5, None, {"ema_decay": 0.99})
-    assert "Shipped is step 147, without a preview." in _tradeoff_note(points_of(0.1), 0.5, 147, {})
+    assert _advice(points_of(0.1), 0.5, 150, "constant", 0.95).endswith("step 150, which is the one that is shipped.")
+    assert _advice(points_of(0.1), 0.5, None, "constant", 0.95).endswith("step 150, the last one.")
+    assert "average over the steps" in _tradeoff_note(points_of(0.1), 0.5, None, {"ema_decay": 0.99}, 0.95)
+    assert "Shipped is step 147, without a preview." in _tradeoff_note(points_of(0.1), 0.5, 147, {}, 0.95)
     assert "Shipped is a step that was not noted" in _tradeoff_note(
-        points_of(0.1), 0.5, None, {}
+        points_of(0.1), 0.5, None, {}, 0.95
     )  # by an older training
-    assert "Shipped" not in _tradeoff_note(points_of(0.1), 0.5, 150, {})
+    assert "Shipped" not in _tradeoff_note(points_of(0.1), 0.5, 150, {}, 0.95)
 
 
 @pytest.mark.parametrize(("shipped", "label"), [(150, "step 150"), (100, "step 100"), (None, None)])

@@ -1,13 +1,17 @@
 """A seed is a picture: whatever stands beside it, and by whichever program."""
 
+import inspect
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+from dreambooth.errors import ModelError
 from dreambooth.models import Model, load_model
+from dreambooth.params import WITHOUT_ZERO_SNR
 from dreambooth.sampling import (
     SCHEDULERS,
     SamplerSettings,
@@ -33,6 +37,20 @@ def settings(**changes: object) -> SamplerSettings:
 
 def pixels(images: list[object]) -> np.ndarray:
     return np.stack([np.asarray(image, dtype=int) for image in images])
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_solver_draws_on_the_noise_schedule_of_the_base_to_its_last_step_or_is_refused(scheduler: str) -> None:
+    trained = DDIMScheduler(
+        beta_schedule="scaled_linear", prediction_type="v_prediction", rescale_betas_zero_snr=True
+    ).config
+    if scheduler in WITHOUT_ZERO_SNR:
+        with pytest.raises(ModelError, match=r"scheduler pndm would draw .*; take one of dpmsolver\+\+, ddim, euler"):
+            make_scheduler(scheduler, trained)
+    else:
+        assert make_scheduler(scheduler, trained).alphas_cumprod[-1] < 1e-6
+    own = getattr(diffusers, SCHEDULERS[scheduler][0])
+    assert ("rescale_betas_zero_snr" in inspect.signature(own).parameters) == (scheduler not in WITHOUT_ZERO_SNR)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

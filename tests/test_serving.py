@@ -144,6 +144,14 @@ def test_absurd_parameters_are_refused(model: PictureModel, params: dict[str, ob
         model.predict(["a dog"], params)
 
 
+def test_a_solver_that_cannot_draw_with_the_base_is_refused(
+    model: PictureModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(model._model.scheduler_config, "rescale_betas_zero_snr", True)
+    with pytest.raises(MlflowException, match="scheduler pndm would draw on another noise schedule"):
+        model.predict(["a dog"], {"scheduler": "pndm"})
+
+
 @pytest.mark.threat(24)
 @pytest.mark.parametrize(
     ("pictures", "params"),

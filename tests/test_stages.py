@@ -20,7 +20,14 @@ from tiny_project import REPOSITORY, TINY_RESOLUTION, add_photos, tiny_values, w
 
 from dreambooth import comparison, hardware, mlflowstore, trainer
 from dreambooth.beside import Side, lay_beside
-from dreambooth.errors import DivergedError, EvaluationError, OutOfMemoryError, PhotosError, SubjectError
+from dreambooth.errors import (
+    DivergedError,
+    EvaluationError,
+    OutOfMemoryError,
+    ParamsError,
+    PhotosError,
+    SubjectError,
+)
 from dreambooth.folders import TornFolderError, content_hash, read_manifest, scratch_folder
 from dreambooth.gate import decide, read_scorecard
 from dreambooth.locks import only_one
@@ -359,6 +366,31 @@ def test_a_photo_is_trained_with_its_caption_and_the_others_with_the_instance_pr
     assert [sample.prompt for sample in samples] == [
         "a drawing of sks dog in a park" if sample.id == "01.png" else "a photo of sks dog" for sample in samples
     ]
+
+
+def test_a_caption_of_which_the_base_reads_no_subject_is_refused_and_one_it_reads_in_part_is_told(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = load_params(project / "params.yaml")
+    caption = project / "data/subjects/biscuit/01.txt"
+    caption.write_text("a photo of {} before " + "a red wall and " * 40)
+    prior.run(params, "dog", project)
+    validate.run(params, "biscuit", project)
+    train.run(params, "biscuit", project)
+    assert "warning: the caption of 01.png: has" in capsys.readouterr().out
+    caption.write_text("a photo of " + "a red wall and " * 40 + "{}")
+    validate.run(params, "biscuit", project)
+    with pytest.raises(PhotosError, match=r"the caption of 01.png: 'sks dog' ends at token .* near the beginning"):
+        train.run(params, "biscuit", project)
+
+
+def test_a_class_prompt_of_which_the_base_reads_no_class_is_refused_before_it_is_drawn(
+    project: Path, params_values: dict[str, Any]
+) -> None:
+    params_values["prior"]["prompts"] = ["a photo of {}", f"a photo of {'1 2 3 4 ' * 20}{{}}"]
+    write_params(project, params_values)
+    with pytest.raises(ParamsError, match=r"prior\.prompts\.1: 'a dog' ends at token"):
+        prior.run(load_params(project / "params.yaml"), "dog", project)
 
 
 @pytest.mark.threat(3)

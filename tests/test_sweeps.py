@@ -153,6 +153,9 @@ def test_a_sweep_ends_with_the_command_that_takes_the_best_over() -> None:
     without_seed = [dataclasses.replace(one, values={"train.rank": number}) for number, one in enumerate(trained)]
     (line,) = Sweep(tuple(without_seed), ()).in_words(0.03)
     assert line.endswith("to take it over: dreambooth sweep --apply sweep-2, then dreambooth run biscuit")
+    assert "its scores chose it out of 2, so set other evaluate.seeds to judge it; to take" in line
+    (alone,) = Sweep(tuple(without_seed[1:]), ()).in_words(0.03)
+    assert "evaluate.seeds" not in alone
 
 
 def test_a_recipe_is_the_mean_of_its_seeds_and_no_lucky_seed_is_recommended() -> None:
@@ -162,7 +165,7 @@ def test_a_recipe_is_the_mean_of_its_seeds_and_no_lucky_seed_is_recommended() ->
     assert second.identity == pytest.approx(0.1 / 3)
     lines = list(Sweep(tuple(trained), ()).in_words(0.03))
     assert lines[1] == "biscuit: learning_rate 1: identity gain +0.050 [+0.025, +0.075], prompt +0.000; seeds 0, 1, 2"
-    assert "learning_rate 1 (not told apart from learning_rate 0 by 3 seeds); to take it over" in lines[2]
+    assert "learning_rate 1 (not told apart from learning_rate 0 by 3 seeds); its scores chose it out of 2" in lines[2]
     assert "with the first seed, 0: dreambooth sweep --apply steady-0," in lines[2]  # seed 2 drew more identity
 
 

@@ -276,6 +276,18 @@ def test_a_caption_without_the_subject_leaves_nothing_behind(project: Path, tmp_
     assert not (project / "data/subjects/tom").exists()
 
 
+def test_a_caption_of_which_the_base_reads_no_subject_leaves_nothing_behind(project: Path, tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "data/base/emoji64/tokenizer", project / "data/base/emoji64/tokenizer")
+    make_photos(tmp_path / "camera", 3)
+    caption, long = tmp_path / "camera" / "photo 0.txt", "a red wall behind a table, " * 5
+    caption.write_text(f"a photo of {long}{{}}")
+    with pytest.raises(PhotosError, match=r"photo 0\.txt: 'sks cat' ends at token \d+, and the base reads 30"):
+        add_subject(project, TOM, [tmp_path / "camera"])
+    assert not (project / "data/subjects/tom").exists()
+    caption.write_text(f"a photo of {{}} and {long}")
+    assert any("photo 0.txt: has" in remark for remark in add_subject(project, TOM, [tmp_path / "camera"]).remarks)
+
+
 def test_every_missing_source_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(PhotosError) as caught:
         collect([tmp_path / "a.jpg", tmp_path / "b.jpg"])

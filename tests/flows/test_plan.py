@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import constants
 from toy_project import REPOSITORY, dvc
 
-from dreambooth.errors import EvaluationError, ModelError
+from dreambooth.errors import EvaluationError, ModelError, ParamsError, PhotosError
 from dreambooth.folders import scratch_folder
 from dreambooth.models import load_model
 from dreambooth.params import Base, Params, load_params, parse_params
@@ -141,6 +141,44 @@ def test_what_a_late_stage_would_refuse_is_refused_before_the_first(project: Pat
         require_inputs(project, params.model_copy(update={"base": hub}), graph)
     done = Graph(tuple(dataclasses.replace(stage, stale=False) for stage in graph.stages))
     require_inputs(project, params.model_copy(update={"base": base}), done)  # nothing would ask for it
+
+
+def test_a_solver_that_cannot_draw_with_the_base_is_refused_before_the_first_stage(
+    project: Path, params: Params
+) -> None:
+    about = project / BUNDLED / "scheduler/scheduler_config.json"
+    about.parent.mkdir(parents=True)
+    about.write_text('{"rescale_betas_zero_snr": true}')
+    graph, evaluate = Graph.load(project), params.evaluate.model_copy(update={"scheduler": "pndm"})
+    require_inputs(project, params, graph)
+    with pytest.raises(
+        ParamsError, match=r"params\.yaml: evaluate\.scheduler pndm would draw on another noise schedule"
+    ):
+        require_inputs(project, params.model_copy(update={"evaluate": evaluate}), graph)
+
+
+def test_prompts_that_the_base_does_not_read_to_their_subject_are_refused_before_the_first_stage(
+    project: Path, params: Params
+) -> None:
+    shutil.copytree(REPOSITORY / "data/base/emoji64/tokenizer", project / BUNDLED / "tokenizer")
+    graph, long = Graph.load(project), "a red wall behind a table, " * 5
+    assert require_inputs(project, params, graph) == []
+    photo = next((project / "data/subjects/rex").glob("*.png"))
+    caption = photo.with_suffix(".txt")
+    caption.write_text(f"a photo of {{}}, {long}")
+    (remark,) = require_inputs(project, params, graph)
+    assert remark.startswith(f"{caption}: has ")
+    caption.write_text(f"a photo of {long}{{}}")
+    with pytest.raises(PhotosError, match=r"\.txt: 'sks dog' ends at token \d+, and the base reads 30"):
+        require_inputs(project, params, graph)
+    caption.unlink()
+    prior = params.prior.model_copy(update={"prompts": [f"{long}{{}}"]})
+    with pytest.raises(ParamsError, match=r"prior\.prompts\.0: 'a dog' ends at token"):
+        require_inputs(project, params.model_copy(update={"prior": prior}), graph)
+    file = project / params.prompts_file("rex")
+    file.write_text(f'{file.read_text()}property,"a photo of {{}}, {long}"\n')
+    (remark,) = require_inputs(project, params, graph)
+    assert remark.startswith(f"{params.prompts_file('rex')}: has ")
 
 
 def test_a_class_that_the_bundled_scorer_does_not_know_is_told_before_the_training(
