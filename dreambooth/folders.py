@@ -130,6 +130,11 @@ def work_folder(root: Path, work: Work, subject_id: str) -> "tempfile.TemporaryD
     return tempfile.TemporaryDirectory(prefix=f"{work}-{subject_id}-", dir=scratch_folder(root))
 
 
+def photo_versions(root: Path, subject_id: str) -> Path:
+    """Return the file that notes which folders of a subject's photos DVC was given; `flows.dvcstore` writes it."""
+    return scratch_folder(root) / "photos" / f"{subject_id}.txt"
+
+
 def leftovers(place: Path, name: str = "*") -> list[Path]:
     """Return what killed writers left beside a folder or file, of whatever maker: .NAME.suffix.
 

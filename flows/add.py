@@ -28,6 +28,7 @@ from dreambooth.photos import (
 from dreambooth.prompts import read_caption
 from dreambooth.yaml12 import dump_yaml
 from flows.dvcrun import child_environment
+from flows.dvcstore import note_photos
 from flows.generate import slug
 from flows.preflight import poor_identifiers, unknown_nouns
 from flows.project import PARAMS, means, read_params_text, write_params_text
@@ -208,6 +209,7 @@ def track_photos(root: Path, folder: Path) -> str | None:
     name = folder.relative_to(root).as_posix()
     if not (root / ".dvc").is_dir():
         return f"{root} has no .dvc folder, so the photos have no versions; dvc init, then dvc add {name}"
+    note_photos(root, f"{name}.dvc")
     done = subprocess.run(
         [sys.executable, "-m", "dvc", "--wait-for-lock", "add", name],  # not --quiet: it would say no error either
         cwd=root,
@@ -217,6 +219,7 @@ def track_photos(root: Path, folder: Path) -> str | None:
         text=True,
         check=False,
     )
+    note_photos(root, f"{name}.dvc")
     if done.returncode == 0:
         return None
     told = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]

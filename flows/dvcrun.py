@@ -20,6 +20,7 @@ from dreambooth.errors import PipelineError
 from dreambooth.interruption import RESUME, Interrupted, is_alive, tell
 from dreambooth.locks import AlreadyRunningError
 from dreambooth.redaction import redact
+from flows.dvcstore import note_photos
 
 Outcome = Literal["ran", "restored", "unchanged"]
 _KEPT_LINES = 500
@@ -98,7 +99,9 @@ class DvcRunner:
             PipelineError: it failed, or the files stayed busy; with the last words of the stage.
         """
         started = time.monotonic()
+        note_photos(self.root, stage)
         lines = self._patiently(stage, ["repro", *self._fetching(stage), "--single-item", stage], say)
+        note_photos(self.root, stage)
         return StageRun(stage, _outcome(lines), time.monotonic() - started, _note(lines))
 
     def experiment(

@@ -5,6 +5,7 @@ And read one file as it was at a revision of git.
 
 import contextlib
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -14,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import PipelineError
+from dreambooth.folders import photo_versions
 from dreambooth.params import names_id
 from dreambooth.redaction import redact
 from dreambooth.yaml12 import YamlError, load_yaml
 
 # The folders with a folder or a file for each subject: a module may have the name of one, stages/train.py.
 _FOLDERS = frozenset({"build", "models", "export", "reports"})
+_FOLDER_HASH = re.compile(r"\b[0-9a-f]{32}\.dir\b")
 
 
 @dataclass
@@ -56,14 +59,14 @@ class _Place:
 
 
 def kept_of(root: Path, subject_id: str) -> Kept:
-    """Find the objects and runs of a subject in dvc.lock, .dvc files, their git history, and the run caches.
+    """Find the objects and runs of a subject in dvc.lock, .dvc files, their git history, our notes, and the run caches.
 
     An object that also belongs to something else (class images, the base, another subject's photo) is left out.
 
     Raises:
         PipelineError: dvc.lock or a .dvc file is no YAML: what it alone names would stay without a trace.
     """
-    mine: set[str] = set()
+    mine = _noted_photos(photo_versions(root, subject_id))
     others: set[str] = set()
     left: dict[str, str] = {}
     found = Kept()
@@ -86,6 +89,26 @@ def kept_of(root: Path, subject_id: str) -> Kept:
         found.objects = {oid for oid in mine - others if any(_may_have(place, oid, left) for place in places)}
     found.left = list(left.values())
     return found
+
+
+def note_photos(root: Path, tracked: str) -> None:
+    """Note which photos a .dvc file names, before and after DVC writes it anew: those before stay in the cache.
+
+    Without a commit between two versions of the file nothing else would tell whose the first ones are.
+
+    Args:
+        root: of the project.
+        tracked: data/subjects/rex.dvc; another file, or a stage, names no photos.
+    """
+    path = Path(tracked)
+    if path.parent != Path("data/subjects") or path.suffix != ".dvc" or not (root / path).is_file():
+        return
+    notes = photo_versions(root, path.stem)
+    named = set(_FOLDER_HASH.findall((root / path).read_text(encoding="utf-8", errors="replace")))
+    if new := sorted(named - _noted_photos(notes)):
+        notes.parent.mkdir(exist_ok=True)
+        with notes.open("a", encoding="utf-8") as file:
+            file.writelines(f"{oid}\n" for oid in new)
 
 
 def erase(root: Path, kept: Kept) -> list[str]:
@@ -212,6 +235,10 @@ def read_plainly(path: Path) -> Any:
         return load_yaml(path.read_text(encoding="utf-8"))
     except (YamlError, UnicodeDecodeError) as error:
         raise PipelineError(f"{path} cannot be read ({error}); mend it, or git checkout it, then try again") from None
+
+
+def _noted_photos(notes: Path) -> set[str]:
+    return set(_FOLDER_HASH.findall(notes.read_text(encoding="utf-8"))) if notes.is_file() else set()
 
 
 def _entries_of_project(root: Path) -> Iterator[Mapping[str, Any]]:

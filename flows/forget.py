@@ -34,7 +34,7 @@ FOLDERS = ("data/subjects/{id}", "build/{id}", "models/{id}", "export/{id}", "re
 FILES = ("data/subjects/{id}.dvc", "metrics/{id}.json")
 # In the scratch folder exactly as many letters as a name has: rex must not take what is of rex-2.
 SCRATCH = (
-    f"checkpoints/{{id}}-{16 * '[0-9a-f]'}", "evaluation/{id}", "latents/{id}", "trackers/{id}",
+    f"checkpoints/{{id}}-{16 * '[0-9a-f]'}", "evaluation/{id}", "latents/{id}", "photos/{id}.txt", "trackers/{id}",
     *(f"{work}-{{id}}-{8 * '[a-z0-9_]'}" for work in WORKS),
 )  # fmt: skip
 LOCKS = ("locks/train-{id}.*", "locks/evaluate-{id}.*", "register-{id}.lock")
@@ -42,6 +42,8 @@ TEXTS = (PARAMS, "dvc.lock")  # which name subjects
 OUT_OF_REACH = (
     "the history of git: the photos' hashes and the subject's id stand in old commits (git filter-repo), and in those "
     "of removed experiments until git gc --prune=now",
+    "photos that dvc add or dvc repro by hand put into DVC's cache, where others took their place before a commit (dvc "
+    "gc --all-commits removes what no commit names)",
     "experiments of a sweep whose table is gone, replaced or elsewhere (dvc exp list --all-commits; dvc exp remove)",
     "thumbnails of photos that the subject does not have (now), until dreambooth check looks at the next folder",
     "clones, backups, and copies of exports, pictures and cards that left this machine",

@@ -21,9 +21,11 @@ from dreambooth.errors import ParamsError, PipelineError, SubjectError
 from dreambooth.locks import AlreadyRunningError, only_one
 from dreambooth.params import names_id
 from flows import dvcstore, prefectstore
+from flows.add import Wish, add_subject, track_photos
 from flows.check import check
 from flows.clones import OWNER, ROBOT, git
 from flows.doctor import _left_beside
+from flows.dvcrun import DvcRunner
 from flows.dvcstore import _names
 from flows.entries import without_subject
 from flows.forget import (
@@ -226,6 +228,56 @@ def found_in(folder: Path) -> Iterator[str]:
             yield f"{path} (name)"
         elif path.is_file() and any(mark in path.read_bytes() for mark in MARKS):
             yield str(path)
+
+
+def mark_photos(folder: Path) -> None:
+    """Write the canary bytes behind the end of every picture, where cameras and phones write more of it."""
+    for path in folder.iterdir():
+        with path.open("ab") as file:
+            file.write(IN_BYTES)
+
+
+def cached(root: Path) -> list[Path]:
+    return [path for path in (root / ".dvc/cache/files").rglob("*") if path.is_file()]
+
+
+@pytest.mark.usefixtures("no_prefect")
+@pytest.mark.threat(23)
+def test_photos_that_add_replaced_before_a_commit_leave_the_cache_of_dvc(project: Path, tmp_path: Path) -> None:
+    for seed in (5, 7):
+        make_photos(tmp_path / str(seed), 3, seed)
+        mark_photos(tmp_path / str(seed))
+        added = add_subject(project, Wish(SUBJECT, "dog", "sks", "live"), [tmp_path / str(seed)], force=True)
+        assert track_photos(project, added.folder) is None
+    assert len(cached(project)) == 8  # two folders of three photos
+    erase(project, inventory(project, SUBJECT))
+    assert cached(project) == []
+    assert list(found_in(project)) == []
+
+
+@pytest.mark.usefixtures("no_prefect")
+@pytest.mark.threat(23)
+def test_photos_that_a_run_refused_and_that_were_taken_away_leave_the_cache_of_dvc(project: Path) -> None:
+    add_entry(project, SUBJECT)
+    folder, runner = project / "data/subjects" / SUBJECT, DvcRunner(project)
+    make_photos(folder, 5, seed=5)
+    mark_photos(folder)
+    dvc(project, "add", f"data/subjects/{SUBJECT}")
+    for photo in (folder / "photo 3.png", folder / "photo 4.png"):
+        photo.write_bytes(photo.read_bytes() + b"secret")
+    (project / f"fail-validate-{SUBJECT}").touch()
+    runner.run(f"data/subjects/{SUBJECT}.dvc", str)
+    with pytest.raises(PipelineError, match="E_TRAIN"):
+        runner.run(f"validate@{SUBJECT}", str)
+    (project / f"fail-validate-{SUBJECT}").unlink()
+    for photo in (folder / "photo 3.png", folder / "photo 4.png"):
+        photo.unlink()
+    for stage in (f"data/subjects/{SUBJECT}.dvc", f"validate@{SUBJECT}"):
+        runner.run(stage, str)
+    (project / "ran.log").unlink()
+    erase(project, inventory(project, SUBJECT))
+    assert [path for path in cached(project) if IN_BYTES in path.read_bytes()] == []
+    assert list(found_in(project)) == []
 
 
 def forget(root: Path, home: Path, *arguments: str, before: str = "") -> "subprocess.CompletedProcess[str]":
