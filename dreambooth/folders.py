@@ -186,6 +186,16 @@ def read_manifest(folder: Path, verify: bool = True) -> dict[str, Any]:
     return manifest
 
 
+def hidden_by_link(home: Path, folder: Path) -> str | None:
+    """Say which link to a folder hides a folder of `home` from DVC, and what helps; None where there is no such link.
+
+    DVC sees neither what such a link leads to nor where: a stage would be up to date for ever.
+    """
+    between = (one for one in (folder, *folder.parents) if one != home and one.is_relative_to(home))
+    link = next((one for one in between if one.is_symlink() and one.is_dir()), None)
+    return f"{link} is a link to a folder, behind which DVC sees no change; move or copy it there" if link else None
+
+
 def content_hash(folder: Path) -> str:
     """Return one sha256 for all files of a folder and their names, from its verified manifest."""
     return hash_of_files(read_manifest(folder)["files"])

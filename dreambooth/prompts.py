@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dreambooth.errors import EvaluationError, PhotosError
-from dreambooth.folders import read_text
+from dreambooth.folders import hidden_by_link, read_text
 
 PLACEHOLDER = "{}"
 INSTANCE_TEMPLATE = "a photo of {}"
@@ -101,6 +101,17 @@ def _awaits_noun(text: str) -> bool:
     """Tell whether a text ends in a noun phrase that has no noun yet: an article, and maybe adjectives."""
     *before, adjectives = ARTICLE.split(BREAK.split(text)[-1])
     return bool(before) and not END.search(adjectives)
+
+
+def templates_of(root: Path, file: str) -> list[Template]:
+    """Read evaluation prompts of a project, in data/prompts, as `load_templates` does.
+
+    Raises:
+        EvaluationError: as it does; or DVC would not see it if they were changed.
+    """
+    if hidden := hidden_by_link(root / "data/prompts", (root / file).parent):
+        raise EvaluationError(f"evaluate.prompts: {hidden}")
+    return load_templates(root / file)
 
 
 def load_templates(path: Path) -> list[Template]:

@@ -7,7 +7,7 @@ from dreambooth.bases import LOCAL_MODELS, locate
 from dreambooth.errors import DreamboothError
 from dreambooth.identifiers import COMMON, remarks_by_tokenizer
 from dreambooth.params import Base, Params
-from dreambooth.prompts import load_templates
+from dreambooth.prompts import templates_of
 from dreambooth.vocabulary import SCORER, VOCABULARY, Vocabulary, read_file, read_vocabulary, split
 from flows.graph import GPU_ENTRIES, Graph
 
@@ -25,7 +25,7 @@ def require_inputs(root: Path, params: Params, graph: Graph) -> None:
     if any(stage.entry in GPU_ENTRIES for stage in graph.stale):
         locate(params.base.pretrained_model_name_or_path, params.base.revision, root)
     for file in dict.fromkeys(map(params.prompts_file, _evaluated(graph))):
-        load_templates(root / file)
+        templates_of(root, file)
 
 
 def remarks(root: Path, params: Params, graph: Graph) -> list[str]:

@@ -13,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+from dreambooth.bases import locate
 from dreambooth.errors import ModelError
 from dreambooth.models import load_model, model_hash, resolve_model, save_parts, write_pipeline
 
@@ -197,6 +198,65 @@ def test_the_same_weights_in_another_precision_do_not_count(copy: Path, tmp_path
 def test_a_folder_outside_of_data_base_is_refused(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is not in data/base"):
         resolve_model(str(copy), None, tmp_path / "project")
+
+
+def link_a_base(root: Path, outside: Path) -> str:
+    (root / "data/base/linked").symlink_to(outside)
+    return "data/base/linked"
+
+
+def link_a_part(root: Path, outside: Path) -> str:
+    shutil.copytree(outside, root / "data/base/whole")
+    shutil.rmtree(root / "data/base/whole/unet")
+    (root / "data/base/whole/unet").symlink_to(outside / "unet")
+    return "data/base/whole"
+
+
+def link_a_folder_above(root: Path, outside: Path) -> str:
+    (root / "data/base/family").symlink_to(outside.parent)
+    return f"data/base/family/{outside.name}"
+
+
+def lead_outside(root: Path, outside: Path) -> str:
+    return f"data/base/../../../{outside.name}"
+
+
+@pytest.mark.threat(14)
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        (
+            link_a_base,
+            r"data/base/linked is a link to a folder, behind which DVC sees no change; move or copy it there",
+        ),
+        (link_a_part, r"data/base/whole/unet is a link to a folder"),
+        (link_a_folder_above, r"data/base/family is a link to a folder"),
+        (lead_outside, r"\.\./\.\./\.\./copy is not in data/base, where its changes would be seen"),
+    ],
+)
+def test_a_base_whose_changes_dvc_would_not_see_is_refused(
+    copy: Path, tmp_path: Path, place: Callable[[Path, Path], str], told: str
+) -> None:
+    root = tmp_path / "project"
+    (root / "data/base").mkdir(parents=True)
+    with pytest.raises(ModelError, match=told):
+        locate(place(root, copy), None, root)
+
+
+def test_a_link_that_stays_in_data_base_is_refused_too_for_it_may_lead_elsewhere_tomorrow(
+    copy: Path, tmp_path: Path
+) -> None:
+    shutil.move(copy, tmp_path / "project/data/base/tiny")
+    (tmp_path / "project/data/base/current").symlink_to("tiny")
+    with pytest.raises(ModelError, match="data/base/current is a link to a folder"):
+        locate("data/base/current", None, tmp_path / "project")
+
+
+def test_data_base_itself_may_be_a_link_which_dvc_follows(copy: Path, tmp_path: Path) -> None:
+    root = tmp_path / "project"
+    (root / "data").mkdir(parents=True)
+    (root / "data/base").symlink_to(copy.parent)
+    assert locate(f"data/base/{copy.name}", None, root) == root / "data/base" / copy.name
 
 
 def test_the_written_pipeline_is_one_that_diffusers_loads(tiny_model_folder: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from tiny_project import REPOSITORY
 
 from dreambooth.errors import EvaluationError, PhotosError
-from dreambooth.prompts import fill, load_templates, read_caption, with_article
+from dreambooth.prompts import fill, load_templates, read_caption, templates_of, with_article
 from dreambooth.vocabulary import VOCABULARY, read_vocabulary
 
 PROMPTS = REPOSITORY / "data/prompts"
@@ -101,6 +101,15 @@ def test_article_right_before_the_subject_is_refused(tmp_path: Path) -> None:
     (tmp_path / "live.csv").write_text("kind,prompt\nproperty,a photo of a {} in space\n")
     with pytest.raises(EvaluationError, match=r"without a or an"):
         load_templates(tmp_path / "live.csv")
+
+
+def test_prompts_behind_a_link_are_refused_for_dvc_sees_no_change_of_them(tmp_path: Path) -> None:
+    (tmp_path / "data/prompts").mkdir(parents=True)
+    (tmp_path / "data/prompts/mine").symlink_to(PROMPTS / "bundled")
+    with pytest.raises(
+        EvaluationError, match=r"^evaluate\.prompts: .*/prompts/mine is a link to a folder.*copy it there"
+    ):
+        templates_of(tmp_path, "data/prompts/mine/live.csv")
 
 
 @pytest.mark.parametrize(("scale", "kind"), LISTS)
