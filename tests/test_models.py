@@ -1,6 +1,7 @@
 """Models are loaded from safetensors alone, refused with the reason, and written as diffusers reads them."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,54 @@ def cut_short(folder: Path) -> None:
 def test_a_folder_that_is_no_pipeline_is_refused(copy: Path, damage: Callable[[Path], None], said: str) -> None:
     damage(copy)
     with pytest.raises(ModelError, match=said):
+        load_model(copy)
+
+
+def cut_in_two(folder: Path, part: str, second: str) -> Path:
+    """Put half of the weights of a part into another file, named as from the part, and an index beside the first."""
+    (weights,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(weights)
+    names = sorted(tensors)
+    shards = {"first.safetensors": names[::2], second: names[1::2]}
+    for file, held in shards.items():
+        place, content = folder / part / file, {name: tensors[name] for name in held}
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if file.endswith(".bin"):
+            torch.save(content, place)
+        else:
+            save_file(content, place, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, held in shards.items() for name in held}}
+    weights.with_name(f"{weights.name}.index.json").write_text(json.dumps(index))
+    weights.unlink()
+    return folder / part / second
+
+
+def test_weights_in_shards_are_loaded_and_stand_in_the_hash(copy: Path) -> None:
+    whole = load_model(copy).text_encoder.state_dict()
+    shard = cut_in_two(copy, "text_encoder", "second.safetensors")
+    parts = load_model(copy).text_encoder.state_dict()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    before = model_hash(copy)
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
+    assert model_hash(copy) != before
+
+
+@pytest.mark.threat(11)
+@pytest.mark.parametrize("part", ["text_encoder", "unet"])
+@pytest.mark.parametrize(
+    "second",
+    ["../../outside/x.safetensors", "../../outside/x.bin", "part-2.dat", "below/x.safetensors", "x.fp16.safetensors"],
+)
+def test_shards_that_are_no_safetensors_beside_their_index_are_refused(copy: Path, part: str, second: str) -> None:
+    cut_in_two(copy, part, second)
+    told = rf"{part}/\w+.safetensors.index.json names {re.escape(second)}, which should be .safetensors beside it"
+    with pytest.raises(ModelError, match=told):
+        load_model(copy)
+
+
+def test_an_index_without_a_map_is_refused(copy: Path) -> None:
+    (copy / "unet/diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"names None, which should be \.safetensors beside it"):
         load_model(copy)
 
 
