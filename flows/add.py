@@ -213,7 +213,7 @@ def track_photos(root: Path, folder: Path) -> str | None:
     done = subprocess.run(
         [sys.executable, "-m", "dvc", "--wait-for-lock", "add", name],  # not --quiet: it would say no error either
         cwd=root,
-        env=child_environment(),
+        env=child_environment(root),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -314,7 +314,7 @@ def dvc(folder: Path, *arguments: str) -> str:
 
 
 def _call(command: list[str], folder: Path, check: bool = True) -> "subprocess.CompletedProcess[str]":
-    environment = {**child_environment(), "GIT_TERMINAL_PROMPT": "0"}
+    environment = {**child_environment(folder), "GIT_TERMINAL_PROMPT": "0"}
     name = "git" if command[0] == "git" else "dvc"
     try:
         done = subprocess.run(

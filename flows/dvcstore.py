@@ -1,10 +1,11 @@
 """Find and erase what DVC keeps of one subject, in all places: objects by their hash, entries of the run cache.
 
-And read one file as it was at a revision of git.
+And read one file as it was at a revision of git, and say where DVC notes names.
 """
 
 import contextlib
 import json
+import platform
 import re
 import shutil
 import subprocess
@@ -23,6 +24,9 @@ from dreambooth.yaml12 import YamlError, load_yaml
 # The folders with a folder or a file for each subject: a module may have the name of one, stages/train.py.
 _FOLDERS = frozenset({"build", "models", "export", "reports"})
 _FOLDER_HASH = re.compile(r"\b[0-9a-f]{32}\.dir\b")
+
+
+NOTES = ".dvc/tmp/notes"
 
 
 @dataclass
@@ -135,26 +139,48 @@ def read_at(root: Path, revision: str, path: str) -> str:
     from dvc.exceptions import DvcException
 
     try:
-        return str(dvc.api.read(path, repo=str(root), rev=revision))
+        return str(dvc.api.read(path, repo=str(root), rev=revision, config=_with_notes(root)))
     except (DvcException, OSError) as error:
         raise PipelineError(f"{path} of {revision}: {error}; dvc exp remove it, then run it again") from None
 
 
 def forget_names(root: Path) -> None:
-    """Remove DVC's notes of the project outside of it: they hold file names; DVC makes them again."""
+    """Remove DVC's notes of the project, those of commands of DVC by hand as well; DVC makes them again."""
     from dvc.repo import Repo
 
     with explained(root, "mend .dvc/config, then try again"), Repo(str(root)) as repo:
-        folder = Path(repo.site_cache_dir)
-    shutil.rmtree(folder, ignore_errors=True)
+        by_hand = Path(repo.site_cache_dir)
+    for folder in (by_hand, root / NOTES):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def notes_folder(root: Path) -> Path:
+    """Return where DVC notes names and hashes of a project's files: in the project, for its owner alone.
+
+    DVC's own place, /var/tmp/dvc, is open to all users, and keeps those of clones for ever. A folder for each machine:
+    they are databases, which two machines on one disk would break.
+    """
+    folder = root.absolute() / NOTES / platform.node()
+    if (root / ".dvc").is_dir():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+def open_project(root: Path, wait_for_lock: bool = False) -> Any:
+    """Open the `Repo` of DVC of a project, to be used with `with`."""
+    from dvc.repo import Repo
+
+    return Repo(str(root), config=_with_notes(root), _wait_for_lock=wait_for_lock)
+
+
+def _with_notes(root: Path) -> dict[str, Any]:
+    return {"core": {"site_cache_dir": str(notes_folder(root))}}
 
 
 def remotes(root: Path) -> dict[str, str | None]:
     """Return the remotes by name, each with what is wrong with it, None if it answers."""
-    from dvc.repo import Repo
-
     found: dict[str, str | None] = {}
-    with explained(root, "mend .dvc/config, then try again"), Repo(str(root)) as repo:
+    with explained(root, "mend .dvc/config, then try again"), open_project(root) as repo:
         for name in repo.config["remote"]:
             try:
                 remote = repo.cloud.get_remote(name)
@@ -201,9 +227,7 @@ def being_written(root: Path) -> dict[Path, int]:
 
 @contextmanager
 def _places(root: Path) -> Iterator[list[_Place]]:
-    from dvc.repo import Repo
-
-    with explained(root, "mend .dvc/config, then try again"), Repo(str(root), _wait_for_lock=True) as repo:
+    with explained(root, "mend .dvc/config, then try again"), open_project(root, wait_for_lock=True) as repo:
         legacy, local = repo.cache.legacy, repo.cache.local
         places = [_Place("cache", local.fs, legacy.path, local)]
         for name in repo.config["remote"]:

@@ -296,7 +296,9 @@ def test_dvc_gives_the_photos_a_version_or_says_why_not(project: Path, tmp_path:
 def test_photos_get_their_version_when_another_command_of_dvc_is_done(project: Path) -> None:
     program = "import sys, time\nfrom dvc.repo import Repo\nwith Repo().lock: print('held', flush=True); time.sleep(5)"
     command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, cwd=project, env=child_environment(), stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        command, cwd=project, env=child_environment(project), stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         assert track_photos(project, project / "data/subjects/rex") is None

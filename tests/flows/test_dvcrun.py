@@ -224,7 +224,7 @@ def test_a_runner_that_is_stopped_tells_the_last_words_of_its_stages(tmp_path: P
 
 
 def test_python_of_a_stage_is_the_python_that_runs() -> None:
-    environment = dvcrun.child_environment()
+    environment = dvcrun.child_environment(Path())
     assert environment["PATH"].startswith(str(Path(sys.executable).parent))
     assert environment["DVC_NO_ANALYTICS"] == "1"
 

@@ -13,14 +13,15 @@ import pytest
 import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from toy_project import REPOSITORY, dvc, make_photos, quiet
+from toy_project import REPOSITORY, dvc, make_origin, make_photos, quiet
 
 from dreambooth import erasure
 from dreambooth.erasure import Holdings
 from dreambooth.errors import ParamsError, PipelineError, SubjectError
+from dreambooth.folders import is_private
 from dreambooth.locks import AlreadyRunningError, only_one
 from dreambooth.params import names_id
-from flows import dvcstore, prefectstore
+from flows import clones, dvcstore, prefectstore
 from flows.add import Wish, add_subject, track_photos
 from flows.check import check
 from flows.clones import OWNER, ROBOT, git
@@ -35,6 +36,7 @@ from flows.forget import (
     erase,
     inventory,
 )
+from flows.graph import Graph
 
 SUBJECT, IN_NAME, IN_BYTES = "zq7canary", "kanarienvogel", b"CANARY-5d1f0e"
 EMPTY_HERE = ("entries of the run cache", "experiments of sweeps")  # those have a test of their own
@@ -278,6 +280,40 @@ def test_photos_that_a_run_refused_and_that_were_taken_away_leave_the_cache_of_d
     erase(project, inventory(project, SUBJECT))
     assert [path for path in cached(project) if IN_BYTES in path.read_bytes()] == []
     assert list(found_in(project)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.threat(23)
+@pytest.mark.usefixtures("no_prefect")
+def test_dvc_notes_names_in_the_project_alone_and_those_of_clones_and_experiments_go_with_them(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DVC_SITE_CACHE_DIR")
+    open_to_all = Path("/var/tmp/dvc")
+    before = set(found_in(open_to_all))
+    make_origin(project)
+    add_entry(project, SUBJECT)
+    for number, path in enumerate(make_photos(project / "data/subjects" / SUBJECT, 3, seed=5)):
+        path.rename(path.with_name(f"{IN_NAME} {number}.png"))
+    dvc(project, "add", f"data/subjects/{SUBJECT}")
+    git(project, "add", "--all")
+    git(project, *ROBOT, "commit", "--quiet", "--message", "photos")
+    runner = DvcRunner(project)
+    runner.experiment("sweep-0000000001", ["photos.max_aspect=3.5"], [f"validate@{SUBJECT}"], str)
+    runner.run(f"validate@{SUBJECT}", str)
+    Graph.load(project)
+    with clones.cloned(project, str(project), None) as clone:
+        dvc(clone, "status")
+        Graph.load(clone)
+    (notes,) = (project / ".dvc/tmp/notes").iterdir()
+    assert is_private(notes)
+    assert list(found_in(notes))
+    assert [path.name for path in notes.iterdir()] == ["repo"]
+    assert len(list((notes / "repo").iterdir())) == 1
+    assert not set(found_in(open_to_all)) - before
+    erase(project, inventory(project, SUBJECT))
+    assert not list((project / ".dvc/tmp").glob("notes/*/*"))
+    assert not set(found_in(open_to_all)) - before
 
 
 def forget(root: Path, home: Path, *arguments: str, before: str = "") -> "subprocess.CompletedProcess[str]":

@@ -160,7 +160,7 @@ def test_a_stage_that_another_process_runs_is_stale_and_says_so(project: Path) -
     dvc(project, "repro", "validate@rex", "prior@dog")
     (project / "slow-train-rex").touch()
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", "train@rex"]
-    with subprocess.Popen(command, cwd=project, env=child_environment(), stdout=subprocess.DEVNULL) as running:
+    with subprocess.Popen(command, cwd=project, env=child_environment(project), stdout=subprocess.DEVNULL) as running:
         try:
             await_true((project / "started-train-rex").exists, 120)
             graph = Graph.load(project)

@@ -92,7 +92,7 @@ def dvc(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-m", "dvc", *arguments],
         cwd=root,
-        env=child_environment(),
+        env=child_environment(root),
         capture_output=True,
         text=True,
         check=True,
