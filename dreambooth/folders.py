@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import platformdirs
 
-from dreambooth.errors import MACHINE_FAULT, DreamboothError
+from dreambooth.errors import MACHINE_FAULT, DreamboothError, shown
 
 MANIFEST = "manifest.json"
 GENERATION = "generation.json"  # of an export: whose it is, in which words, how it is drawn
@@ -204,6 +204,12 @@ def content_hash(folder: Path) -> str:
 def hash_of_files(files: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the content hash of a folder with these files, as its manifest has them."""
     return sha256_of({name: entry["sha256"] for name, entry in files.items()})
+
+
+def misnamed(folder: Path) -> list[str]:
+    """Return a line for each path in a folder, however deep, whose name is no UTF-8; DVC hashes nothing beside one."""
+    paths = sorted(path for path in folder.rglob("*") if any("\udc80" <= letter <= "\udcff" for letter in path.name))
+    return [f"{shown(path)}: the name is no UTF-8, which DVC cannot note; rename it" for path in paths]
 
 
 def read_text(path: Path) -> str:

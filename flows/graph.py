@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import PipelineError, SubjectError
+from dreambooth.folders import misnamed
 from dreambooth.params import load_params
 from flows.dvcstore import being_written, explained, open_project
 from flows.project import PARAMS
@@ -357,4 +358,8 @@ def _one_line_errors(root: Path) -> Iterator[None]:
     except PipelineError:
         if (root / PARAMS).exists():
             load_params(root / PARAMS)
+        raise
+    except UnicodeEncodeError:
+        if problems := misnamed(root / "data"):
+            raise PipelineError(" | ".join(problems)) from None
         raise
