@@ -136,15 +136,22 @@ def collect(sources: Sequence[Path]) -> tuple[list[Path], list[str]]:
 
 
 def new_names(photos: Sequence[Path]) -> list[str]:
-    """Return a name for each photo: its own if it is safe and free, else a number, 07.jpg."""
+    """Return a name for each photo: its own if it is safe and free, else a number, 07.jpg.
+
+    No two have a stem in common, by which a caption finds its photo; but those that share their caption already.
+    """
     names: list[str] = []
     taken: set[str] = set()
+    owners: dict[str, Path] = {}
     for number, photo in enumerate(photos):
-        name = photo.name
-        while not _SAFE_NAME.fullmatch(name) or name.lower() in taken:
+        name, own = photo.name, photo.with_suffix("")
+        while (
+            not _SAFE_NAME.fullmatch(name) or name.lower() in taken or owners.get(Path(name).stem.lower(), own) != own
+        ):
             name = f"{number:02d}{photo.suffix.lower()}"
             number += len(photos)
         taken.add(name.lower())
+        owners[Path(name).stem.lower()] = own
         names.append(name)
     return names
 
