@@ -213,7 +213,7 @@ def misnamed(folder: Path) -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    """Return a text that a person wrote, in UTF-8.
+    """Return a text that a person wrote, in UTF-8; without the mark that editors of Windows write before it.
 
     Raises:
         OSError: it is a pipe or a device, which may never end, or has more than MAX_TEXT bytes.
@@ -225,7 +225,7 @@ def read_text(path: Path) -> str:
         content = file.read(MAX_TEXT + 1)
     if len(content) > MAX_TEXT:
         raise OSError(errno.EFBIG, f"has more than {MAX_TEXT} bytes", str(path))
-    return content.decode("utf-8")
+    return content.decode("utf-8-sig")
 
 
 def write_file(path: Path, content: bytes) -> None:

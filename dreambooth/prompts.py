@@ -123,7 +123,7 @@ def load_templates(path: Path) -> list[Template]:
     if not path.is_file():
         raise EvaluationError(f"{path} does not exist; write a CSV with the columns kind and prompt")
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file, strict=True))
     except (csv.Error, UnicodeDecodeError) as error:
         raise EvaluationError(f"{path}: {error}; write a CSV in UTF-8") from None

@@ -97,6 +97,13 @@ def test_words_of_the_bundled_model_that_had_the_right_article_keep_it() -> None
     assert changed == {"unicorn", "ewe", "hourglass done"}
 
 
+def test_the_mark_that_editors_of_windows_write_first_is_no_part_of_captions_and_prompts(tmp_path: Path) -> None:
+    (tmp_path / "00.txt").write_text("a photo of {} in a park", encoding="utf-8-sig")
+    assert read_caption(tmp_path / "00.txt") == "a photo of {} in a park"
+    (tmp_path / "live.csv").write_text("kind,prompt\nproperty,a red {}\n", encoding="utf-8-sig")
+    assert load_templates(tmp_path / "live.csv") == [("property", "a red {}")]
+
+
 def test_article_right_before_the_subject_is_refused(tmp_path: Path) -> None:
     (tmp_path / "live.csv").write_text("kind,prompt\nproperty,a photo of a {} in space\n")
     with pytest.raises(EvaluationError, match=r"without a or an"):
