@@ -46,6 +46,7 @@ OUT_OF_REACH = (
     "gc --all-commits removes what no commit names)",
     "experiments of a sweep whose table is gone, replaced or elsewhere (dvc exp list --all-commits; dvc exp remove)",
     "thumbnails of photos that the subject does not have (now), until dreambooth check looks at the next folder",
+    "pictures drawn to a folder of your own (dreambooth generate --out, folder of the flow generate)",
     "clones, backups, and copies of exports, pictures and cards that left this machine",
     "runs in Weights & Biases, where tracking.report_to named it: delete them there",
     "caches of DVC in other clones: there, dreambooth forget as well",

@@ -122,6 +122,7 @@ def test_a_subject_is_forgotten_though_params_are_not_valid_and_what_cannot_be_r
     found = inventory(project, "rex")
     assert found.places["entries of params.yaml, dvc.lock"] == 1
     receipt = erase(project, found)
+    assert any("dreambooth generate --out" in line for line in json.loads(receipt.read_text())["out_of_reach"])
     assert not (project / "data/subjects/rex").exists()
     assert (project / "params.yaml").read_text() == (
         without_subject(before + broken, "rex") if readable else before + broken
