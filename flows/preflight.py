@@ -8,6 +8,7 @@ from dreambooth.errors import DreamboothError
 from dreambooth.identifiers import COMMON, remarks_by_tokenizer
 from dreambooth.params import Base, Params
 from dreambooth.prompts import templates_of
+from dreambooth.registry import require_plain_path
 from dreambooth.vocabulary import SCORER, VOCABULARY, Vocabulary, read_file, read_vocabulary, split
 from flows.graph import GPU_ENTRIES, Graph
 
@@ -17,11 +18,12 @@ RIFLE = "sks"  # the identifier of the paper's reference implementations; no cap
 
 
 def require_inputs(root: Path, params: Params, graph: Graph) -> None:
-    """Refuse what a stale stage would refuse: a base model that is nowhere, prompts that cannot be read.
+    """Refuse what a stale stage or the registration would refuse: a base model that is nowhere, prompts, a path.
 
     Raises:
-        ModelError, EvaluationError: as the stage would.
+        ModelError, EvaluationError, RegistryError: as they would.
     """
+    require_plain_path(root)
     if any(stage.entry in GPU_ENTRIES for stage in graph.stale):
         locate(params.base.pretrained_model_name_or_path, params.base.revision, root)
     for file in dict.fromkeys(map(params.prompts_file, _evaluated(graph))):
