@@ -80,10 +80,9 @@ class Ours:
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self._recipe, self._folder, self._project = recipe, folder, folder / "project"
-        (self._project / "data/base").mkdir(parents=True, exist_ok=True)
-        link = self._project / "data/base/bench"
-        link.unlink(missing_ok=True)
-        link.symlink_to(recipe.base.absolute())
+        base = self._project / "data/base/bench"
+        shutil.rmtree(base, ignore_errors=True)
+        shutil.copytree(recipe.base, base)  # a link to a folder is refused
         copy_photos(recipe.photos, self._project / "data/subjects" / SUBJECT)
 
     def run(self, variant: Variant) -> Usage:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from dreambooth.errors import ModelError
+from dreambooth.folders import hidden_by_link
 
 LOCAL_MODELS = "data/base"  # what the stages depend on, see dvc.yaml
 
@@ -16,15 +17,11 @@ def locate(name_or_path: str, revision: str | None, root: Path) -> Path | None:
         root: the project's folder.
 
     Raises:
-        ModelError: neither a folder nor a hub id with its commit.
+        ModelError: neither a folder nor a hub id with its commit, or a folder whose changes DVC would not see.
     """
     folder = root / name_or_path
     if folder.is_dir():
-        if not folder.absolute().is_relative_to(root.absolute() / LOCAL_MODELS):
-            raise ModelError(
-                f"base.pretrained_model_name_or_path: {name_or_path} is not in {LOCAL_MODELS}, where its changes would "
-                "be seen; move or copy it there"
-            )
+        _require_seen(name_or_path, folder.absolute(), root.absolute() / LOCAL_MODELS)
         if revision is not None:
             raise ModelError(f"base.revision: {name_or_path} is a folder, which has no revision; write null")
         return folder
@@ -37,3 +34,15 @@ def locate(name_or_path: str, revision: str | None, root: Path) -> Path | None:
             f"base.revision: should be the 40-digit commit of the hub model {name_or_path}; a branch moves"
         )
     return None
+
+
+def _require_seen(name_or_path: str, folder: Path, home: Path) -> None:
+    """Refuse a folder of which DVC does not see all: outside of the folder that stages depend on, or behind a link."""
+    for part in (folder, *sorted(folder.rglob("*"))):
+        if hidden := hidden_by_link(home, part):
+            raise ModelError(f"base.pretrained_model_name_or_path: {hidden}")
+    if not (folder.is_relative_to(home) and folder.resolve().is_relative_to(home.resolve())):
+        raise ModelError(
+            f"base.pretrained_model_name_or_path: {name_or_path} is not in {LOCAL_MODELS}, where its changes would "
+            "be seen; move or copy it there"
+        )

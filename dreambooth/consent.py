@@ -51,7 +51,10 @@ def read_consent(path: Path) -> Consent | None:
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
         raise ConsentError(f"{path}: {faults}; write: {_EXAMPLE}") from None
-    except (OSError, YamlError, UnicodeDecodeError, KeyError, TypeError):
+    except (OSError, YamlError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConsentError(f"{path} cannot be read ({reason}); write: {_EXAMPLE}") from None
+    except (KeyError, TypeError):
         raise ConsentError(f"{path} holds no consent; write: {_EXAMPLE}") from None
 
 

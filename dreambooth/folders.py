@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import platformdirs
 
-from dreambooth.errors import MACHINE_FAULT, DreamboothError
+from dreambooth.errors import MACHINE_FAULT, DreamboothError, shown
 
 MANIFEST = "manifest.json"
 GENERATION = "generation.json"  # of an export: whose it is, in which words, how it is drawn
@@ -156,7 +156,13 @@ def scratch_of(root: Path, subject_id: str) -> list[Path]:
     checkpoints = [path for path, whose in checkpoint_folders(root).items() if whose == subject_id]
     # Exactly as many letters as tempfile appends: rex must not take what is of rex-2.
     works = [path for work in WORKS for path in folder.glob(f"{work}-{subject_id}-{8 * '[a-z0-9_]'}")]
-    return [*caches, *checkpoints, *works]
+    noted = [path for path in (photo_versions(root, subject_id),) if path.exists()]
+    return [*caches, *checkpoints, *works, *noted]
+
+
+def photo_versions(root: Path, subject_id: str) -> Path:
+    """Return the file that notes which folders of a subject's photos DVC was given; `flows.dvcstore` writes it."""
+    return scratch_folder(root) / "photos" / f"{subject_id}.txt"
 
 
 def leftovers(place: Path, name: str = "*") -> list[Path]:
@@ -210,6 +216,16 @@ def read_manifest(folder: Path, verify: bool = True) -> dict[str, Any]:
     return manifest
 
 
+def hidden_by_link(home: Path, folder: Path) -> str | None:
+    """Say which link to a folder hides a folder of `home` from DVC, and what helps; None where there is no such link.
+
+    DVC sees neither what such a link leads to nor where: a stage would be up to date for ever.
+    """
+    between = (one for one in (folder, *folder.parents) if one != home and one.is_relative_to(home))
+    link = next((one for one in between if one.is_symlink() and one.is_dir()), None)
+    return f"{link} is a link to a folder, behind which DVC sees no change; move or copy it there" if link else None
+
+
 def content_hash(folder: Path) -> str:
     """Return one sha256 for all files of a folder and their names, from its verified manifest."""
     return hash_of_files(read_manifest(folder)["files"])
@@ -220,8 +236,14 @@ def hash_of_files(files: Mapping[str, Mapping[str, Any]]) -> str:
     return sha256_of({name: entry["sha256"] for name, entry in files.items()})
 
 
+def misnamed(folder: Path) -> list[str]:
+    """Return a line for each path in a folder, however deep, whose name is no UTF-8; DVC hashes nothing beside one."""
+    paths = sorted(path for path in folder.rglob("*") if any("\udc80" <= letter <= "\udcff" for letter in path.name))
+    return [f"{shown(path)}: the name is no UTF-8, which DVC cannot note; rename it" for path in paths]
+
+
 def read_text(path: Path) -> str:
-    """Return a text that a person wrote, in UTF-8.
+    """Return a text that a person wrote, in UTF-8; without the mark that editors of Windows write before it.
 
     Raises:
         OSError: it is a pipe or a device, which may never end, or has more than MAX_TEXT bytes.
@@ -233,7 +255,7 @@ def read_text(path: Path) -> str:
         content = file.read(MAX_TEXT + 1)
     if len(content) > MAX_TEXT:
         raise OSError(errno.EFBIG, f"has more than {MAX_TEXT} bytes", str(path))
-    return content.decode("utf-8")
+    return content.decode("utf-8-sig")
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -19,7 +19,7 @@ import torch
 from dreambooth import adapters, lora, processes
 from dreambooth.adapters import EMBEDDINGS_FILE, LORA_FILE
 from dreambooth.bases import LOCAL_MODELS, locate
-from dreambooth.errors import ModelError, first_line, machine_fault
+from dreambooth.errors import ModelError, first_line, machine_fault, shown
 from dreambooth.families import FAMILIES, SD, SDXL, Family
 from dreambooth.folders import sha256_of, sha256_of_file
 from dreambooth.hub import from_hub
@@ -261,6 +261,8 @@ def check_model_folder(folder: Path) -> Family:
         raise ModelError(f"{folder} holds code ({', '.join(code)}), which is never run; use a model without any")
     if lacking := [part for part in family.weighted if not any(map(_is_weights, (folder / part).iterdir()))]:
         raise ModelError(_without_weights(folder, lacking))
+    for part in family.weighted:
+        _require_own_shards(folder / part)
     pickles = [path.as_posix() for path in files if path.suffix in _PICKLES]
     if pickles:
         raise ModelError(
@@ -280,6 +282,22 @@ def _without_weights(folder: Path, parts: Sequence[str]) -> str:
         f"take a base that has them, or mend a copy in {LOCAL_MODELS}: rename x.fp16.safetensors to x.safetensors, and "
         "convert pickles, which can run code"
     )
+
+
+def _require_own_shards(part: Path) -> None:
+    """Refuse an index of shards that leads to anything but weights beside it: no hash covers it, pickles run code."""
+    for index in sorted(path for path in part.glob("*.safetensors.index.json") if not _is_duplicate(path)):
+        shards = _read_json(index).get("weight_map")
+        names = list(shards.values()) if isinstance(shards, dict) else [shards]
+        if foreign := sorted({str(name) for name in names if not _is_shard(part, name)}):
+            raise ModelError(
+                f"{index} names {', '.join(map(shown, foreign[:5]))}, which should be .safetensors beside it, in no "
+                "other precision; fetch the model again"
+            )
+
+
+def _is_shard(part: Path, name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name and _is_weights(part / name) and (part / name).is_file()
 
 
 def _is_of_hub(folder: Path) -> bool:

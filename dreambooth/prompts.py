@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dreambooth.errors import EvaluationError, ParamsError, PhotosError, shown
-from dreambooth.folders import read_text
+from dreambooth.folders import hidden_by_link, read_text
 
 PLACEHOLDER = "{}"
 INSTANCE_TEMPLATE = "a photo of {}"
@@ -164,6 +164,17 @@ def _awaits_noun(text: str) -> bool:
     return bool(before) and not END.search(adjectives)
 
 
+def templates_of(root: Path, file: str) -> list[Template]:
+    """Read evaluation prompts of a project, in data/prompts, as `load_templates` does.
+
+    Raises:
+        EvaluationError: as it does; or DVC would not see it if they were changed.
+    """
+    if hidden := hidden_by_link(root / "data/prompts", (root / file).parent):
+        raise EvaluationError(f"evaluate.prompts: {hidden}")
+    return load_templates(root / file)
+
+
 def load_templates(path: Path) -> list[Template]:
     """Read evaluation prompts: a CSV with the columns kind and prompt, each prompt with one {}.
 
@@ -173,7 +184,7 @@ def load_templates(path: Path) -> list[Template]:
     if not path.is_file():
         raise EvaluationError(f"{path} does not exist; write a CSV with the columns kind and prompt")
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file, strict=True))
     except (csv.Error, UnicodeDecodeError) as error:
         raise EvaluationError(f"{path}: {error}; write a CSV in UTF-8") from None

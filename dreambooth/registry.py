@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from dreambooth import __version__
 from dreambooth.aliases import move, settle
-from dreambooth.errors import RegistryError
+from dreambooth.errors import RegistryError, shown
 from dreambooth.folders import (
     GENERATION,
     MANIFEST,
@@ -69,6 +70,20 @@ SERVED_WITH = (
     "ruamel.yaml", "safetensors", "scipy", "tokenizers", "torch", "tqdm",
     "transformers",
 )  # fmt: skip
+
+
+def require_plain_path(root: Path) -> None:
+    """Refuse a project, or a scratch folder, in whose path MLflow takes %41 for an A: it would find no file there.
+
+    Raises:
+        RegistryError: with the folder.
+    """
+    for folder in (root.absolute(), scratch_folder(root)):
+        if (decoded := unquote(str(folder))) != str(folder):
+            raise RegistryError(
+                f"{folder}: MLflow reads it as {shown(decoded)}, so that nothing can be registered or loaded there; "
+                "rename it without % before two hexadecimal digits"
+            )
 
 
 @dataclass(frozen=True)
@@ -133,8 +148,10 @@ def register(
 
     Raises:
         TornFolderError: the export is not what its manifest says.
-        RegistryError: the store cannot be reached, refuses, or holds other files than were sent.
+        RegistryError: the store cannot be reached, refuses, or holds other files than were sent; or MLflow would look
+            for the files elsewhere.
     """
+    require_plain_path(root)
     export = _read_export(root, check_id(subject_id), max_logged_bytes)
     remedy = f"the export stays as it is, repeat this alone: dreambooth register {subject_id}"
     with explained(root, f"register {subject_id}", remedy), alone(root, subject_id, say):

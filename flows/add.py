@@ -27,6 +27,7 @@ from dreambooth.photos import (
 from dreambooth.prompts import read_caption
 from dreambooth.yaml12 import dump_yaml
 from flows.commandline import DVC, last_words, run_quietly
+from flows.dvcstore import note_photos
 from flows.generate import slug
 from flows.preflight import cut_captions, poor_identifiers, tokenizer_folder, unknown_nouns
 from flows.project import PARAMS, means, read_params_text, write_params_text
@@ -136,15 +137,22 @@ def collect(sources: Sequence[Path]) -> tuple[list[Path], list[str]]:
 
 
 def new_names(photos: Sequence[Path]) -> list[str]:
-    """Return a name for each photo: its own if it is safe and free, else a number, 07.jpg."""
+    """Return a name for each photo: its own if it is safe and free, else a number, 07.jpg.
+
+    No two have a stem in common, by which a caption finds its photo; but those that share their caption already.
+    """
     names: list[str] = []
     taken: set[str] = set()
+    owners: dict[str, Path] = {}
     for number, photo in enumerate(photos):
-        name = photo.name
-        while not _SAFE_NAME.fullmatch(name) or name.lower() in taken:
+        name, own = photo.name, photo.with_suffix("")
+        while (
+            not _SAFE_NAME.fullmatch(name) or name.lower() in taken or owners.get(Path(name).stem.lower(), own) != own
+        ):
             name = f"{number:02d}{photo.suffix.lower()}"
             number += len(photos)
         taken.add(name.lower())
+        owners[Path(name).stem.lower()] = own
         names.append(name)
     return names
 
@@ -220,7 +228,9 @@ def track_photos(root: Path, folder: Path) -> str | None:
     name = folder.relative_to(root).as_posix()
     if not (root / ".dvc").is_dir():
         return f"{root} has no .dvc folder, so the photos have no versions; dvc init, then dvc add {name}"
+    note_photos(root, f"{name}.dvc")
     done = run_quietly([*DVC, "--wait-for-lock", "add", name], root)  # not --quiet: it would say no error either
+    note_photos(root, f"{name}.dvc")
     if done.returncode == 0:
         return None
     said = last_words(done)

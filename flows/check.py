@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from dreambooth.errors import SubjectError, shown
-from dreambooth.folders import scratch_folder, sha256_of_file
+from dreambooth.errors import PhotosError, SubjectError, shown
+from dreambooth.folders import misnamed, scratch_folder, sha256_of_file
 from dreambooth.images import png_bytes, shrunk
 from dreambooth.params import Params, check_id, load_params
 from dreambooth.photos import (
@@ -68,11 +68,13 @@ def check(root: Path, what: str) -> Checked:
         thumbnails[report.file] = path
 
     reports = check_photos(folder, params.photos, params.base.resolution, draw)
-    refusal = None
+    refusal: SubjectError | None = None
     try:
         require_usable(reports, folder, params.photos)
     except SubjectError as error:
         refusal = error
+    if folder.resolve().parent == (root / SUBJECTS).resolve() and (problems := misnamed(folder)):
+        refusal = PhotosError([*problems, *([str(refusal)] if refusal else [])])
     return Checked(folder, subject_id, reports, ignored, alike(reports, params.photos), thumbnails, refusal)
 
 

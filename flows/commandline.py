@@ -1,16 +1,20 @@
-"""Run git and DVC to the end, and say in a line why one failed."""
+"""Run git and DVC to the end, and say in a line why one failed; the environment that DVC and its stages get."""
 
+import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from dreambooth.errors import PipelineError
-from flows.dvcrun import child_environment
 
 ROBOT = ("-c", "user.name=dreambooth", "-c", "user.email=dreambooth@localhost")
 DVC = (sys.executable, "-m", "dvc")
+NOTES = ".dvc/tmp/notes"
+_NOTES_VARIABLE = "DVC_SITE_CACHE_DIR"
 _ADVERTISEMENT = "Having any troubles?"  # how DVC ends after an error that it did not expect
 
 
@@ -38,7 +42,7 @@ def run_quietly(command: Sequence[str], folder: Path) -> "subprocess.CompletedPr
     Raises:
         PipelineError: the program or the folder is not there.
     """
-    environment = {**child_environment(), "GIT_TERMINAL_PROMPT": "0"}
+    environment = {**child_environment(folder), "GIT_TERMINAL_PROMPT": "0"}
     try:
         return subprocess.run(
             command,
@@ -55,6 +59,39 @@ def run_quietly(command: Sequence[str], folder: Path) -> "subprocess.CompletedPr
         raise PipelineError(
             f"{name} in {folder}: {error.filename} is not there; install or make it, then run again"
         ) from None
+
+
+def child_environment(root: Path, threads: int | None = None, notes: Path | None = None) -> dict[str, str]:
+    """Return the environment of DVC and its stages: `python` is this one, lines come at once, nothing is reported.
+
+    DVC runs a stage in $SHELL, which need not be set in a container. bash gives its place to the stage. dash and fish
+    stay between the two, and die of a Ctrl-C before the stage has saved its state: it would be nobody's child then.
+
+    Args:
+        root: of the project.
+        threads: that a stage may compute with, if the user has not said it himself; None: as many as there are cores.
+        notes: where DVC notes names and hashes; None: where the user says, else `notes_folder`.
+    """
+    here = str(Path(sys.executable).parent)
+    path = os.pathsep.join([here, os.environ.get("PATH", os.defpath)])
+    usual = {_NOTES_VARIABLE: str(notes_folder(root))}
+    usual |= {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    fixed = {"PATH": path, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "DVC_NO_ANALYTICS": "1"}
+    fixed |= {} if notes is None else {_NOTES_VARIABLE: str(notes)}
+    bash = shutil.which("bash")
+    return {**usual, **os.environ, **fixed, **({"SHELL": bash} if bash else {})}
+
+
+def notes_folder(root: Path) -> Path:
+    """Return where DVC notes names and hashes of a project's files: in the project, for its owner alone.
+
+    DVC's own place, /var/tmp/dvc, is open to all users, and keeps those of clones for ever. A folder for each machine:
+    they are databases, which two machines on one disk would break.
+    """
+    folder = root.absolute() / NOTES / platform.node()
+    if (root / ".dvc").is_dir():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
 
 
 def is_in_repository(folder: Path) -> bool:

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from dreambooth import __version__, health
 from dreambooth.consent import PERSON, require_consent
 from dreambooth.errors import DreamboothError, shown
-from dreambooth.folders import PLACES, WORKS, checkpoint_folders, is_private, leftovers, scratch_folder
+from dreambooth.folders import PLACES, WORKS, checkpoint_folders, is_private, leftovers, misnamed, scratch_folder
 from dreambooth.health import Finding, State
 from dreambooth.params import Params, load_params
 from dreambooth.redaction import redact
@@ -116,6 +116,8 @@ def _dvc(root: Path) -> Iterator[Finding]:
         found = f"photos of {', '.join(map(shown, linked))} are symbolic links, which no stage follows"
         remedy = "dvc config cache.type reflink,hardlink,copy; dvc checkout --relink"
         yield Finding("broken", "DVC links", found, remedy)
+    if problems := misnamed(root / "data"):
+        yield Finding("broken", "names", " | ".join(problems), "rename them: no run can begin")
 
 
 def _prefect() -> Iterator[Finding]:

@@ -1,10 +1,9 @@
 """Run one stage through DVC in a child process, line by line, so that DVC alone decides what is up to date."""
 
 import contextlib
-import os
-import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import weakref
@@ -20,6 +19,8 @@ from dreambooth.errors import PipelineError
 from dreambooth.interruption import RESUME, Interrupted, is_alive, tell
 from dreambooth.locks import AlreadyRunningError
 from dreambooth.redaction import redact
+from flows.commandline import child_environment, notes_folder
+from flows.dvcstore import note_photos
 
 Outcome = Literal["ran", "restored", "unchanged"]
 _KEPT_LINES = 500
@@ -98,7 +99,9 @@ class DvcRunner:
             PipelineError: it failed, or the files stayed busy; with the last words of the stage.
         """
         started = time.monotonic()
+        note_photos(self.root, stage)
         lines = self._patiently(stage, ["repro", *self._fetching(stage), "--single-item", stage], say)
+        note_photos(self.root, stage)
         return StageRun(stage, _outcome(lines), time.monotonic() - started, _note(lines))
 
     def experiment(
@@ -116,7 +119,10 @@ class DvcRunner:
             PipelineError: a stage failed; with its last words.
         """
         settings = [part for override in overrides for part in ("--set-param", override)]
-        self._patiently(name, ["exp", "run", "--temp", "--name", name, *settings, *stages], say)
+        home = notes_folder(self.root)
+        place = home if home.is_dir() else None  # without a .dvc folder DVC refuses, and says why
+        with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=place, ignore_cleanup_errors=True) as notes:
+            self._patiently(name, ["exp", "run", "--temp", "--name", name, *settings, *stages], say, Path(notes))
 
     def stop(self) -> dict[str, str]:
         """Stop the stages that run, and start no more: each may save its state first.
@@ -132,10 +138,12 @@ class DvcRunner:
             time.sleep(0.05)
         return {stage: self._saved.get(stage, "") for stage in running.values()}
 
-    def _patiently(self, what: str, arguments: Sequence[str], say: Callable[[str], object]) -> list[str]:
+    def _patiently(
+        self, what: str, arguments: Sequence[str], say: Callable[[str], object], notes: Path | None = None
+    ) -> list[str]:
         """Run DVC and return what it said, again and again while others work on the same files."""
         for pause in pauses(self.patience):
-            code, lines = self._once(what, arguments, say)
+            code, lines = self._once(what, arguments, say, notes)
             if code == 0:
                 return lines
             if self.stopped.is_set() or not _is_busy(lines):
@@ -144,7 +152,9 @@ class DvcRunner:
             self._sleep(pause)
         raise PipelineError(f"{what}: {_reason(code, lines)}")
 
-    def _once(self, what: str, arguments: Sequence[str], say: Callable[[str], object]) -> tuple[int, list[str]]:
+    def _once(
+        self, what: str, arguments: Sequence[str], say: Callable[[str], object], notes: Path | None
+    ) -> tuple[int, list[str]]:
         if self.stopped.is_set():
             raise PipelineError(f"{what}: not started, the run was stopped; run it again")
         lines: deque[str] = deque(maxlen=_KEPT_LINES)
@@ -152,7 +162,7 @@ class DvcRunner:
         with subprocess.Popen(
             [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments],
             cwd=self.root,
-            env=child_environment(self.threads.get(what.partition("@")[0])),
+            env=child_environment(self.root, self.threads.get(what.partition("@")[0]), notes),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -186,23 +196,6 @@ class DvcRunner:
 def stop_all() -> dict[str, str]:
     """Stop all runners of this process; return what their stages said, see `DvcRunner.stop`."""
     return {stage: said for runner in list(_runners) for stage, said in runner.stop().items()}
-
-
-def child_environment(threads: int | None = None) -> dict[str, str]:
-    """Return the environment of DVC and its stages: `python` is this one, lines come at once, nothing is reported.
-
-    DVC runs a stage in $SHELL, which need not be set in a container. bash gives its place to the stage. dash and fish
-    stay between the two, and die of a Ctrl-C before the stage has saved its state: it would be nobody's child then.
-
-    Args:
-        threads: that a stage may compute with, if the user has not said it himself; None: as many as there are cores.
-    """
-    here = str(Path(sys.executable).parent)
-    path = os.pathsep.join([here, os.environ.get("PATH", os.defpath)])
-    share = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    fixed = {"PATH": path, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "DVC_NO_ANALYTICS": "1"}
-    bash = shutil.which("bash")
-    return {**share, **os.environ, **fixed, **({"SHELL": bash} if bash else {})}
 
 
 def _lines(child: "subprocess.Popen[str]") -> Iterator[str]:

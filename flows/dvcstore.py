@@ -1,9 +1,10 @@
 """Find and erase what DVC keeps of one subject, in all places: objects by their hash, entries of the run cache.
 
-And read one file as it was at a revision of git.
+And read one file as it was at a revision of git, and say where DVC notes names.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import PipelineError
+from dreambooth.folders import photo_versions
 from dreambooth.params import names_id
 from dreambooth.redaction import redact
 from dreambooth.yaml12 import YamlError, load_yaml
-from flows.commandline import git, is_in_repository
+from flows.commandline import NOTES, git, is_in_repository, notes_folder
 
 # The folders with a folder or a file for each subject: a module may have the name of one, stages/train.py.
 _FOLDERS = frozenset({"build", "models", "export", "reports"})
+_FOLDER_HASH = re.compile(r"\b[0-9a-f]{32}\.dir\b")
 
 
 @dataclass
@@ -55,7 +58,7 @@ class _Place:
 
 
 def kept_of(root: Path, subject_id: str) -> Kept:
-    """Find the objects and runs of a subject in dvc.lock, .dvc files, their git history, and the run caches.
+    """Find the objects and runs of a subject in dvc.lock, .dvc files, their git history, our notes, and the run caches.
 
     An object that also belongs to something else (class images, the base, another subject's photo) is left out.
 
@@ -63,7 +66,7 @@ def kept_of(root: Path, subject_id: str) -> Kept:
         PipelineError: dvc.lock or a .dvc file is no YAML, or git cannot read their history: what it alone names would
             stay without a trace.
     """
-    mine: set[str] = set()
+    mine = _noted_photos(photo_versions(root, subject_id))
     others: set[str] = set()
     left: dict[str, str] = {}
     found = Kept()
@@ -86,6 +89,26 @@ def kept_of(root: Path, subject_id: str) -> Kept:
         found.objects = {oid for oid in mine - others if any(_may_have(place, oid, left) for place in places)}
     found.left = list(left.values())
     return found
+
+
+def note_photos(root: Path, tracked: str) -> None:
+    """Note which photos a .dvc file names, before and after DVC writes it anew: those before stay in the cache.
+
+    Without a commit between two versions of the file nothing else would tell whose the first ones are.
+
+    Args:
+        root: of the project.
+        tracked: data/subjects/rex.dvc; another file, or a stage, names no photos.
+    """
+    path = Path(tracked)
+    if path.parent != Path("data/subjects") or path.suffix != ".dvc" or not (root / path).is_file():
+        return
+    notes = photo_versions(root, path.stem)
+    named = set(_FOLDER_HASH.findall((root / path).read_text(encoding="utf-8", errors="replace")))
+    if new := sorted(named - _noted_photos(notes)):
+        notes.parent.mkdir(exist_ok=True)
+        with notes.open("a", encoding="utf-8") as file:
+            file.writelines(f"{oid}\n" for oid in new)
 
 
 def erase(root: Path, kept: Kept) -> list[str]:
@@ -112,26 +135,36 @@ def read_at(root: Path, revision: str, path: str) -> str:
     from dvc.exceptions import DvcException
 
     try:
-        return str(dvc.api.read(path, repo=str(root), rev=revision))
+        return str(dvc.api.read(path, repo=str(root), rev=revision, config=_with_notes(root)))
     except (DvcException, OSError) as error:
         raise PipelineError(f"{path} of {revision}: {error}; dvc exp remove it, then run it again") from None
 
 
 def forget_names(root: Path) -> None:
-    """Remove DVC's notes of the project outside of it: they hold file names; DVC makes them again."""
+    """Remove DVC's notes of the project, those of commands of DVC by hand as well; DVC makes them again."""
     from dvc.repo import Repo
 
     with explained(root, "mend .dvc/config, then try again"), Repo(str(root)) as repo:
-        folder = Path(repo.site_cache_dir)
-    shutil.rmtree(folder, ignore_errors=True)
+        by_hand = Path(repo.site_cache_dir)
+    for folder in (by_hand, root / NOTES):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def open_project(root: Path, wait_for_lock: bool = False) -> Any:
+    """Open the `Repo` of DVC of a project, to be used with `with`."""
+    from dvc.repo import Repo
+
+    return Repo(str(root), config=_with_notes(root), _wait_for_lock=wait_for_lock)
+
+
+def _with_notes(root: Path) -> dict[str, Any]:
+    return {"core": {"site_cache_dir": str(notes_folder(root))}}
 
 
 def remotes(root: Path) -> dict[str, str | None]:
     """Return the remotes by name, each with what is wrong with it, None if it answers."""
-    from dvc.repo import Repo
-
     found: dict[str, str | None] = {}
-    with explained(root, "mend .dvc/config, then try again"), Repo(str(root)) as repo:
+    with explained(root, "mend .dvc/config, then try again"), open_project(root) as repo:
         for name in repo.config["remote"]:
             try:
                 remote = repo.cloud.get_remote(name)
@@ -178,9 +211,7 @@ def being_written(root: Path) -> dict[Path, int]:
 
 @contextmanager
 def _places(root: Path) -> Iterator[list[_Place]]:
-    from dvc.repo import Repo
-
-    with explained(root, "mend .dvc/config, then try again"), Repo(str(root), _wait_for_lock=True) as repo:
+    with explained(root, "mend .dvc/config, then try again"), open_project(root, wait_for_lock=True) as repo:
         legacy, local = repo.cache.legacy, repo.cache.local
         places = [_Place("cache", local.fs, legacy.path, local)]
         for name in repo.config["remote"]:
@@ -212,6 +243,10 @@ def read_dvc_file(path: Path) -> Any:
         return load_yaml(path.read_text(encoding="utf-8"))
     except (YamlError, UnicodeDecodeError) as error:
         raise PipelineError(f"{path} cannot be read ({error}); mend it, or git checkout it, then try again") from None
+
+
+def _noted_photos(notes: Path) -> set[str]:
+    return set(_FOLDER_HASH.findall(notes.read_text(encoding="utf-8"))) if notes.is_file() else set()
 
 
 def _entries_of_project(root: Path) -> Iterator[Mapping[str, Any]]:

@@ -37,8 +37,11 @@ TEXTS = (PARAMS, "dvc.lock")  # which name subjects
 OUT_OF_REACH = (
     "the history of git: the photos' hashes and the subject's id stand in old commits (git filter-repo), and in those "
     "of removed experiments until git gc --prune=now",
+    "photos that dvc add or dvc repro by hand put into DVC's cache, where others took their place before a commit (dvc "
+    "gc --all-commits removes what no commit names)",
     "experiments of a sweep whose table is gone, replaced or elsewhere (dvc exp list --all-commits; dvc exp remove)",
     "thumbnails of photos that the subject does not have (now), until dreambooth check looks at the next folder",
+    "pictures drawn to a folder of your own (dreambooth generate --out, folder of the flow generate)",
     "clones, backups, and copies of exports, pictures and cards that left this machine",
     "runs in Weights & Biases, where tracking.report_to named it: delete them there",
     "caches of DVC in other clones: there, dreambooth forget as well",

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import PipelineError, SubjectError
+from dreambooth.folders import misnamed
 from dreambooth.params import load_params
-from flows.dvcstore import being_written, explained
+from flows.dvcstore import being_written, explained, open_project
 from flows.project import PARAMS
 
 PRIOR = "prior"
@@ -87,9 +88,9 @@ class Graph:
             PipelineError: dvc.yaml or the checkout is.
         """
         with _one_line_errors(root):
-            from dvc.repo import Repo, lock_repo
+            from dvc.repo import lock_repo
 
-            with _no_collection(), Repo(str(root), _wait_for_lock=True) as repo, lock_repo(repo):
+            with _no_collection(), open_project(root, wait_for_lock=True) as repo, lock_repo(repo):
                 graph = repo.index.graph
                 upstream = {_address(node): [_address(above) for above in graph.successors(node)] for node in graph}
                 status = _of_dvc if _is_writing(root) else _Comparison()
@@ -161,9 +162,9 @@ def accept_code(root: Path, graph: Graph) -> list[str]:
     if not (names := [stage.name for stage in graph.stages if stage.is_changed_by_code]):
         return []
     with chdir(root), _one_line_errors(root):  # DVC takes what it writes from the current folder
-        from dvc.repo import Repo, lock_repo
+        from dvc.repo import lock_repo
 
-        with Repo(str(root), _wait_for_lock=True) as repo, lock_repo(repo):
+        with open_project(root, wait_for_lock=True) as repo, lock_repo(repo):
             nodes = [node for node in repo.index.stages if _address(node) in names]
             for node in nodes:
                 for dep in node.deps:
@@ -357,4 +358,8 @@ def _one_line_errors(root: Path) -> Iterator[None]:
     except PipelineError:
         if (root / PARAMS).exists():
             load_params(root / PARAMS)
+        raise
+    except UnicodeEncodeError:
+        if problems := misnamed(root / "data"):
+            raise PipelineError(" | ".join(problems)) from None
         raise

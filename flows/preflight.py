@@ -9,7 +9,8 @@ from dreambooth.bases import LOCAL_MODELS, locate
 from dreambooth.errors import ParamsError, PhotosError, shown
 from dreambooth.identifiers import known_words, reader_at, remarks_by_tokenizer
 from dreambooth.params import Base, Params, scheduler_fault
-from dreambooth.prompts import Reader, Template, cuts, load_templates, read_caption, require_read, with_article
+from dreambooth.prompts import Reader, Template, cuts, read_caption, require_read, templates_of, with_article
+from dreambooth.registry import require_plain_path
 from dreambooth.vocabulary import SCORER, VOCABULARY, Vocabulary, find_vocabulary
 from flows.graph import GPU_ENTRIES, Graph
 from flows.project import PARAMS
@@ -21,19 +22,20 @@ RIFLE = "sks"  # the identifier of the paper's reference implementations; no cap
 
 
 def require_inputs(root: Path, params: Params, graph: Graph) -> list[str]:
-    """Refuse what a stale stage would refuse: a base that is nowhere, a solver or prompts that are not for it.
+    """Refuse what a stale stage or the registration would refuse: a base that is nowhere, a solver, prompts, a path.
 
     Returns:
         What is to be said of prompts whose end the base does not read.
 
     Raises:
-        ModelError, EvaluationError, PhotosError, ParamsError: as the stage would.
+        ModelError, EvaluationError, PhotosError, ParamsError, RegistryError: as they would.
     """
+    require_plain_path(root)
     if any(stage.entry in GPU_ENTRIES for stage in graph.stale):
         locate(params.base.pretrained_model_name_or_path, params.base.revision, root)
     _require_schedulers(root, params, graph)
     files = dict.fromkeys(map(params.prompts_file, _stale(graph, EVALUATE)))
-    templates = {file: load_templates(root / file) for file in files}
+    templates = {file: templates_of(root, file) for file in files}
     reader = reader_at(tokenizer_folder(root, params.base)) if graph.stale else None
     return list(dict.fromkeys(_read_in_part(root, params, graph, templates, reader))) if reader else []
 

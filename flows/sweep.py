@@ -3,6 +3,7 @@
 Experiments see what git or DVC knows, changes without a commit included: docs/decisions/0068.
 """
 
+import hashlib
 import json
 import re
 import time
@@ -175,7 +176,8 @@ def _table_name(name: str | None, subjects: Sequence[str], values: Values, conte
     """Return the name, or make one that no sweep of other parameters has: the next call would replace its table."""
     if name is None:
         every = [f"{section}.{key}" for section, part in content.items() for key in part]
-        return "-".join([*subjects, *sweeps.labels(values, every)])[:60]
+        whole = "-".join([*subjects, *sweeps.labels(values, every)])
+        return whole if len(whole) <= 60 else f"{whole[:51]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
     if not re.fullmatch(NAME, name):
         raise ParamsError([f"--name: {name!r} should be a-z, 0-9, '_', '.' and '-', at most 61 of them"])
     return name

@@ -141,7 +141,7 @@ def _alone_with_drawings(root: Path, subject_id: str) -> Iterator[None]:
 
 def _plan(params: Params, subject_id: str, root: Path) -> Plan:
     class_noun = params.class_of(subject_id).class_noun
-    templates = prompts.load_templates(root / params.prompts_file(subject_id))
+    templates = prompts.templates_of(root, params.prompts_file(subject_id))
     chosen = prompts.choose(templates, params.evaluate.max_prompts)
     return Plan(
         resolve_model(params.base.pretrained_model_name_or_path, params.base.revision, root),

@@ -11,7 +11,7 @@ from PIL import Image
 from dreambooth.dataset import Posterior
 from dreambooth.errors import ParamsError, SubjectError
 from dreambooth.families import Sizes, drawn_sizes
-from dreambooth.folders import cache_folder, new_folder, scratch_folder, sha256_of_file
+from dreambooth.folders import cache_folder, hidden_by_link, new_folder, scratch_folder, sha256_of_file
 from dreambooth.hardware import computes_on
 from dreambooth.images import png_bytes, to_square
 from dreambooth.latents import encode_images
@@ -69,6 +69,8 @@ def _drawn(params: Params, class_id: str, root: Path, about: dict[str, Any]) -> 
 def _own(params: Params, class_id: str, root: Path, about: dict[str, Any]) -> Pictures:
     """Check the user's photos of the class as those of a subject, and encode them."""
     folder, resolution = root / params.prior.folder / class_id, params.base.resolution
+    if hidden := hidden_by_link(root / "data/classes", folder):
+        raise SubjectError(f"prior.folder: {hidden}")
     side = (resolution, resolution)
     squares: list[Image.Image] = []
     sizes: list[Sizes] = []

@@ -50,6 +50,11 @@ def test_what_is_no_person_needs_none(folder: Path, params_values: dict[str, Any
         ("", "holds no consent"),
         ("consent: yes\n", "consent"),
         ("- a\n", "holds no consent"),
+        (
+            RECORD.replace("2026-12-31", "2027-02-30"),
+            r"subject\.yaml cannot be read \(day is out of range.*; write: consent",
+        ),
+        ("consent: [\n", r"subject\.yaml cannot be read \(line \d, column \d: .*; write: consent"),
         ("consent: {who: me, given: 2026-01-31, purpose: fun}\n", "until: Field required"),
         (RECORD.replace("2026-12-31", "soon"), "until: "),
         (RECORD.replace("until", "till"), "till: "),
@@ -58,6 +63,12 @@ def test_what_is_no_person_needs_none(folder: Path, params_values: dict[str, Any
 def test_a_record_that_leaves_something_open_is_refused(folder: Path, text: str, said: str) -> None:
     (folder / "subject.yaml").write_text(text)
     with pytest.raises(ConsentError, match=said):
+        read_consent(folder / FILE)
+
+
+def test_a_record_that_cannot_be_opened_says_why(folder: Path) -> None:
+    (folder / FILE).mkdir()
+    with pytest.raises(ConsentError, match=r"subject\.yaml cannot be read \(is no file\); write: consent"):
         read_consent(folder / FILE)
 
 

@@ -1,6 +1,7 @@
 """Models are loaded from safetensors alone, refused with the reason, and written as diffusers reads them."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from diffusers import StableDiffusionPipeline
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+from dreambooth.bases import locate
 from dreambooth.errors import ModelError
 from dreambooth.models import load_model, model_hash, resolve_model, save_parts, write_pipeline
 
@@ -76,6 +78,54 @@ def cut_short(folder: Path) -> None:
 def test_a_folder_that_is_no_pipeline_is_refused(copy: Path, damage: Callable[[Path], None], said: str) -> None:
     damage(copy)
     with pytest.raises(ModelError, match=said):
+        load_model(copy)
+
+
+def cut_in_two(folder: Path, part: str, second: str) -> Path:
+    """Put half of the weights of a part into another file, named as from the part, and an index beside the first."""
+    (weights,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(weights)
+    names = sorted(tensors)
+    shards = {"first.safetensors": names[::2], second: names[1::2]}
+    for file, held in shards.items():
+        place, content = folder / part / file, {name: tensors[name] for name in held}
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if file.endswith(".bin"):
+            torch.save(content, place)
+        else:
+            save_file(content, place, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, held in shards.items() for name in held}}
+    weights.with_name(f"{weights.name}.index.json").write_text(json.dumps(index))
+    weights.unlink()
+    return folder / part / second
+
+
+def test_weights_in_shards_are_loaded_and_stand_in_the_hash(copy: Path) -> None:
+    whole = load_model(copy).text_encoder.state_dict()
+    shard = cut_in_two(copy, "text_encoder", "second.safetensors")
+    parts = load_model(copy).text_encoder.state_dict()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    before = model_hash(copy)
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
+    assert model_hash(copy) != before
+
+
+@pytest.mark.threat(11)
+@pytest.mark.parametrize("part", ["text_encoder", "unet"])
+@pytest.mark.parametrize(
+    "second",
+    ["../../outside/x.safetensors", "../../outside/x.bin", "part-2.dat", "below/x.safetensors", "x.fp16.safetensors"],
+)
+def test_shards_that_are_no_safetensors_beside_their_index_are_refused(copy: Path, part: str, second: str) -> None:
+    cut_in_two(copy, part, second)
+    told = rf"{part}/\w+.safetensors.index.json names {re.escape(second)}, which should be .safetensors beside it"
+    with pytest.raises(ModelError, match=told):
+        load_model(copy)
+
+
+def test_an_index_without_a_map_is_refused(copy: Path) -> None:
+    (copy / "unet/diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"names None, which should be \.safetensors beside it"):
         load_model(copy)
 
 
@@ -197,6 +247,65 @@ def test_the_same_weights_in_another_precision_do_not_count(copy: Path, tmp_path
 def test_a_folder_outside_of_data_base_is_refused(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is not in data/base"):
         resolve_model(str(copy), None, tmp_path / "project")
+
+
+def link_a_base(root: Path, outside: Path) -> str:
+    (root / "data/base/linked").symlink_to(outside)
+    return "data/base/linked"
+
+
+def link_a_part(root: Path, outside: Path) -> str:
+    shutil.copytree(outside, root / "data/base/whole")
+    shutil.rmtree(root / "data/base/whole/unet")
+    (root / "data/base/whole/unet").symlink_to(outside / "unet")
+    return "data/base/whole"
+
+
+def link_a_folder_above(root: Path, outside: Path) -> str:
+    (root / "data/base/family").symlink_to(outside.parent)
+    return f"data/base/family/{outside.name}"
+
+
+def lead_outside(root: Path, outside: Path) -> str:
+    return f"data/base/../../../{outside.name}"
+
+
+@pytest.mark.threat(14)
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        (
+            link_a_base,
+            r"data/base/linked is a link to a folder, behind which DVC sees no change; move or copy it there",
+        ),
+        (link_a_part, r"data/base/whole/unet is a link to a folder"),
+        (link_a_folder_above, r"data/base/family is a link to a folder"),
+        (lead_outside, r"\.\./\.\./\.\./copy is not in data/base, where its changes would be seen"),
+    ],
+)
+def test_a_base_whose_changes_dvc_would_not_see_is_refused(
+    copy: Path, tmp_path: Path, place: Callable[[Path, Path], str], told: str
+) -> None:
+    root = tmp_path / "project"
+    (root / "data/base").mkdir(parents=True)
+    with pytest.raises(ModelError, match=told):
+        locate(place(root, copy), None, root)
+
+
+def test_a_link_that_stays_in_data_base_is_refused_too_for_it_may_lead_elsewhere_tomorrow(
+    copy: Path, tmp_path: Path
+) -> None:
+    shutil.move(copy, tmp_path / "project/data/base/tiny")
+    (tmp_path / "project/data/base/current").symlink_to("tiny")
+    with pytest.raises(ModelError, match="data/base/current is a link to a folder"):
+        locate("data/base/current", None, tmp_path / "project")
+
+
+def test_data_base_itself_may_be_a_link_which_dvc_follows(copy: Path, tmp_path: Path) -> None:
+    root = tmp_path / "project"
+    (root / "data").mkdir(parents=True)
+    (root / "data/base").symlink_to(copy.parent)
+    assert locate(f"data/base/{copy.name}", None, root) == root / "data/base" / copy.name
 
 
 def test_the_written_pipeline_is_one_that_diffusers_loads(tiny_model_folder: Path, tmp_path: Path) -> None:

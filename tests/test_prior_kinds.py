@@ -14,7 +14,7 @@ from dreambooth import methods, teacher
 from dreambooth import trainer as stepping
 from dreambooth.adapters import without_lora
 from dreambooth.dataset import Sample
-from dreambooth.errors import PhotosError, TrainingError
+from dreambooth.errors import PhotosError, SubjectError, TrainingError
 from dreambooth.folders import read_manifest
 from dreambooth.models import Model, load_model
 from dreambooth.params import load_params
@@ -188,6 +188,16 @@ def test_own_photos_are_checked_as_those_of_a_subject(project: Path, params_valu
     (folder / "broken.jpg").write_bytes(b"no photo")
     params_values["prior"]["kind"] = "folder"
     with pytest.raises(PhotosError, match=r"data/classes/dog/broken\.jpg"):
+        run_stages(project, params_values, prior_stage)
+
+
+def test_own_photos_behind_a_link_are_refused_for_dvc_sees_no_change_of_them(
+    project: Path, params_values: dict[str, Any], tmp_path: Path
+) -> None:
+    add_photos(tmp_path / "dogs", 3, first=200)
+    (project / "data/classes/dog").symlink_to(tmp_path / "dogs")
+    params_values["prior"]["kind"] = "folder"
+    with pytest.raises(SubjectError, match=r"^prior\.folder: .*/data/classes/dog is a link to a folder.*copy it there"):
         run_stages(project, params_values, prior_stage)
 
 

@@ -11,7 +11,16 @@ from tiny_project import REPOSITORY
 
 from dreambooth.errors import EvaluationError, PhotosError
 from dreambooth.identifiers import reader_at
-from dreambooth.prompts import Reader, cuts, fill, load_templates, read_caption, require_read, with_article
+from dreambooth.prompts import (
+    Reader,
+    cuts,
+    fill,
+    load_templates,
+    read_caption,
+    require_read,
+    templates_of,
+    with_article,
+)
 from dreambooth.vocabulary import VOCABULARY, read_vocabulary
 
 PROMPTS = REPOSITORY / "data/prompts"
@@ -126,10 +135,26 @@ def test_words_of_the_bundled_model_that_had_the_right_article_keep_it() -> None
     assert changed == {"unicorn", "ewe", "hourglass done"}
 
 
+def test_the_mark_that_editors_of_windows_write_first_is_no_part_of_captions_and_prompts(tmp_path: Path) -> None:
+    (tmp_path / "00.txt").write_text("a photo of {} in a park", encoding="utf-8-sig")
+    assert read_caption(tmp_path / "00.txt") == "a photo of {} in a park"
+    (tmp_path / "live.csv").write_text("kind,prompt\nproperty,a red {}\n", encoding="utf-8-sig")
+    assert load_templates(tmp_path / "live.csv") == [("property", "a red {}")]
+
+
 def test_article_right_before_the_subject_is_refused(tmp_path: Path) -> None:
     (tmp_path / "live.csv").write_text("kind,prompt\nproperty,a photo of a {} in space\n")
     with pytest.raises(EvaluationError, match=r"without a or an"):
         load_templates(tmp_path / "live.csv")
+
+
+def test_prompts_behind_a_link_are_refused_for_dvc_sees_no_change_of_them(tmp_path: Path) -> None:
+    (tmp_path / "data/prompts").mkdir(parents=True)
+    (tmp_path / "data/prompts/mine").symlink_to(PROMPTS / "bundled")
+    with pytest.raises(
+        EvaluationError, match=r"^evaluate\.prompts: .*/prompts/mine is a link to a folder.*copy it there"
+    ):
+        templates_of(tmp_path, "data/prompts/mine/live.csv")
 
 
 @pytest.mark.parametrize(("scale", "kind"), LISTS)

@@ -87,6 +87,15 @@ def stored_unet(root: Path) -> Path:
     return place / f"artifacts/artifacts/{BISCUIT}/unet/diffusion_pytorch_model.safetensors"
 
 
+def test_a_path_in_which_mlflow_would_read_another_is_refused_before_anything_is_sent(root: Path) -> None:
+    other = root.rename(root.with_name("a%41b"))
+    with pytest.raises(
+        RegistryError, match=r"/a%41b: MLflow reads it as .*/aAb, .*; rename it without % before two hexa"
+    ):
+        register(other, BISCUIT)
+    assert not (other / "mlartifacts").exists()
+
+
 @pytest.mark.fault(30)
 def test_an_export_is_one_version_however_often_it_is_registered(root: Path) -> None:
     first, again = register(root, BISCUIT), register(root, BISCUIT)

@@ -123,6 +123,14 @@ def test_sweeps_of_different_parameters_leave_different_tables(paths: list[str],
     assert _table_name(None, ["biscuit"], dict.fromkeys(paths), tiny_values()) == name
 
 
+def test_sweeps_of_many_parameters_leave_different_tables_too() -> None:
+    common = ["train.learning_rate", "train.max_train_steps", "train.gradient_accumulation_steps"]
+    grids = [[*common, "train.rank"], [*common, "train.seed"]]
+    names = {_table_name(None, ["biscuit"], dict.fromkeys(paths), tiny_values()) for paths in grids}
+    assert len(names) == 2
+    assert {len(name) for name in names} == {60}
+
+
 def test_the_table_remembers_subjects_parameters_and_failures_of_an_experiment(tmp_path: Path) -> None:
     file = tmp_path / "sweep.csv"
     failed = Result("sweep-2", "rex", {"train.learning_rate": 1.0, "train.seed": 1}, {}, error="E_TRAIN: no")

@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 from toy_project import REPOSITORY, dvc, git, make_photos
 
 from dreambooth.errors import ParamsError, PhotosError, PipelineError, SubjectError
 from dreambooth.params import load_params
+from dreambooth.photos import find_photos
 from dreambooth.vocabulary import SCORER
 from flows import commandline
 from flows.add import Wish, add_subject, class_of_noun, collect, new_names, track_photos, with_subject
-from flows.dvcrun import child_environment
+from flows.commandline import child_environment
 from flows.graph import Graph
 
 TOM = Wish("tom", "cat", "sks", "live")
@@ -268,6 +270,25 @@ def test_captions_come_along_under_the_names_of_their_photos(project: Path, tmp_
     assert texts[0].with_suffix(".png").exists()
 
 
+def test_photos_of_two_folders_keep_their_own_captions(project: Path, tmp_path: Path) -> None:
+    for number, folder in enumerate(("x", "y")):
+        for index, photo in enumerate(make_photos(tmp_path / folder, 2, seed=4 * number)):
+            with Image.open(photo) as picture:
+                picture.save(tmp_path / folder / f"{index}.{'jpg' if number else 'png'}")
+            photo.unlink()
+    for name, caption in {"x/0": "a photo of {} X0", "x/1": "a photo of {} X1", "y/0": "a photo of {} Y0"}.items():
+        (tmp_path / name).with_suffix(".txt").write_text(caption)
+    folders = [tmp_path / "x", tmp_path / "y"]
+    names = new_names(collect(folders)[0])
+    captions = find_photos(add_subject(project, TOM, folders).folder).captions
+    assert [captions[name].read_text()[-2:] if name in captions else None for name in names] == ["X0", "X1", "Y0", None]
+
+
+def test_photos_that_share_a_caption_keep_their_names_and_a_new_name_takes_nobody_s_caption() -> None:
+    assert new_names([Path("x/a.png"), Path("x/a.jpg"), Path("y/a.webp")]) == ["a.png", "a.jpg", "02.webp"]
+    assert new_names([Path("x/é.png"), Path("x/00.jpg"), Path("x/00.png")]) == ["00.png", "01.jpg", "02.png"]
+
+
 def test_a_caption_without_the_subject_leaves_nothing_behind(project: Path, tmp_path: Path) -> None:
     make_photos(tmp_path / "camera", 3)
     (tmp_path / "camera" / "photo 0.txt").write_text("a dog in a park")
@@ -343,7 +364,9 @@ def test_photos_without_a_version_are_told_with_all_that_dvc_says_of_it(project:
 def test_photos_get_their_version_when_another_command_of_dvc_is_done(project: Path) -> None:
     program = "import sys, time\nfrom dvc.repo import Repo\nwith Repo().lock: print('held', flush=True); time.sleep(5)"
     command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, cwd=project, env=child_environment(), stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        command, cwd=project, env=child_environment(project), stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         assert track_photos(project, project / "data/subjects/rex") is None

@@ -13,7 +13,7 @@ from waiting import await_true
 
 from dreambooth.errors import PipelineError
 from dreambooth.interruption import is_alive, tell
-from flows import dvcrun
+from flows import commandline, dvcrun
 from flows.dvcrun import DvcRunner, StageRun
 
 BUSY = "ERROR: failed to reproduce 'train@rex': 'models/rex' is busy, it is being blocked by:\n  (PID 1): dvc repro\n"
@@ -224,7 +224,7 @@ def test_a_runner_that_is_stopped_tells_the_last_words_of_its_stages(tmp_path: P
 
 
 def test_python_of_a_stage_is_the_python_that_runs() -> None:
-    environment = dvcrun.child_environment()
+    environment = commandline.child_environment(Path())
     assert environment["PATH"].startswith(str(Path(sys.executable).parent))
     assert environment["DVC_NO_ANALYTICS"] == "1"
 

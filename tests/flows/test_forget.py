@@ -13,18 +13,21 @@ import pytest
 import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from toy_project import REPOSITORY, dvc, make_photos, quiet
+from toy_project import REPOSITORY, dvc, make_origin, make_photos, quiet
 
 from dreambooth import erasure, sweeps
 from dreambooth.erasure import Holdings
 from dreambooth.errors import ParamsError, PipelineError, SubjectError
+from dreambooth.folders import is_private
 from dreambooth.locks import AlreadyRunningError, only_one
 from dreambooth.params import names_id
-from flows import dvcstore, prefectstore
+from flows import clones, dvcstore, prefectstore
+from flows.add import Wish, add_subject, track_photos
 from flows.check import check
 from flows.commandline import ROBOT, git
 from flows.copies import OWNER
 from flows.doctor import _left_beside
+from flows.dvcrun import DvcRunner
 from flows.dvcstore import _names
 from flows.entries import without_subject
 from flows.forget import (
@@ -34,6 +37,7 @@ from flows.forget import (
     erase,
     inventory,
 )
+from flows.graph import Graph
 
 SUBJECT, IN_NAME, IN_BYTES = "zq7canary", "kanarienvogel", b"CANARY-5d1f0e"
 EMPTY_HERE = ("entries of the run cache", "experiments of sweeps")  # those have a test of their own
@@ -119,6 +123,7 @@ def test_a_subject_is_forgotten_though_params_are_not_valid_and_what_cannot_be_r
     found = inventory(project, "rex")
     assert found.places["entries of params.yaml, dvc.lock"] == 1
     receipt = erase(project, found, print)
+    assert any("dreambooth generate --out" in line for line in json.loads(receipt.read_text())["out_of_reach"])
     assert not (project / "data/subjects/rex").exists()
     assert (project / "params.yaml").read_text() == (
         without_subject(before + broken, "rex") if readable else before + broken
@@ -228,6 +233,90 @@ def found_in(folder: Path) -> Iterator[str]:
             yield f"{path} (name)"
         elif path.is_file() and any(mark in path.read_bytes() for mark in MARKS):
             yield str(path)
+
+
+def mark_photos(folder: Path) -> None:
+    """Write the canary bytes behind the end of every picture, where cameras and phones write more of it."""
+    for path in folder.iterdir():
+        with path.open("ab") as file:
+            file.write(IN_BYTES)
+
+
+def cached(root: Path) -> list[Path]:
+    return [path for path in (root / ".dvc/cache/files").rglob("*") if path.is_file()]
+
+
+@pytest.mark.usefixtures("no_prefect")
+@pytest.mark.threat(23)
+def test_photos_that_add_replaced_before_a_commit_leave_the_cache_of_dvc(project: Path, tmp_path: Path) -> None:
+    for seed in (5, 7):
+        make_photos(tmp_path / str(seed), 3, seed)
+        mark_photos(tmp_path / str(seed))
+        added = add_subject(project, Wish(SUBJECT, "dog", "sks", "live"), [tmp_path / str(seed)], force=True)
+        assert track_photos(project, added.folder) is None
+    assert len(cached(project)) == 8  # two folders of three photos
+    erase(project, inventory(project, SUBJECT))
+    assert cached(project) == []
+    assert list(found_in(project)) == []
+
+
+@pytest.mark.usefixtures("no_prefect")
+@pytest.mark.threat(23)
+def test_photos_that_a_run_refused_and_that_were_taken_away_leave_the_cache_of_dvc(project: Path) -> None:
+    add_entry(project, SUBJECT)
+    folder, runner = project / "data/subjects" / SUBJECT, DvcRunner(project)
+    make_photos(folder, 5, seed=5)
+    mark_photos(folder)
+    dvc(project, "add", f"data/subjects/{SUBJECT}")
+    for photo in (folder / "photo 3.png", folder / "photo 4.png"):
+        photo.write_bytes(photo.read_bytes() + b"secret")
+    (project / f"fail-validate-{SUBJECT}").touch()
+    runner.run(f"data/subjects/{SUBJECT}.dvc", str)
+    with pytest.raises(PipelineError, match="E_TRAIN"):
+        runner.run(f"validate@{SUBJECT}", str)
+    (project / f"fail-validate-{SUBJECT}").unlink()
+    for photo in (folder / "photo 3.png", folder / "photo 4.png"):
+        photo.unlink()
+    for stage in (f"data/subjects/{SUBJECT}.dvc", f"validate@{SUBJECT}"):
+        runner.run(stage, str)
+    (project / "ran.log").unlink()
+    erase(project, inventory(project, SUBJECT))
+    assert [path for path in cached(project) if IN_BYTES in path.read_bytes()] == []
+    assert list(found_in(project)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.threat(23)
+@pytest.mark.usefixtures("no_prefect")
+def test_dvc_notes_names_in_the_project_alone_and_those_of_clones_and_experiments_go_with_them(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DVC_SITE_CACHE_DIR")
+    open_to_all = Path("/var/tmp/dvc")
+    before = set(found_in(open_to_all))
+    make_origin(project)
+    add_entry(project, SUBJECT)
+    for number, path in enumerate(make_photos(project / "data/subjects" / SUBJECT, 3, seed=5)):
+        path.rename(path.with_name(f"{IN_NAME} {number}.png"))
+    dvc(project, "add", f"data/subjects/{SUBJECT}")
+    git(project, "add", "--all")
+    git(project, *ROBOT, "commit", "--quiet", "--message", "photos")
+    runner = DvcRunner(project)
+    runner.experiment("sweep-0000000001", ["photos.max_aspect=3.5"], [f"validate@{SUBJECT}"], str)
+    runner.run(f"validate@{SUBJECT}", str)
+    Graph.load(project)
+    with clones.cloned(project, str(project), None) as clone:
+        dvc(clone, "status")
+        Graph.load(clone)
+    (notes,) = (project / ".dvc/tmp/notes").iterdir()
+    assert is_private(notes)
+    assert list(found_in(notes))
+    assert [path.name for path in notes.iterdir()] == ["repo"]
+    assert len(list((notes / "repo").iterdir())) == 1
+    assert not set(found_in(open_to_all)) - before
+    erase(project, inventory(project, SUBJECT))
+    assert not list((project / ".dvc/tmp").glob("notes/*/*"))
+    assert not set(found_in(open_to_all)) - before
 
 
 def forget(root: Path, home: Path, *arguments: str, before: str = "") -> "subprocess.CompletedProcess[str]":

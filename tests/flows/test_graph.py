@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ from toy_project import dvc, kill_tree, make_photos
 from waiting import await_true
 
 from dreambooth.errors import ParamsError, PipelineError, SubjectError
-from flows.dvcrun import child_environment
+from flows.check import check
+from flows.commandline import child_environment
+from flows.doctor import examine
 from flows.graph import Graph
 
 TOY = {
@@ -155,12 +158,32 @@ def test_files_that_stages_share_are_compared_once_and_what_is_changed_is_what_d
     assert {"prior@dog", "validate@biscuit", "report@rex"} <= changed(project)
 
 
+@pytest.mark.fault(10)
+def test_a_name_that_is_no_utf8_is_told_in_a_line_with_its_path(project: Path) -> None:
+    """DVC can hash nothing beside it, so that it stops the subjects whose photos have good names as well."""
+    for name in (b"rex/caf\xe9.png", b"biscuit/\xff"):
+        (project / "data/subjects" / os.fsdecode(name)).write_bytes(b"a photo")
+    with pytest.raises(PipelineError) as told:
+        Graph.load(project)
+    places = [f"{project}/data/subjects/{name}" for name in (r"biscuit/\udcff", r"rex/caf\udce9.png")]
+    assert str(told.value) == " | ".join(
+        f"{place}: the name is no UTF-8, which DVC cannot note; rename it" for place in places
+    )
+    checked = check(project, "rex")
+    lines = str(checked.refusal).splitlines()
+    assert lines[0] == f"{places[1]}: the name is no UTF-8, which DVC cannot note; rename it"
+    assert "E_IMG_FORMAT" in lines[1]
+    (found,) = [one for one in examine(project) if one.what == "names"]
+    assert found.is_broken
+    assert places[0] in found.found
+
+
 @pytest.mark.slow
 def test_a_stage_that_another_process_runs_is_stale_and_says_so(project: Path) -> None:
     dvc(project, "repro", "validate@rex", "prior@dog")
     (project / "slow-train-rex").touch()
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", "train@rex"]
-    with subprocess.Popen(command, cwd=project, env=child_environment(), stdout=subprocess.DEVNULL) as running:
+    with subprocess.Popen(command, cwd=project, env=child_environment(project), stdout=subprocess.DEVNULL) as running:
         try:
             await_true((project / "started-train-rex").exists, 120)
             graph = Graph.load(project)

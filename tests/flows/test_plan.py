@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import constants
 from toy_project import REPOSITORY, dvc
 
-from dreambooth.errors import EvaluationError, ModelError, ParamsError, PhotosError
+from dreambooth.errors import EvaluationError, ModelError, ParamsError, PhotosError, RegistryError
 from dreambooth.folders import scratch_folder
 from dreambooth.models import load_model
 from dreambooth.params import Base, Params, load_params, parse_params
@@ -141,6 +141,9 @@ def test_what_a_late_stage_would_refuse_is_refused_before_the_first(project: Pat
         require_inputs(project, params.model_copy(update={"base": hub}), graph)
     done = Graph(tuple(dataclasses.replace(stage, stale=False) for stage in graph.stages))
     require_inputs(project, params.model_copy(update={"base": base}), done)  # nothing would ask for it
+    project.rename(project.with_name("a%41b"))
+    with pytest.raises(RegistryError, match=r"/a%41b: MLflow reads it as .*/aAb, so that nothing can be registered"):
+        require_inputs(project.with_name("a%41b"), params, graph)
 
 
 def test_a_solver_that_cannot_draw_with_the_base_is_refused_before_the_first_stage(

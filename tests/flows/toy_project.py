@@ -87,12 +87,12 @@ def make_origin(root: Path) -> Path:
 
 def dvc(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """Run the dvc command as a person would, in the environment of these tests."""
-    from flows.dvcrun import child_environment
+    from flows.commandline import child_environment
 
     return subprocess.run(
         [sys.executable, "-m", "dvc", *arguments],
         cwd=root,
-        env=child_environment(),
+        env=child_environment(root),
         capture_output=True,
         text=True,
         check=True,
