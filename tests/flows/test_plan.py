@@ -247,7 +247,7 @@ def test_the_training_says_of_an_identifier_what_the_plan_says(word: str, capsys
     values["subjects"]["chime"]["identifier"] = word
     params, base = parse_params(values), REPOSITORY / BUNDLED
     planned = list(poor_identifiers(REPOSITORY, params, [word], [params.class_of("chime").class_noun]))
-    train._say_remarks(params, "chime", REPOSITORY, load_model(base, parts=["tokenizer"]), 3)
+    train._say_remarks(params, "chime", REPOSITORY, load_model(base, parts=["tokenizer"]), 3, [])
     assert [f"train chime: warning: {remark}" for remark in planned] == capsys.readouterr().out.splitlines()
     assert len(planned) == 1
 
