@@ -1,6 +1,7 @@
 """The automations of the server as code: end runs whose worker died, start them again, tell people; applied by name.
 
-A run sends a heartbeat every 30 s, see prefect.yaml. Applying twice changes nothing; a changed one is replaced.
+A run sends a heartbeat every 30 s: on a worker by prefect.yaml, else by flows/__init__.py.
+Applying twice changes nothing; a changed one is replaced.
 """
 
 from collections.abc import Sequence

@@ -10,11 +10,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-# As in prefect.yaml, before prefect reads its settings.
-os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
-os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "8")
-os.environ.setdefault("PREFECT_CLIENT_RETRY_EXTRA_CODES", "500,504")
-
 from prefect import serve
 from prefect.client.schemas.objects import ConcurrencyLimitConfig
 from prefect.deployments.runner import RunnerDeployment
