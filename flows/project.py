@@ -35,6 +35,17 @@ def find_root(given: str | Path | None = None) -> Path:
     )
 
 
+def enter() -> dict[str, str]:
+    """Make the project of this machine the current folder: the pull step of prefect.yaml, before a flow is imported.
+
+    Raises:
+        PipelineError: no such folder.
+    """
+    root = find_root()
+    os.chdir(root)
+    return {"directory": str(root)}
+
+
 def ids_of(given: str | Sequence[str] | None) -> list[str]:
     """Return the ids that the parameter of a flow names: one, several, or none."""
     return [given] if isinstance(given, str) else list(given or [])

@@ -63,14 +63,15 @@ def machines(origin: Path, tmp_path: Path, prefect_home: Path, prefect_server: s
 
 
 def deploy(environment: dict[str, str], folder: Path) -> None:
-    """Deploy prefect.yaml with a pool of our own, and with the registry that counts."""
+    """Deploy prefect.yaml with a pool of our own, and with the registry that counts; from a checkout of no worker."""
     text = (REPOSITORY / "prefect.yaml").read_text()
     text = text.replace("name: dreambooth", "name: clones").replace(
         "flows.clone.personalize", "counting_flows.personalize"
     )
     (folder / "prefect.yaml").write_text(text)
     prefect(environment, "work-pool", "create", "clones", "--type", "process", "--overwrite")
-    prefect(environment, "deploy", "--name", "clone", "--prefect-file", "prefect.yaml", folder=folder)
+    elsewhere = {**environment, "DREAMBOOTH_HOME": str(folder / "laptop")}
+    prefect(elsewhere, "deploy", "--name", "clone", "--prefect-file", "prefect.yaml", folder=folder)
 
 
 def retrain(environment: dict[str, str], told: str = "", **parameters: Any) -> str:
