@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 from packaging.requirements import Requirement
@@ -24,6 +24,9 @@ from dreambooth.redaction import redact
 from dreambooth.tracking import PENDING, unsent
 from flows.clones import copies
 from flows.project import PARAMS
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
 
 LOW_BYTES = 2e9  # of free disk
 SOON = 30  # days before a consent ends
@@ -152,7 +155,21 @@ def _prefect() -> Iterator[Finding]:
 
     with reached(), get_client(sync_client=True) as client:
         client.api_version()
+        paused = _paused(client)
     yield Finding("good", "Prefect", f"{redact(url)} answers", "")
+    if paused:
+        found = f"paused, so nothing starts by itself: {', '.join(paused)}"
+        yield Finding("warning", "Prefect deployments", found, "switch them on in the UI of Prefect")
+
+
+def _paused(client: "SyncPrefectClient") -> list[str]:
+    """Return the deployments of our flows that do not start by themselves, since somebody has switched them off."""
+    from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+
+    from flows.automations import FLOWS
+
+    ours = client.read_deployments(flow_filter=FlowFilter(name=FlowFilterName(any_=FLOWS)), limit=200)
+    return sorted(one.name for one in ours if one.paused or not all(schedule.active for schedule in one.schedules))
 
 
 def _scratch(root: Path, params: Params | None) -> Iterator[Finding]:

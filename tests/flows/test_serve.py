@@ -73,6 +73,18 @@ def test_what_workers_start_is_not_taken_from_them(project: Path, environment: d
     ]
 
 
+def test_the_doctor_names_a_deployment_that_is_switched_off(project: Path, environment: dict[str, str]) -> None:
+    api, doctor = environment["PREFECT_API_URL"], [sys.executable, "-m", "flows.cli", "doctor"]
+    prefect(environment, "work-pool", "create", "dreambooth", "--type", "process", "--overwrite")
+    prefect(environment, "deploy", "--name", "nightly", "--name", "batch")
+    wanted = {"deployments": {"name": {"any_": ["nightly"]}}}
+    (nightly,) = post(api, "deployments/filter", wanted)
+    for what, told in (("resume", False), ("pause", True)):
+        post(api, f"deployments/{nightly['id']}/{what}_deployment", {})
+        done = subprocess.run(doctor, cwd=project, env=environment, capture_output=True, text=True, check=False)
+        assert ("paused, so nothing starts by itself: nightly" in " ".join(done.stdout.split())) == told, done.stdout
+
+
 def test_outside_of_a_project_or_without_what_it_serves_a_line_says_so(project: Path, tmp_path: Path) -> None:
     environment = {**quiet(tmp_path / "prefect"), "PYTHONPATH": str(REPOSITORY)}
     for folder, message in ((tmp_path, "no dvc.yaml and params.yaml in "), (project, f"{project}/prefect.yaml is not")):
