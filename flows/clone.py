@@ -19,7 +19,7 @@ from flows import clones
 from flows.dvcrun import DvcRunner
 from flows.graph import Graph
 from flows.personalize import TASKS_AT_ONCE, Futures, carry_out, publish
-from flows.program import failed
+from flows.program import ended, failed
 from flows.project import PARAMS, choose_subjects, find_root
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def personalize(
         return failed(error)
 
 
-def _draw(clone: Path, params: Params, classes: list[str]) -> list["State[Any]"]:
+def _draw(clone: Path, params: Params, classes: list[str]) -> Any:
     """Draw class images alone, so that the subjects of a class find them in the remote."""
     wanted = {f"prior@{one}" for one in classes}
     stages = tuple(stage for stage in Graph.load(clone).stages if stage.name in wanted)
@@ -93,14 +93,14 @@ def _draw(clone: Path, params: Params, classes: list[str]) -> list["State[Any]"]
     return _bring(clone, params, [], Graph(stages))
 
 
-def _bring(clone: Path, params: Params, subjects: list[str], graph: Graph) -> list["State[Any]"]:
+def _bring(clone: Path, params: Params, subjects: list[str], graph: Graph) -> Any:
     wanted = WANTED if subjects else {"prior"}
     stages, versions = carry_out(params, subjects, graph, DvcRunner(clone, wanted=wanted))
     branch = hand_back(clone, _new(stages), str(flow_run.id), return_state=True)
     if branch.is_completed() and (name := branch.result()):
         get_run_logger().info("dvc.lock is on the branch %s", name)
     publish(clone, params, stages, versions)
-    return [*(future.state for future in (*stages.values(), *versions.values())), branch]
+    return ended([*(future.state for future in (*stages.values(), *versions.values())), branch])
 
 
 def _new(stages: Futures) -> list[str]:

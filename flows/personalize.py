@@ -29,7 +29,7 @@ from flows.graph import GPU_ENTRIES, Graph
 from flows.lanes import MOST, Lanes, lanes_of, one_gpu
 from flows.leaving import heard_in_a_flow, leaving_when_told
 from flows.preflight import require_inputs
-from flows.program import exit_code, failed, has_server, left, states_of
+from flows.program import ended, exit_code, failed, has_server, left, states_of
 from flows.project import PARAMS, choose_subjects, find_root
 from flows.room import require_room
 from flows.turns import VARIABLE, Turn, gpu, has_limit, without_limit
@@ -100,7 +100,7 @@ def personalize(subject: str | list[str] | None = None, root: str | None = None)
         stages, versions = carry_out(params, subjects, graph, DvcRunner(project))
         summary.refresh_index(project, params.subjects, get_run_logger().warning)
         publish(project, params, stages, versions)
-        return [future.state for future in (*stages.values(), *versions.values())]
+        return ended([future.state for future in (*stages.values(), *versions.values())])
 
 
 def carry_out(params: Params, subjects: Sequence[str], graph: Graph, runner: DvcRunner) -> tuple[Futures, Futures]:

@@ -37,7 +37,7 @@ from dreambooth.folders import code_hash, sha256_of, sha256_of_file
 from dreambooth.params import Params, load_params
 from flows import clones
 from flows.graph import Graph, Stage
-from flows.program import failed, left, patiently
+from flows.program import brief, failed, left, patiently
 from flows.project import PARAMS, choose_subjects, find_root, ids_of
 from flows.promote import promote_one
 from flows.summary import export_hash, refresh_index
@@ -342,10 +342,11 @@ def _report(works: Sequence[Work]) -> Any:
         for work in sorted(works, key=lambda work: work.is_done)
     ]
     left(create_table_artifact, rows, "retrain", f"{len(bad)} of {len(works)} subjects failed")
-    for work in bad:
-        get_run_logger().error("%s: %s", work.keys[0], "; ".join(work.faults))
+    lines = [f"{work.keys[0]}: {'; '.join(work.faults)}" for work in bad]
+    for line in lines:
+        get_run_logger().error("%s", line)
     if bad:
-        return Failed(message=f"{len(bad)}/{len(works)} subjects failed")
+        return Failed(message=f"{len(bad)}/{len(works)} subjects failed: {brief(lines)}")
     unjudged = ", ".join(work.keys[0] for work in works if not work.is_judged)
     note = f"; not judged, see the table: {unjudged}" if unjudged else ""
     return Completed(message=f"{len(works)} subjects are up to date{note}")
