@@ -4,6 +4,7 @@ A version is made only after its files were uploaded, listed, compared with the 
 """
 
 import json
+import logging
 import shutil
 import subprocess
 import time
@@ -34,7 +35,7 @@ from dreambooth.folders import (
 from dreambooth.params import METHODS_OF_FORMAT, check_id
 from dreambooth.pointer import POINTER, require_beside, resolve_whole, write_pointer
 from dreambooth.redaction import redact
-from dreambooth.tracking import connect, database_file, ensure_run, paged, tracking_uri
+from dreambooth.tracking import connect, database_file, ensure_run, paged, resend, tracking_uri
 from dreambooth.versions import (
     CHALLENGER,
     CONSENT_TAG,
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
+
+_log = logging.getLogger(__name__)
 
 LOCK_SECONDS = 3600.0
 SCORES = ("evaluation.json", "prompts.csv", "class_images.csv", "scores.csv")  # what the gate reads of an evaluation
@@ -118,7 +121,7 @@ def register(root: Path, subject_id: str, max_logged_bytes: int | None = None) -
     """Make export/<id> a version of the MLflow model <id> and point `challenger` to it; do nothing twice.
 
     An upload that was cut short is taken up again in its place. A version whose files are gone gets them back. A newer
-    evaluation of the same export is added to its version.
+    evaluation of the same export is added to its version. What trainings could not send to MLflow is sent.
 
     Args:
         root: of the project.
@@ -144,6 +147,8 @@ def register(root: Path, subject_id: str, max_logged_bytes: int | None = None) -
             client.set_model_version_tag(subject_id, registered.version, MD5_TAG, export.md5)
         _add_evaluation(client, root, registered, export)
         _challenge(client, subject_id, int(registered.version))
+    for line in resend(root):  # MLflow has answered, and there may be no training in this run that would send it
+        _log.warning("%s", line)
     return RegisteredVersion(subject_id, int(registered.version), version is None, export.hash, export.md5)
 
 

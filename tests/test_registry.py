@@ -317,6 +317,23 @@ def test_a_dead_server_is_one_line_and_the_export_stays(root: Path, monkeypatch:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fault(28)
+def test_what_a_training_could_not_send_is_sent_by_the_registration_after_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next run may have no training that would send it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, "connect", lambda root: (_ for _ in ()).throw(OSError(111, "Connection refused")))
+        with tracking.open_run(root, key="a" * 64, name="train biscuit") as run:
+            run.metrics({"loss": 1.0}, 1)
+    (parcel,) = tracking.unsent(root).iterdir()
+    register(root, BISCUIT)
+    assert not parcel.exists()
+    client, experiment = tracking.connect(root)
+    found = {run.info.run_name: run.info.status for run in client.search_runs([experiment])}
+    assert found["train biscuit"] == "FINISHED"
+
+
 def test_a_large_export_stays_in_dvc_and_is_served_from_there(root: Path, tiny_model_folder: Path) -> None:
     from dvc.repo import Repo
 
