@@ -117,7 +117,9 @@ def _size(files: Mapping[str, Any]) -> int:
     return sum(entry["size"] for entry in files.values())
 
 
-def register(root: Path, subject_id: str, max_logged_bytes: int | None = None) -> RegisteredVersion:
+def register(
+    root: Path, subject_id: str, max_logged_bytes: int | None = None, remedy: str | None = None
+) -> RegisteredVersion:
     """Make export/<id> a version of the MLflow model <id> and point `challenger` to it; do nothing twice.
 
     An upload that was cut short is taken up again in its place. A version whose files are gone gets them back. A newer
@@ -128,13 +130,14 @@ def register(root: Path, subject_id: str, max_logged_bytes: int | None = None) -
         subject_id: of the subject.
         max_logged_bytes: a larger export stays where DVC keeps it, and the version points there, with the small parts
             beside that are of use alone; None copies all.
+        remedy: what to do once MLflow answers; None where the project stays: register this alone.
 
     Raises:
         TornFolderError: the export is not what its manifest says.
         RegistryError: the store cannot be reached, refuses, or holds other files than were sent.
     """
     export = _read_export(root, check_id(subject_id), max_logged_bytes)
-    remedy = f"the export stays as it is, repeat this alone: dreambooth register {subject_id}"
+    remedy = remedy or f"the export stays as it is, repeat this alone: dreambooth register {subject_id}"
     with explained(root, f"register {subject_id}", remedy), alone(root, subject_id):
         client, experiment = connect(root)
         version, model = _version_with(client, export) or (None, _begun(client, experiment, export))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
 
 WANTED = frozenset({"evaluate", "report", "export"})  # what registration, gate and report read
+REMEDY = "start personalize/clone again with the same parameters: DVC's cache has what was computed"
 RETRIES, PAUSES = 4, [5.0, 20.0, 60.0, 120.0]
 DENIED = re.compile(r"\b(401|403)\b|denied|unauthori[sz]ed|forbidden|credentials", re.IGNORECASE)
 
@@ -95,7 +96,7 @@ def _draw(clone: Path, params: Params, classes: list[str]) -> Any:
 
 def _bring(clone: Path, params: Params, subjects: list[str], graph: Graph) -> Any:
     wanted = WANTED if subjects else {"prior"}
-    stages, versions = carry_out(params, subjects, graph, DvcRunner(clone, wanted=wanted))
+    stages, versions = carry_out(params, subjects, graph, DvcRunner(clone, wanted=wanted), REMEDY)
     branch = hand_back(clone, _new(stages), str(flow_run.id), return_state=True)
     if branch.is_completed() and (name := branch.result()):
         get_run_logger().info("dvc.lock is on the branch %s", name)

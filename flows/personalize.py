@@ -64,13 +64,15 @@ def bring_up_to_date(stage: str, runner: DvcRunner, turn: Turn) -> "StageRun | S
 
 
 @task(task_run_name="register {subject_id}", cache_policy=NO_CACHE, persist_result=False)
-def register(subject_id: str, root: Path, max_logged_bytes: int | None = None) -> "RegisteredVersion | State[Any]":
+def register(
+    subject_id: str, root: Path, max_logged_bytes: int | None = None, remedy: str | None = None
+) -> "RegisteredVersion | State[Any]":
     """Register the export of one subject; the same export is the same version."""
     from dreambooth import registry
 
     try:
         with _registering:
-            version = registry.register(root, subject_id, max_logged_bytes)
+            version = registry.register(root, subject_id, max_logged_bytes, remedy)
     except DreamboothError as error:
         return failed(error, f"register {subject_id}")
     how = "registered" if version.created else "was registered before"
@@ -103,8 +105,18 @@ def personalize(subject: str | list[str] | None = None, root: str | None = None)
         return ended([future.state for future in (*stages.values(), *versions.values())])
 
 
-def carry_out(params: Params, subjects: Sequence[str], graph: Graph, runner: DvcRunner) -> tuple[Futures, Futures]:
-    """Run the stale stages of a graph and register the subjects; return what became of both, by stage and subject."""
+def carry_out(
+    params: Params, subjects: Sequence[str], graph: Graph, runner: DvcRunner, remedy: str | None = None
+) -> tuple[Futures, Futures]:
+    """Run the stale stages of a graph and register the subjects; return what became of both, by stage and subject.
+
+    Args:
+        params: of the project.
+        subjects: to be registered.
+        graph: its stages.
+        runner: runs them.
+        remedy: of a registration that failed, see `registry.register`.
+    """
     limited = bool(graph.stale) and has_limit()  # by the server: a stage that has its turn gets the whole machine
     if graph.stale and not limited and os.environ.get(VARIABLE):  # who names a limit means to have one
         get_run_logger().warning("%s", without_limit())
@@ -115,8 +127,8 @@ def carry_out(params: Params, subjects: Sequence[str], graph: Graph, runner: Dvc
     logging.getLogger("prefect.task_runs").addFilter(_is_news)
     others = threading.BoundedSemaphore(OTHERS_AT_ONCE)
     try:
-        stages, limit = _submit_stages(graph, runner, turn, others), params.registry.max_logged_bytes
-        versions = {one: _submit_registration(one, runner.root, graph, stages, limit) for one in subjects}
+        stages, how = _submit_stages(graph, runner, turn, others), (params.registry.max_logged_bytes, remedy)
+        versions = {one: _submit_registration(one, runner.root, graph, stages, how) for one in subjects}
         wait([*stages.values(), *versions.values()])
     except BaseException:
         runner.stop()
@@ -173,9 +185,11 @@ def _submit_stages(graph: Graph, runner: DvcRunner, gpu_turn: Turn, other_turn: 
     return futures
 
 
-def _submit_registration(subject_id: str, root: Path, graph: Graph, stages: Futures, limit: int) -> PrefectFuture[Any]:
+def _submit_registration(
+    subject_id: str, root: Path, graph: Graph, stages: Futures, how: tuple[int, str | None]
+) -> PrefectFuture[Any]:
     before = [stages[stage.name] for stage in graph.select([subject_id]).stale]
-    return register.submit(subject_id, root, limit, wait_for=before, return_state=False)
+    return register.submit(subject_id, root, *how, wait_for=before, return_state=False)
 
 
 def publish(root: Path, params: Params, stages: Futures, versions: Futures) -> None:

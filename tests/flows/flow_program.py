@@ -18,7 +18,9 @@ def book(root: Path) -> Path:
     return Path(os.environ.get("TOY_REGISTRY", root / "registry.json"))
 
 
-def register(root: Path, subject_id: str, max_logged_bytes: int | None = None) -> RegisteredVersion:
+def register(
+    root: Path, subject_id: str, max_logged_bytes: int | None = None, remedy: str | None = None
+) -> RegisteredVersion:
     """Give an export the next number, the same export the same number."""
     if (root / f"fail-register-{subject_id}").exists():
         raise RegistryError("the store is down; dreambooth register later")

@@ -15,14 +15,14 @@ import pytest
 from prefect.states import Failed
 from servers import refusing
 from toy_project import REPOSITORY, dvc, git, kill_tree, make_origin, make_toy_project, post, prefect, quiet, worker
-from waiting import await_true
+from waiting import await_true, free_port
 
 from dreambooth import versions
 from dreambooth.errors import ParamsError, PipelineError
 from dreambooth.params import load_params
 from dreambooth.yaml12 import load_yaml
 from flows import clones
-from flows.clone import PAUSES, RETRIES, _may_pass, hand_back
+from flows.clone import PAUSES, REMEDY, RETRIES, _may_pass, hand_back
 from flows.graph import Graph
 from flows.program import failed
 
@@ -119,6 +119,30 @@ def test_two_workers_share_six_subjects_and_no_stage_runs_twice(
         # Only what failed is tried again.
         assert retrain(machines["one"]).startswith("Failed 1/1 subjects failed: bad: ")
         assert set(log.read_text().splitlines()) == {f"train@{BROKEN}"}
+
+
+def test_a_clone_whose_export_could_not_be_registered_says_to_start_it_again(
+    tmp_path: Path, prefect_home: Path, prefect_server: str, tiny_model_folder: Path
+) -> None:
+    """The clone is gone, and `dreambooth register` would take what lies in the home for the newest."""
+    root = make_toy_project(tmp_path / "source", {"biscuit": "dog"})
+    shutil.copytree(tiny_model_folder, root / "pipeline")
+    home = tmp_path / "home"
+    git(tmp_path, "clone", "--quiet", str(make_origin(root)), str(home))
+    program = "import sys; from flows.clone import personalize; "
+    program += "print(personalize('biscuit', root=sys.argv[1], return_state=True).message)"
+    environment = {
+        **quiet(prefect_home),
+        "PREFECT_API_URL": prefect_server,
+        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}",
+        "DREAMBOOTH_SCRATCH": str(tmp_path / "scratch"),
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]),
+    }
+    command = [sys.executable, "-c", program, str(home)]
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, check=True)
+    message = done.stdout.splitlines()[-1]
+    assert message.startswith("register biscuit: E_REGISTRY: cannot register biscuit in ")
+    assert message.endswith(f"Connection refused; {REMEDY}")
 
 
 @pytest.mark.usefixtures("automations_for_now")
