@@ -362,6 +362,6 @@ def _last_words(said: str) -> str:
 
     The last one sums up ("6 files failed to upload"), the one before has the cause.
     """
-    lines = [line for line in said.splitlines() if line.strip()]
+    lines = [line for line in said.splitlines() if line.strip() and "dvc.org/support" not in line]
     errors = [number for number, line in enumerate(lines) if line.startswith("ERROR: ")]
     return " ".join(lines[errors[-2:][0] if errors else -3 :])

@@ -157,7 +157,9 @@ def run(subjects: Sequence[str], root: Path) -> Outcome:
 
 def _is_news(record: logging.LogRecord) -> bool:
     """Tell whether a line is none of those by which Prefect says a failure twice, or of a task that waited for one."""
-    return not record.getMessage().startswith(("Finished in state NotReady(", "Task run failed with state: "))
+    said = record.getMessage()
+    is_twice = said.startswith("Task run failed with state: ") and " - Retry " not in said
+    return not (is_twice or said.startswith("Finished in state NotReady("))
 
 
 def _announce(root: Path, params: Params, graph: Graph, lanes: Lanes) -> None:

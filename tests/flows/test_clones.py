@@ -273,6 +273,34 @@ def test_outputs_that_a_remote_does_not_take_stay_and_are_sent_when_it_does(proj
 
 
 @pytest.mark.fault(28)
+def test_a_hand_back_says_why_it_is_tried_again(project: Path, prefect_home: Path) -> None:
+    """Its tries take four minutes."""
+    git(project, "remote", "add", "origin", str(make_origin(project)))
+    dvc(project, "repro", "validate@rex")
+    remote = project.parent / "remote"
+    remote.write_text("no folder")
+    program = (
+        "import logging, sys; from pathlib import Path; from prefect import flow; from flows.clone import hand_back\n"
+    )
+    program += "from flows.personalize import _is_news; logging.getLogger('prefect.task_runs').addFilter(_is_news)\n"
+    program += "flow(lambda: hand_back(Path(sys.argv[1]), ['validate@rex'], '7'), name='handing')()"
+    command = [sys.executable, "-c", program, str(project)]
+    environment = {**quiet(prefect_home / "by-hand"), "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as handing:
+        assert handing.stderr is not None
+        said = list[str]()
+        for line in handing.stderr:
+            said.append(line)
+            if "Retry 1/4 will start 5.0 second(s)" in line:
+                remote.unlink()
+    assert handing.returncode == 0, said
+    (told,) = [line for line in said if " - Retry " in line]
+    assert "E_PIPELINE: dvc push in " in told
+    assert "dvc.org/support" not in told
+    assert git(project.parent / "origin.git", "branch", "--list", "runs/7")
+
+
+@pytest.mark.fault(28)
 def test_a_remote_that_refuses_is_said_in_a_line_with_its_reason_and_is_asked_once(project: Path) -> None:
     dvc(project, "repro", "validate@rex")
     with refusing(403) as address:
