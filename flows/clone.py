@@ -72,6 +72,7 @@ def personalize(
     """
     try:
         home = find_root(root)
+        clones.remove_left(home)
         with clones.cloned(home, clones.repository_of(home), revision) as clone:
             clones.override(clone, overrides or {})
             params = load_params(clone / PARAMS)

@@ -134,6 +134,15 @@ def copies(home: Path) -> list[Copy]:
     return found + [Copy(one, one, _user(one, working), False) for one in sweeps]
 
 
+def remove_left(home: Path) -> None:
+    """Remove the clones that killed runs left, unless a stage of theirs works on."""
+    made = [project.parent for project in scratch_folder(home).glob("clone-*/project")]  # after they took their lock
+    working = _working_folders() if made else {}
+    for folder in made:
+        if not (_holder(folder) or _user(folder, working)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _holder(folder: Path) -> str:
     """Say who holds the lock of a clone, on whatever machine; nobody after a kill, where the system frees it."""
     if not (folder / f"{OWNER}.lock").is_file():

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -229,11 +231,9 @@ def test_overridden_parameters_do_not_follow_a_link_out_of_the_clone(tmp_path: P
     assert shared.read_bytes() == before
 
 
-def test_a_killed_process_leaves_a_clone_that_nobody_uses_and_a_living_one_says_who_it_is(tmp_path: Path) -> None:
-    home = make_toy_project(tmp_path / "home", {"biscuit": "dog"})
-    git(home, "init", "--quiet")
-    git(home, "add", "--all")
-    git(home, "commit", "--quiet", "--message", "toy")
+@contextmanager
+def a_clone(home: Path) -> "Iterator[subprocess.Popen[str]]":
+    """Have a process that works in a clone of the home."""
     program = "import sys, time; from pathlib import Path; from flows.clones import cloned; home = Path(sys.argv[1])\n"
     program += "with cloned(home, str(home), None): print('cloned', flush=True); time.sleep(99)"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -242,12 +242,42 @@ def test_a_killed_process_leaves_a_clone_that_nobody_uses_and_a_living_one_says_
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "cloned\n"
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A project that is its own repository."""
+    root = make_toy_project(tmp_path / "home", {"biscuit": "dog"})
+    git(root, "init", "--quiet")
+    git(root, "add", "--all")
+    git(root, "commit", "--quiet", "--message", "toy")
+    return root
+
+
+def test_a_killed_process_leaves_a_clone_that_nobody_uses_and_a_living_one_says_who_it_is(home: Path) -> None:
+    with a_clone(home) as child:
         (used,) = clones.copies(home)
         assert f"pid {child.pid} on" in used.user
-        child.kill()
     (left,) = clones.copies(home)
     assert (left.folder, left.user, left.is_clone) == (used.folder, "", True)
     assert (left.project / "params.yaml").is_file()
+
+
+def test_a_run_removes_the_clone_of_one_that_was_killed_and_none_in_which_somebody_works(
+    home: Path, prefect_home: Path, prefect_server: str
+) -> None:
+    with a_clone(home):
+        (killed,) = clones.copies(home)
+    with a_clone(home):
+        (used,) = {copy.folder for copy in clones.copies(home)} - {killed.folder}
+        program = "import sys; from flows.clone import personalize; personalize('tom', return_state=True)"
+        environment = {**quiet(prefect_home), "PREFECT_API_URL": prefect_server, "PYTHONPATH": str(REPOSITORY)}
+        subprocess.run([sys.executable, "-c", program], cwd=home, env=environment, check=True, capture_output=True)
+        assert [copy.folder for copy in clones.copies(home)] == [used]
 
 
 def test_a_lock_takes_the_entries_of_some_keys_and_keeps_ours_of_the_others() -> None:
