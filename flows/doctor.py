@@ -282,7 +282,7 @@ def _servers(found: list[tuple[str, int, tuple[str, ...]]], environment: dict[st
         remedy = (
             "bind it to 127.0.0.1, or set PREFECT_SERVER_API_AUTH_STRING"
             if is_prefect
-            else "bind it to 127.0.0.1 (--host), or start it with --app-name basic-auth behind TLS (pip install 'mlflow[auth]')"
+            else "bind it to 127.0.0.1 (--host), or pip install 'mlflow[auth]' and --app-name basic-auth behind TLS"
         )
         if is_prefect or not any("basic-auth" in word or word.startswith("mlflow.server.auth") for word in command):
             what = "Prefect" if is_prefect else "MLflow"
