@@ -125,6 +125,7 @@ def carry_out(
     _announce(runner.root, params, graph, lanes)
     runner.threads = lanes.threads
     logging.getLogger("prefect.task_runs").addFilter(_is_news)
+    logging.getLogger("prefect.flow_runs").addFilter(_is_not_the_sum)
     others = threading.BoundedSemaphore(OTHERS_AT_ONCE)
     try:
         stages, how = _submit_stages(graph, runner, turn, others), (params.registry.max_logged_bytes, remedy)
@@ -160,6 +161,11 @@ def _is_news(record: logging.LogRecord) -> bool:
     said = record.getMessage()
     is_twice = said.startswith("Task run failed with state: ") and " - Retry " not in said
     return not (is_twice or said.startswith("Finished in state NotReady("))
+
+
+def _is_not_the_sum(record: logging.LogRecord) -> bool:
+    """Tell whether a line is not the one by which a flow ends with what its tasks have said already."""
+    return not record.getMessage().startswith("Finished in state Failed(")
 
 
 def _announce(root: Path, params: Params, graph: Graph, lanes: Lanes) -> None:
