@@ -36,6 +36,7 @@ from dreambooth.mlflowstore import connect, database_file, ensure_run, flat_metr
 from dreambooth.params import METHODS_OF_FORMAT, check_id
 from dreambooth.pointer import POINTER, require_beside, resolve_whole, write_pointer
 from dreambooth.redaction import redact
+from dreambooth.tracking import resend
 from dreambooth.versions import (
     CHALLENGER,
     CONSENT_TAG,
@@ -132,12 +133,16 @@ def _size(files: Mapping[str, Any]) -> int:
 
 
 def register(
-    root: Path, subject_id: str, max_logged_bytes: int | None = None, say: Callable[[str], object] = _log.warning
+    root: Path,
+    subject_id: str,
+    max_logged_bytes: int | None = None,
+    say: Callable[[str], object] = _log.warning,
+    remedy: str | None = None,
 ) -> RegisteredVersion:
     """Make export/<id> a version of the MLflow model <id> and point `challenger` to it; do nothing twice.
 
     An upload that was cut short is taken up again in its place. A version whose files are gone gets them back. A newer
-    evaluation of the same export is added to its version.
+    evaluation of the same export is added to its version. What trainings could not send to MLflow is sent.
 
     Args:
         root: of the project.
@@ -145,6 +150,7 @@ def register(
         max_logged_bytes: a larger export stays where DVC keeps it, and the version points there, with the small parts
             beside that are of use alone; None copies all.
         say: hears of another process that is waited for.
+        remedy: what to do once MLflow answers; None where the project stays: register this alone.
 
     Raises:
         TornFolderError: the export is not what its manifest says.
@@ -153,7 +159,7 @@ def register(
     """
     require_plain_path(root)
     export = _read_export(root, check_id(subject_id), max_logged_bytes)
-    remedy = f"the export stays as it is, repeat this alone: dreambooth register {subject_id}"
+    remedy = remedy or f"the export stays as it is, repeat this alone: dreambooth register {subject_id}"
     with explained(root, f"register {subject_id}", remedy), alone(root, subject_id, say):
         client, experiment = connect(root)
         version, model = _version_with(client, export) or (None, _begun(client, experiment, export))
@@ -166,6 +172,8 @@ def register(
             client.set_model_version_tag(subject_id, registered.version, MD5_TAG, export.md5)
         _add_evaluation(client, root, registered, export)
         _challenge(client, subject_id, int(registered.version))
+    for line in resend(root):  # MLflow has answered, and there may be no training in this run that would send it
+        _log.warning("%s", line)
     return RegisteredVersion(subject_id, int(registered.version), version is None, export.hash, export.md5)
 
 

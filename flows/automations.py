@@ -1,6 +1,7 @@
 """The automations of the server as code: end runs whose worker died, start them again, tell people; applied by name.
 
-A run sends a heartbeat every 30 s, see prefect.yaml. Applying twice changes nothing; a changed one is replaced.
+A run sends a heartbeat every 30 s: on a worker by prefect.yaml, else by flows/__init__.py.
+Applying twice changes nothing; a changed one is replaced.
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ RUN: Labels = {"prefect.resource.id": "prefect.flow-run.*"}
 OURS: Labels = {"prefect.resource.role": "flow", "prefect.resource.name": FLOWS}
 SILENCE = 65.0  # seconds: one heartbeat of 30 s may be lost, and the next one 5 s late
 TRIES = ("1", "2")  # of the run that crashed: after these another one is started, so three at most
+LONGEST = timedelta(days=30)  # of a run that is started again once it crashed
 HOOK = "dreambooth-webhook"
 HEARTBEAT = "prefect.flow-run.heartbeat"
 ENDS = {f"prefect.flow-run.{name}" for name in ("Completed", "Failed", "Cancelled", "Crashed", "Suspended", "TimedOut")}
@@ -55,16 +57,22 @@ def zombies() -> AutomationCore:
 
 
 def restart() -> AutomationCore:
-    """Start a crashed run again, on any worker; a training continues from its checkpoint. After three times no more."""
+    """Start a crashed run again, on any worker; a training continues from its checkpoint. After three times no more.
+
+    Only one that was Running: what crashes before, as it finds no checkout, is not counted and would never end.
+    """
     return AutomationCore(
         name="dreambooth: start crashed runs again",
         description="What was done is done for DVC; a training continues from its newest checkpoint.",
         trigger=EventTrigger(
+            after={"prefect.flow-run.Running"},
             expect={"prefect.flow-run.Crashed"},
             match=ResourceSpecification({**RUN, "prefect.run-count": list(TRIES)}),
             match_related=ResourceSpecification({**OURS, "prefect.resource.name": ["personalize"]}),
+            for_each={"prefect.resource.id"},
             posture=Posture.Reactive,
             threshold=1,
+            within=LONGEST,
         ),
         actions=[
             ChangeFlowRunState(state=StateType.SCHEDULED, name="AwaitingRetry", message="its worker died", force=False)

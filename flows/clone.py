@@ -15,17 +15,18 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from dreambooth.errors import DreamboothError, SubjectError
 from dreambooth.params import Params, load_params
-from flows import clones
+from flows import clones, copies
 from flows.dvcrun import DvcRunner
 from flows.graph import Graph
 from flows.personalize import TASKS_AT_ONCE, Futures, carry_out, publish
-from flows.program import failed
+from flows.program import ended, failed
 from flows.project import PARAMS, choose_subjects, find_root
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
 
 WANTED = frozenset({"evaluate", "report", "export"})  # what registration, gate and report read
+REMEDY = "start personalize/clone again with the same parameters: DVC's cache has what was computed"
 RETRIES, PAUSES = 4, [5.0, 20.0, 60.0, 120.0]
 DENIED = re.compile(r"\b(401|403)\b|denied|unauthori[sz]ed|forbidden|credentials", re.IGNORECASE)
 
@@ -71,6 +72,7 @@ def personalize(
     """
     try:
         home = find_root(root)
+        copies.remove_left(home)
         with clones.cloned(home, clones.repository_of(home), revision) as clone:
             clones.override(clone, overrides or {})
             params = load_params(clone / PARAMS)
@@ -82,7 +84,7 @@ def personalize(
         return failed(error)
 
 
-def _draw(clone: Path, params: Params, classes: list[str]) -> list["State[Any]"]:
+def _draw(clone: Path, params: Params, classes: list[str]) -> Any:
     """Draw class images alone, so that the subjects of a class find them in the remote."""
     wanted = {f"prior@{one}" for one in classes}
     stages = tuple(stage for stage in Graph.load(clone).stages if stage.name in wanted)
@@ -93,14 +95,14 @@ def _draw(clone: Path, params: Params, classes: list[str]) -> list["State[Any]"]
     return _bring(clone, params, [], Graph(stages))
 
 
-def _bring(clone: Path, params: Params, subjects: list[str], graph: Graph) -> list["State[Any]"]:
+def _bring(clone: Path, params: Params, subjects: list[str], graph: Graph) -> Any:
     wanted = WANTED if subjects else {"prior"}
-    stages, versions = carry_out(params, subjects, graph, DvcRunner(clone, wanted=wanted))
+    stages, versions = carry_out(params, subjects, graph, DvcRunner(clone, wanted=wanted), REMEDY)
     branch = hand_back(clone, _new(stages), str(flow_run.id), return_state=True)
     if branch.is_completed() and (name := branch.result()):
         get_run_logger().info("dvc.lock is on the branch %s", name)
     publish(clone, params, stages, versions)
-    return [*(future.state for future in (*stages.values(), *versions.values())), branch]
+    return ended([*(future.state for future in (*stages.values(), *versions.values())), branch])
 
 
 def _new(stages: Futures) -> list[str]:

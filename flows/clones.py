@@ -24,7 +24,7 @@ from flows.commandline import ROBOT, dvc, git, run_quietly
 from flows.copies import OWNER
 from flows.graph import Graph
 from flows.presets import put
-from flows.project import PARAMS, read_params_text, write_params_text
+from flows.project import INPUTS, PARAMS, read_params_text, write_params_text
 
 LOCK = "dvc.lock"
 PROMPTS = "data/prompts"
@@ -43,9 +43,34 @@ def repository_of(home: Path) -> str:
     return found.stdout.strip() or str(home)
 
 
-def head_of(home: Path) -> str:
-    """Return the commit that is checked out."""
-    return git(home, "rev-parse", "HEAD")
+def pushed_head(home: Path) -> str:
+    """Return the commit that is checked out, once clones of the repository would work on what lies here.
+
+    Raises:
+        PipelineError: what they would read has changed since that commit, or the repository lacks it.
+    """
+    head, repository = git(home, "rev-parse", "HEAD"), repository_of(home)
+    if changed := git(home, "status", "--porcelain", "--", *INPUTS):
+        names = ", ".join(line.split(maxsplit=1)[1] for line in changed.splitlines()[:5])
+        raise PipelineError(
+            f"clones work on the commit {head[:12]}, and in {home} differ from it: {names}; "
+            "git commit and git push, then run again"
+        )
+    if not _has(repository, head, home):
+        raise PipelineError(f"{repository} lacks the commit {head[:12]} that {home} has; git push, then run again")
+    return head
+
+
+def _has(repository: str, commit: str, home: Path) -> bool:
+    """Tell whether a repository has a commit of the home on one of its branches."""
+    lines = git(home, "ls-remote", "--", repository, "HEAD", "refs/heads/*").splitlines()
+    tips = {name: tip for tip, name in map(str.split, lines)}
+    if commit in tips.values():
+        return True
+    tips = {name: tip for name, tip in tips.items() if f"/{BRANCH.format('')}" not in name}  # of runs there are many
+    if tips:
+        git(home, "fetch", "--quiet", "--", repository, *tips)
+    return bool(tips) and not git(home, "rev-list", "--max-count=1", commit, "--not", *tips.values())
 
 
 @contextmanager

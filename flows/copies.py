@@ -1,5 +1,6 @@
 """Find the copies of the project in which runs and sweeps work, and those that killed ones left behind."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,15 @@ def copies(home: Path) -> list[Copy]:
     working = _working_folders()
     found = [Copy(one, one / "project", _holder(one) or _user(one, working), True) for one in clones]
     return found + [Copy(one, one, _user(one, working), False) for one in sweeps]
+
+
+def remove_left(home: Path) -> None:
+    """Remove the clones that killed runs left, unless a stage of theirs works on."""
+    made = [project.parent for project in scratch_folder(home).glob("clone-*/project")]  # after they took their lock
+    working = _working_folders() if made else {}
+    for folder in made:
+        if not (_holder(folder) or _user(folder, working)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _holder(folder: Path) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from packaging.requirements import Requirement
@@ -23,6 +24,9 @@ from dreambooth.redaction import redact
 from dreambooth.tracking import PENDING, unsent
 from flows.copies import copies
 from flows.project import PARAMS
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
 
 LOW_BYTES = 2e9  # of free disk
 SOON = 30  # days before a consent ends
@@ -131,7 +135,21 @@ def _prefect() -> Iterator[Finding]:
 
     with reached(), get_client(sync_client=True) as client:
         client.api_version()
+        paused = _paused(client)
     yield Finding("good", "Prefect", f"{redact(url)} answers", "")
+    if paused:
+        found = f"paused, so nothing starts by itself: {', '.join(paused)}"
+        yield Finding("warning", "Prefect deployments", found, "switch them on in the UI of Prefect")
+
+
+def _paused(client: "SyncPrefectClient") -> list[str]:
+    """Return the deployments of our flows that do not start by themselves, since somebody has switched them off."""
+    from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+
+    from flows.automations import FLOWS
+
+    ours = client.read_deployments(flow_filter=FlowFilter(name=FlowFilterName(any_=FLOWS)), limit=200)
+    return sorted(one.name for one in ours if one.paused or not all(schedule.active for schedule in one.schedules))
 
 
 def _scratch(root: Path, params: Params | None) -> Iterator[Finding]:
@@ -246,7 +264,7 @@ def _servers(found: list[tuple[str, int, tuple[str, ...]]], environment: dict[st
         remedy = (
             "bind it to 127.0.0.1, or set PREFECT_SERVER_API_AUTH_STRING"
             if is_prefect
-            else "bind it to 127.0.0.1 (--host), or start it with --app-name basic-auth behind TLS"
+            else "bind it to 127.0.0.1 (--host), or pip install 'mlflow[auth]' and --app-name basic-auth behind TLS"
         )
         if is_prefect or not any("basic-auth" in word or word.startswith("mlflow.server.auth") for word in command):
             what = "Prefect" if is_prefect else "MLflow"

@@ -29,7 +29,7 @@ from flows.graph import GPU_ENTRIES, Graph
 from flows.lanes import MOST, Lanes, lanes_of, one_gpu
 from flows.leaving import heard_in_a_flow, leaving_when_told
 from flows.preflight import require_inputs
-from flows.program import exit_code, failed, has_server, left, states_of
+from flows.program import ended, exit_code, failed, has_server, left, states_of
 from flows.project import PARAMS, choose_subjects, find_root
 from flows.room import require_room
 from flows.turns import VARIABLE, Turn, gpu, has_limit, without_limit
@@ -64,13 +64,15 @@ def bring_up_to_date(stage: str, runner: DvcRunner, turn: Turn) -> "StageRun | S
 
 
 @task(task_run_name="register {subject_id}", cache_policy=NO_CACHE, persist_result=False)
-def register(subject_id: str, root: Path, max_logged_bytes: int | None) -> "RegisteredVersion | State[Any]":
+def register(
+    subject_id: str, root: Path, max_logged_bytes: int | None, remedy: str | None = None
+) -> "RegisteredVersion | State[Any]":
     """Register the export of one subject; the same export is the same version."""
     from dreambooth import registry
 
     try:
         with _registering:
-            version = registry.register(root, subject_id, max_logged_bytes, get_run_logger().warning)
+            version = registry.register(root, subject_id, max_logged_bytes, get_run_logger().warning, remedy)
     except DreamboothError as error:
         return failed(error, f"register {subject_id}")
     how = "registered" if version.created else "was registered before"
@@ -101,11 +103,21 @@ def personalize(subject: str | list[str] | None = None, root: str | None = None)
         stages, versions = carry_out(params, subjects, graph, DvcRunner(project))
         summary.refresh_index(project, params.subjects, get_run_logger().warning)
         publish(project, params, stages, versions)
-        return [future.state for future in (*stages.values(), *versions.values())]
+        return ended([future.state for future in (*stages.values(), *versions.values())])
 
 
-def carry_out(params: Params, subjects: Sequence[str], graph: Graph, runner: DvcRunner) -> tuple[Futures, Futures]:
-    """Run the stale stages of a graph and register the subjects; return what became of both, by stage and subject."""
+def carry_out(
+    params: Params, subjects: Sequence[str], graph: Graph, runner: DvcRunner, remedy: str | None = None
+) -> tuple[Futures, Futures]:
+    """Run the stale stages of a graph and register the subjects; return what became of both, by stage and subject.
+
+    Args:
+        params: of the project.
+        subjects: to be registered.
+        graph: its stages.
+        runner: runs them.
+        remedy: of a registration that failed, see `registry.register`.
+    """
     limited = bool(graph.stale) and has_limit()  # by the server: a stage that has its turn gets the whole machine
     if graph.stale and not limited and os.environ.get(VARIABLE):  # who names a limit means to have one
         get_run_logger().warning("%s", without_limit())
@@ -114,10 +126,11 @@ def carry_out(params: Params, subjects: Sequence[str], graph: Graph, runner: Dvc
     _announce(runner.root, params, graph, lanes)
     runner.threads = lanes.threads
     logging.getLogger("prefect.task_runs").addFilter(_is_news)
+    logging.getLogger("prefect.flow_runs").addFilter(_is_not_the_sum)
     others = threading.BoundedSemaphore(OTHERS_AT_ONCE)
     try:
-        stages, limit = _submit_stages(graph, runner, turn, others), params.registry.max_logged_bytes
-        versions = {one: _submit_registration(one, runner.root, graph, stages, limit) for one in subjects}
+        stages, how = _submit_stages(graph, runner, turn, others), (params.registry.max_logged_bytes, remedy)
+        versions = {one: _submit_registration(one, runner.root, graph, stages, how) for one in subjects}
         wait([*stages.values(), *versions.values()])
     except BaseException:
         runner.stop()
@@ -146,7 +159,14 @@ def run(subjects: Sequence[str], root: Path) -> Outcome:
 
 def _is_news(record: logging.LogRecord) -> bool:
     """Tell whether a line is none of those by which Prefect says a failure twice, or of a task that waited for one."""
-    return not record.getMessage().startswith(("Finished in state NotReady(", "Task run failed with state: "))
+    said = record.getMessage()
+    is_twice = said.startswith("Task run failed with state: ") and " - Retry " not in said
+    return not (is_twice or said.startswith("Finished in state NotReady("))
+
+
+def _is_not_the_sum(record: logging.LogRecord) -> bool:
+    """Tell whether a line is not the one by which a flow ends with what its tasks have said already."""
+    return not record.getMessage().startswith("Finished in state Failed(")
 
 
 def _announce(root: Path, params: Params, graph: Graph, lanes: Lanes) -> None:
@@ -174,9 +194,11 @@ def _submit_stages(graph: Graph, runner: DvcRunner, gpu_turn: Turn, other_turn: 
     return futures
 
 
-def _submit_registration(subject_id: str, root: Path, graph: Graph, stages: Futures, limit: int) -> PrefectFuture[Any]:
+def _submit_registration(
+    subject_id: str, root: Path, graph: Graph, stages: Futures, how: tuple[int, str | None]
+) -> PrefectFuture[Any]:
     before = [stages[stage.name] for stage in graph.select([subject_id]).stale]
-    return register.submit(subject_id, root, limit, wait_for=before, return_state=False)
+    return register.submit(subject_id, root, *how, wait_for=before, return_state=False)
 
 
 def publish(root: Path, params: Params, stages: Futures, versions: Futures) -> None:

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from httpx import HTTPError, HTTPStatusError, TransportError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
 
 T = TypeVar("T")
+_MOST = 1000  # characters of what a run says of its failures
 _SIGN_IN = "; it wants a password: PREFECT_API_AUTH_STRING as its server has it, or PREFECT_API_KEY of Prefect Cloud"
 _REFUSALS = {401: _SIGN_IN, 403: _SIGN_IN, 404: "; no API is there; its address ends with /api: http://HOST:4200/api"}
 
@@ -27,6 +29,17 @@ _REFUSALS = {401: _SIGN_IN, 403: _SIGN_IN, 404: "; no API is there; its address 
 def failed(error: DreamboothError, what: str = "") -> "State[Any]":
     """Return the state of a run, or of a task about `what`, that ended with an error of its user, without secrets."""
     return Failed(message=redact(f"{what and f'{what}: '}{error.code}: {error}"))
+
+
+def ended(states: "Sequence[State[Any]]") -> Any:
+    """Return what a flow ends as, by its tasks: where some failed, with a line of each instead of their number."""
+    lines = [str(one.message or one.name).splitlines()[0] for one in states if one.is_failed()]
+    return Failed(message=brief(lines), data=list(states)) if lines else list(states)
+
+
+def brief(lines: Sequence[str]) -> str:
+    """Return lines as one that a webhook may carry, without secrets."""
+    return shorten(redact("; ".join(lines)), _MOST, placeholder=" ...")
 
 
 def has_server() -> bool:

@@ -11,6 +11,7 @@ from dreambooth.yaml12 import YamlError, load_yaml
 
 PARAMS = "params.yaml"
 MARKS = ("dvc.yaml", PARAMS)
+INPUTS = (*MARKS, "data", "dreambooth", "stages")  # of the stages: what an experiment or a clone must see as it is
 
 
 def find_root(given: str | Path | None = None) -> Path:
@@ -33,6 +34,17 @@ def find_root(given: str | Path | None = None) -> Path:
         f"no {' and '.join(MARKS)} in {here} or above; go to the folder of the project, "
         "or name it: --root FOLDER or DREAMBOOTH_HOME"
     )
+
+
+def enter() -> dict[str, str]:
+    """Make the project of this machine the current folder: the pull step of prefect.yaml, before a flow is imported.
+
+    Raises:
+        PipelineError: no such folder.
+    """
+    root = find_root()
+    os.chdir(root)
+    return {"directory": str(root)}
 
 
 def ids_of(given: str | Sequence[str] | None) -> list[str]:

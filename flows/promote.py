@@ -21,7 +21,7 @@ from dreambooth.errors import ConsentError, DreamboothError, GateError, Pipeline
 from dreambooth.params import Params, load_params
 from dreambooth.redaction import redact
 from flows import clones, summary
-from flows.program import exit_code, failed, left, states_of
+from flows.program import ended, exit_code, failed, left, states_of
 from flows.project import PARAMS, choose_subjects, find_root
 from flows.turns import gpu_of_server
 
@@ -113,7 +113,7 @@ def promote(subject: str | list[str] | None = None, root: str | None = None, for
     summary.refresh_index(project, params.subjects, get_run_logger().warning)
     table = [{"subject": one, "verdict": _verdict(state)} for one, state in states.items()]
     left(create_table_artifact, table, "promote", "Verdicts of this run")
-    return list(states.values())
+    return ended(list(states.values()))
 
 
 class Approval(RunInput):

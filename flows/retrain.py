@@ -37,7 +37,7 @@ from dreambooth.folders import code_hash, sha256_of, sha256_of_file
 from dreambooth.params import Params, load_params
 from flows import clones
 from flows.graph import Graph, Stage
-from flows.program import failed, left, patiently
+from flows.program import brief, failed, left, patiently
 from flows.project import PARAMS, choose_subjects, find_root, ids_of
 from flows.promote import promote_one
 from flows.summary import export_hash, refresh_index
@@ -69,7 +69,7 @@ class Work:
     @property
     def is_done(self) -> bool:
         """Whether it ended well."""
-        return bool(self.run.state and self.run.state.is_completed())
+        return bool(self.run.state and self.run.state.is_completed()) and not self.faults
 
 
 @flow(name="retrain", persist_result=False)
@@ -98,7 +98,7 @@ def retrain(
         subjects = choose_subjects(params, _ids(subject))
         graph = Graph.load(project, allow_missing=deployment == CLONE).select(subjects)
         stale = find_stale(project, graph, subjects, oldest_days, files=deployment != CLONE)
-        revision = {"revision": clones.head_of(project)} if deployment == CLONE and stale else {}
+        revision = {"revision": clones.pushed_head(project)} if deployment == CLONE and stale else {}
     except DreamboothError as error:
         return failed(error)
     if not stale:
@@ -236,6 +236,7 @@ def _run_subjects(
     _await(works)
     if deployment == CLONE:
         _take_back(root, works)
+        _look_again(root, works)
     return works
 
 
@@ -248,6 +249,17 @@ def _take_back(root: Path, works: Iterable[Work]) -> None:
             found, why = False, str(error)
         if not found and work.is_done:
             get_run_logger().warning("%s: dvc.lock stays as it was: %s", " ".join(work.keys), why)
+
+
+def _look_again(root: Path, works: Iterable[Work]) -> None:
+    """Note what is out of date here still, although its run ended well: it would run every night and be called done."""
+    graph = Graph.load(root, allow_missing=True)
+    upstream = {stage.name: stage for stage in graph.stages}
+    for work in works:
+        reasons = dict.fromkeys(_reasons(graph.of_subject(work.keys[0]), upstream))
+        if reasons and work.is_done:
+            told = ", ".join(reasons)
+            work.faults.append(f"its run ended well, and it is out of date here still: {told}; see git diff in {root}")
 
 
 def _start(
@@ -342,10 +354,11 @@ def _report(works: Sequence[Work]) -> Any:
         for work in sorted(works, key=lambda work: work.is_done)
     ]
     left(create_table_artifact, rows, "retrain", f"{len(bad)} of {len(works)} subjects failed")
-    for work in bad:
-        get_run_logger().error("%s: %s", work.keys[0], "; ".join(work.faults))
+    lines = [f"{work.keys[0]}: {'; '.join(work.faults)}" for work in bad]
+    for line in lines:
+        get_run_logger().error("%s", line)
     if bad:
-        return Failed(message=f"{len(bad)}/{len(works)} subjects failed")
+        return Failed(message=f"{len(bad)}/{len(works)} subjects failed: {brief(lines)}")
     unjudged = ", ".join(work.keys[0] for work in works if not work.is_judged)
     note = f"; not judged, see the table: {unjudged}" if unjudged else ""
     return Completed(message=f"{len(works)} subjects are up to date{note}")

@@ -6,19 +6,18 @@ The schedules, triggers and limits are those of prefect.yaml; nothing is said tw
 import argparse
 import os
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-# As in prefect.yaml, before prefect reads its settings.
-os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
-os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "8")
-os.environ.setdefault("PREFECT_CLIENT_RETRY_EXTRA_CODES", "500,504")
-
 from prefect import serve
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import ConcurrencyLimitConfig
 from prefect.deployments.runner import RunnerDeployment
 from prefect.events import DeploymentEventTrigger
+from prefect.exceptions import ObjectNotFound
 from prefect.flows import Flow
 from prefect.schedules import Cron
 from prefect.types.entrypoint import EntrypointType
@@ -82,8 +81,28 @@ def _serve() -> list[str]:
     root = find_root()
     os.environ["DREAMBOOTH_HOME"] = str(root)
     with reached():
-        serve(*deployments(root), limit=FLOW_RUNS_AT_ONCE)
+        served = deployments(root)
+        _require_no_pool([f"{one.flow_name}/{one.name}" for one in served])
+        serve(*served, limit=FLOW_RUNS_AT_ONCE, pause_on_shutdown=False)  # the nights without it are made up for
     return []
+
+
+def _require_no_pool(names: Sequence[str]) -> None:
+    """Refuse deployments that workers start: to be served takes their pool, pull step and environment from them.
+
+    Raises:
+        PipelineError: the server has one of them with a work pool.
+    """
+    pools = dict[str, str]()
+    with get_client(sync_client=True) as client:
+        for name in names:
+            with suppress(ObjectNotFound):
+                pools[name] = client.read_deployment_by_name(name).work_pool_name or ""
+    if taken := [name for name, pool in pools.items() if pool]:
+        raise PipelineError(
+            f"{', '.join(taken)}: workers of the pool {pools[taken[0]]} start them, and would no longer; "
+            f"leave it to them, or, for each: prefect deployment delete {taken[0]}"
+        )
 
 
 if __name__ == "__main__":

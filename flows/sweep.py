@@ -24,11 +24,10 @@ from flows.dvcrun import DvcRunner
 from flows.dvcstore import read_at
 from flows.experiments import commits_of
 from flows.presets import Change, write_values
-from flows.project import PARAMS
+from flows.project import INPUTS, PARAMS
 
 NAME = r"[a-z0-9][a-z0-9_.-]{0,60}"
 FOLDER = r"\S*\.dvc/tmp/exps/standalone/[^/\s]+/"  # of one experiment, gone when it has ended
-INPUTS = ("data", "dreambooth", "stages", "dvc.yaml", "params.yaml", ".dvc/config")
 LAST = "evaluate"  # report and export follow once one of them is taken over
 
 
@@ -230,7 +229,9 @@ def _require_known(root: Path, params: Params, subjects: Sequence[str]) -> None:
         raise PipelineError(
             f"{root} has no commit of git, which experiments of DVC begin with; git init, git add, git commit"
         )
-    loose = git(root, "ls-files", "--others", "--exclude-standard", "--directory", "--", *INPUTS).splitlines()
+    loose = git(
+        root, "ls-files", "--others", "--exclude-standard", "--directory", "--", *INPUTS, ".dvc/config"
+    ).splitlines()
     needed = [f"data/subjects/{subject_id}" for subject_id in subjects]
     if (root / (base := params.base.pretrained_model_name_or_path)).is_dir():
         needed.append(base)

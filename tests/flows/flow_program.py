@@ -20,7 +20,7 @@ def book(root: Path) -> Path:
 
 
 def register(
-    root: Path, subject_id: str, max_logged_bytes: int | None, say: Callable[[str], object]
+    root: Path, subject_id: str, max_logged_bytes: int | None, say: Callable[[str], object], remedy: str | None
 ) -> RegisteredVersion:
     """Give an export the next number, the same export the same number."""
     if (root / f"fail-register-{subject_id}").exists():

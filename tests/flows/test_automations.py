@@ -55,6 +55,19 @@ def test_a_lost_heartbeat_ends_no_run_and_a_dead_worker_is_replaced_within_75_se
     assert SILENCE + looks + JITTER * settings.worker.query_seconds <= 75
 
 
+def test_a_run_by_hand_is_as_alive_and_as_patient_as_one_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = yaml.safe_load((REPOSITORY / "prefect.yaml").read_text())["definitions"]["pool"]
+    on_workers: dict[str, str] = pool["job_variables"]["env"]
+    for name in on_workers:
+        monkeypatch.delenv(name, raising=False)
+    program = "import json, os, flows.personalize; from prefect.settings import get_current_settings; "
+    program += "print(json.dumps([dict(os.environ), get_current_settings().flows.heartbeat_frequency]))"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    by_hand, heartbeat = json.loads(done.stdout)
+    assert {name: by_hand.get(name) for name in on_workers} == on_workers
+    assert str(heartbeat) == on_workers["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"]  # set before prefect was imported
+
+
 def test_the_page_for_operators_sets_what_these_tests_run_with() -> None:
     page = (REPOSITORY / "docs/operations.md").read_text()
     assert [name for name, value in SHIPPED.items() if f"export {name}={value}  " not in page] == []
@@ -84,6 +97,43 @@ def test_one_command_applies_them_twice_the_same_and_a_failed_run_is_told(
     assert received[0]["flow"] == "retrain"
     assert received[0]["state"] == "Failed"
     assert "there is no subject 'tom'" in received[0]["message"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("automations_for_now")
+def test_a_run_is_started_three_times_at_most_also_where_it_crashes_before_it_begins(
+    project: Path, prefect_home: Path, prefect_server: str
+) -> None:
+    environment = {**quiet(prefect_home), "PREFECT_API_URL": prefect_server, "PYTHONPATH": str(REPOSITORY)}
+    subprocess.run([sys.executable, "-m", "flows.cli", "automations"], cwd=project, env=environment, check=True)
+    flow = post(prefect_server, "flows/", {"name": "personalize"})["id"]
+    deployment = post(prefect_server, "deployments/", {"name": "for-nobody", "flow_id": flow})["id"]
+
+    def start() -> str:
+        return str(post(prefect_server, f"deployments/{deployment}/create_flow_run", {})["id"])
+
+    def goes_through(run: str, *states: str) -> None:
+        for one in states:
+            body = {"state": {"type": one, "name": one.capitalize()}, "force": True}
+            post(prefect_server, f"flow_runs/{run}/set_state", body)
+
+    def state_of(run: str) -> str:
+        return str(post(prefect_server, "flow_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})[0]["state_name"])
+
+    def await_retry(run: str) -> None:
+        await_true(lambda: state_of(run) == "AwaitingRetry", 60)
+
+    early, late, other = start(), start(), start()
+    goes_through(early, "PENDING", "RUNNING", "CRASHED")
+    await_retry(early)
+    goes_through(early, "PENDING", "CRASHED")  # its checkout is gone
+    for _ in range(2):
+        goes_through(late, "PENDING", "RUNNING", "CRASHED")
+        await_retry(late)
+    goes_through(late, "PENDING", "RUNNING", "CRASHED")
+    goes_through(other, "PENDING", "RUNNING", "CRASHED")
+    await_retry(other)  # events are looked at one after the other, so those before were
+    assert [state_of(run) for run in (early, late)] == ["Crashed", "Crashed"]
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,14 @@ import pytest
 from prefect.states import Failed
 from servers import refusing
 from toy_project import REPOSITORY, dvc, git, kill_tree, make_origin, make_toy_project, post, prefect, quiet, worker
-from waiting import await_true
+from waiting import await_true, free_port
 
 from dreambooth import versions
 from dreambooth.errors import ParamsError, PipelineError
 from dreambooth.params import load_params
 from dreambooth.yaml12 import load_yaml
 from flows import clones, commandline, copies
-from flows.clone import PAUSES, RETRIES, _may_pass, hand_back
+from flows.clone import PAUSES, REMEDY, RETRIES, _may_pass, hand_back
 from flows.graph import Graph
 from flows.program import failed
 
@@ -63,14 +65,15 @@ def machines(origin: Path, tmp_path: Path, prefect_home: Path, prefect_server: s
 
 
 def deploy(environment: dict[str, str], folder: Path) -> None:
-    """Deploy prefect.yaml with a pool of our own, and with the registry that counts."""
+    """Deploy prefect.yaml with a pool of our own, and with the registry that counts; from a checkout of no worker."""
     text = (REPOSITORY / "prefect.yaml").read_text()
     text = text.replace("name: dreambooth", "name: clones").replace(
         "flows.clone.personalize", "counting_flows.personalize"
     )
     (folder / "prefect.yaml").write_text(text)
     prefect(environment, "work-pool", "create", "clones", "--type", "process", "--overwrite")
-    prefect(environment, "deploy", "--name", "clone", "--prefect-file", "prefect.yaml", folder=folder)
+    elsewhere = {**environment, "DREAMBOOTH_HOME": str(folder / "laptop")}
+    prefect(elsewhere, "deploy", "--name", "clone", "--prefect-file", "prefect.yaml", folder=folder)
 
 
 def retrain(environment: dict[str, str], told: str = "", **parameters: Any) -> str:
@@ -95,7 +98,9 @@ def test_two_workers_share_six_subjects_and_no_stage_runs_twice(
         worker(machines["one"], tmp_path / "one.log", "one", "clones", 3),
         worker(machines["two"], tmp_path / "two.log", "two", "clones", 3),
     ):
-        assert retrain(machines["one"], "prefect gcl create gpu --limit 1") == "Failed 1/6 subjects failed"
+        assert retrain(machines["one"], "prefect gcl create gpu --limit 1").startswith(
+            "Failed 1/6 subjects failed: bad: "
+        )
         executed = Counter(log.read_text().splitlines())
         whole = [f"{entry}@{one}" for one in SUBJECTS if one != BROKEN for entry in ENTRIES]
         wanted = {*whole, "prior@dog", "prior@cup", f"validate@{BROKEN}", f"train@{BROKEN}"}
@@ -114,8 +119,32 @@ def test_two_workers_share_six_subjects_and_no_stage_runs_twice(
         dvc(home, "pull", "--quiet", "export@mug")
         assert (home / "export/mug/manifest.json").is_file()
         # Only what failed is tried again.
-        assert retrain(machines["one"]) == "Failed 1/1 subjects failed"
+        assert retrain(machines["one"]).startswith("Failed 1/1 subjects failed: bad: ")
         assert set(log.read_text().splitlines()) == {f"train@{BROKEN}"}
+
+
+def test_a_clone_whose_export_could_not_be_registered_says_to_start_it_again(
+    tmp_path: Path, prefect_home: Path, prefect_server: str, tiny_model_folder: Path
+) -> None:
+    """The clone is gone, and `dreambooth register` would take what lies in the home for the newest."""
+    root = make_toy_project(tmp_path / "source", {"biscuit": "dog"})
+    shutil.copytree(tiny_model_folder, root / "pipeline")
+    home = tmp_path / "home"
+    git(tmp_path, "clone", "--quiet", str(make_origin(root)), str(home))
+    program = "import sys; from flows.clone import personalize; "
+    program += "print(personalize('biscuit', root=sys.argv[1], return_state=True).message)"
+    environment = {
+        **quiet(prefect_home),
+        "PREFECT_API_URL": prefect_server,
+        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}",
+        "DREAMBOOTH_SCRATCH": str(tmp_path / "scratch"),
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]),
+    }
+    command = [sys.executable, "-c", program, str(home)]
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, check=True)
+    message = done.stdout.splitlines()[-1]
+    assert message.startswith("register biscuit: E_REGISTRY: cannot register biscuit in ")
+    assert message.endswith(f"Connection refused; {REMEDY}")
 
 
 @pytest.mark.usefixtures("automations_for_now")
@@ -213,11 +242,9 @@ def test_overridden_parameters_do_not_follow_a_link_out_of_the_clone(tmp_path: P
     assert shared.read_bytes() == before
 
 
-def test_a_killed_process_leaves_a_clone_that_nobody_uses_and_a_living_one_says_who_it_is(tmp_path: Path) -> None:
-    home = make_toy_project(tmp_path / "home", {"biscuit": "dog"})
-    git(home, "init", "--quiet")
-    git(home, "add", "--all")
-    git(home, "commit", "--quiet", "--message", "toy")
+@contextmanager
+def a_clone(home: Path) -> "Iterator[subprocess.Popen[str]]":
+    """Have a process that works in a clone of the home."""
     program = "import sys, time; from pathlib import Path; from flows.clones import cloned; home = Path(sys.argv[1])\n"
     program += "with cloned(home, str(home), None): print('cloned', flush=True); time.sleep(99)"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -226,12 +253,42 @@ def test_a_killed_process_leaves_a_clone_that_nobody_uses_and_a_living_one_says_
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "cloned\n"
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A project that is its own repository."""
+    root = make_toy_project(tmp_path / "home", {"biscuit": "dog"})
+    git(root, "init", "--quiet")
+    git(root, "add", "--all")
+    git(root, "commit", "--quiet", "--message", "toy")
+    return root
+
+
+def test_a_killed_process_leaves_a_clone_that_nobody_uses_and_a_living_one_says_who_it_is(home: Path) -> None:
+    with a_clone(home) as child:
         (used,) = copies.copies(home)
         assert f"pid {child.pid} on" in used.user
-        child.kill()
     (left,) = copies.copies(home)
     assert (left.folder, left.user, left.is_clone) == (used.folder, "", True)
     assert (left.project / "params.yaml").is_file()
+
+
+def test_a_run_removes_the_clone_of_one_that_was_killed_and_none_in_which_somebody_works(
+    home: Path, prefect_home: Path, prefect_server: str
+) -> None:
+    with a_clone(home):
+        (killed,) = copies.copies(home)
+    with a_clone(home):
+        (used,) = {copy.folder for copy in copies.copies(home)} - {killed.folder}
+        program = "import sys; from flows.clone import personalize; personalize('tom', return_state=True)"
+        environment = {**quiet(prefect_home), "PREFECT_API_URL": prefect_server, "PYTHONPATH": str(REPOSITORY)}
+        subprocess.run([sys.executable, "-c", program], cwd=home, env=environment, check=True, capture_output=True)
+        assert [copy.folder for copy in copies.copies(home)] == [used]
 
 
 def test_a_lock_takes_the_entries_of_some_keys_and_keeps_ours_of_the_others() -> None:
@@ -254,6 +311,34 @@ def test_outputs_that_a_remote_does_not_take_stay_and_are_sent_when_it_does(proj
     remote.unlink()
     clones.publish(project, ["validate@rex"])
     assert [path for path in remote.rglob("*") if path.is_file()]
+
+
+@pytest.mark.fault(28)
+def test_a_hand_back_says_why_it_is_tried_again(project: Path, prefect_home: Path) -> None:
+    """Its tries take four minutes."""
+    git(project, "remote", "add", "origin", str(make_origin(project)))
+    dvc(project, "repro", "validate@rex")
+    remote = project.parent / "remote"
+    remote.write_text("no folder")
+    program = (
+        "import logging, sys; from pathlib import Path; from prefect import flow; from flows.clone import hand_back\n"
+    )
+    program += "from flows.personalize import _is_news; logging.getLogger('prefect.task_runs').addFilter(_is_news)\n"
+    program += "flow(lambda: hand_back(Path(sys.argv[1]), ['validate@rex'], '7'), name='handing')()"
+    command = [sys.executable, "-c", program, str(project)]
+    environment = {**quiet(prefect_home / "by-hand"), "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as handing:
+        assert handing.stderr is not None
+        said = list[str]()
+        for line in handing.stderr:
+            said.append(line)
+            if "Retry 1/4 will start 5.0 second(s)" in line:
+                remote.unlink()
+    assert handing.returncode == 0, said
+    (told,) = [line for line in said if " - Retry " in line]
+    assert "E_PIPELINE: dvc push in " in told
+    assert "dvc.org/support" not in told
+    assert git(project.parent / "origin.git", "branch", "--list", "runs/7")
 
 
 @pytest.mark.fault(28)

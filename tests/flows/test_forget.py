@@ -255,7 +255,7 @@ def test_photos_that_add_replaced_before_a_commit_leave_the_cache_of_dvc(project
         added = add_subject(project, Wish(SUBJECT, "dog", "sks", "live"), [tmp_path / str(seed)], force=True)
         assert track_photos(project, added.folder) is None
     assert len(cached(project)) == 8  # two folders of three photos
-    erase(project, inventory(project, SUBJECT))
+    erase(project, inventory(project, SUBJECT), print)
     assert cached(project) == []
     assert list(found_in(project)) == []
 
@@ -280,7 +280,7 @@ def test_photos_that_a_run_refused_and_that_were_taken_away_leave_the_cache_of_d
     for stage in (f"data/subjects/{SUBJECT}.dvc", f"validate@{SUBJECT}"):
         runner.run(stage, str)
     (project / "ran.log").unlink()
-    erase(project, inventory(project, SUBJECT))
+    erase(project, inventory(project, SUBJECT), print)
     assert [path for path in cached(project) if IN_BYTES in path.read_bytes()] == []
     assert list(found_in(project)) == []
 
@@ -314,7 +314,7 @@ def test_dvc_notes_names_in_the_project_alone_and_those_of_clones_and_experiment
     assert [path.name for path in notes.iterdir()] == ["repo"]
     assert len(list((notes / "repo").iterdir())) == 1
     assert not set(found_in(open_to_all)) - before
-    erase(project, inventory(project, SUBJECT))
+    erase(project, inventory(project, SUBJECT), print)
     assert not list((project / ".dvc/tmp").glob("notes/*/*"))
     assert not set(found_in(open_to_all)) - before
 

@@ -2,10 +2,11 @@
 
 import pytest
 from httpx import ConnectError, HTTPStatusError, ReadTimeout, Request, Response
+from prefect.states import Completed, Failed
 
 from dreambooth.errors import MACHINE_FAULT, PipelineError
 from flows import program
-from flows.program import exit_code, failed, is_away, left, patiently, reached
+from flows.program import ended, exit_code, failed, is_away, left, patiently, reached
 
 REQUEST = Request("GET", "http://server/api")
 
@@ -92,6 +93,17 @@ def test_a_server_that_refuses_is_a_line_that_names_what_it_would_have(status: i
     assert len(str(told.value).splitlines()) == 1
     with pytest.raises(HTTPStatusError), reached():
         raise refusal(422)  # our own mistake
+
+
+@pytest.mark.threat(17)
+def test_a_run_says_the_first_line_of_each_failure_in_a_line_that_a_webhook_carries() -> None:
+    done, bad = Completed(), Failed(message="train@rex: E_TRAIN: the loss is NaN\nmore")
+    worse = Failed(message="http://somebody:canary@host/store: no such host")
+    assert ended([done, done]) == [done, done]
+    told = ended([done, bad, worse])
+    assert told.message == "train@rex: E_TRAIN: the loss is NaN; http://***@host/store: no such host"
+    assert told.data == [done, bad, worse]
+    assert len(ended([bad] * 99).message) <= 1000
 
 
 @pytest.mark.threat(17)

@@ -1,24 +1,29 @@
 """Which subjects are stale and why; what is skipped; what is one piece of work."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import yaml
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Completed
 from registered import write_export
 from test_cli import dreambooth
-from toy_project import REPOSITORY, dvc, quiet
+from toy_project import REPOSITORY, dvc, git, make_origin, quiet
 
 from dreambooth import versions
 from dreambooth.params import load_params
 from dreambooth.registry import register
+from flows import clones
 from flows.graph import Graph
-from flows.retrain import find_stale, inputs_hash
+from flows.retrain import Work, _look_again, find_stale, inputs_hash
 
 SUBJECTS = ["biscuit", "rex"]
 
@@ -147,6 +152,41 @@ def test_clones_of_a_project_without_git_are_refused_in_one_line(
     (_, message, _, _), said = retrained(project, "rex", "personalize/clone")
     assert message.startswith("E_PIPELINE: git rev-parse in ")
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_what_clones_would_not_see_is_named_before_a_flow_run_is_asked_for(
+    project: Path, retrained: Callable[..., tuple[list[Any], str]]
+) -> None:
+    make_origin(project)
+    git(project, "remote", "add", "origin", str(project.parent / "origin.git"))
+
+    def told() -> str:
+        (state, message, _, _), said = retrained(project, "rex", "personalize/clone", "none")
+        assert (state, "(personalize/clone)" in said) == ("Failed", False), said
+        return str(message)
+
+    values = yaml.safe_load((project / "params.yaml").read_text())
+    values["train"]["learning_rate"] *= 2
+    (project / "params.yaml").write_text(yaml.safe_dump(values))
+    assert re.search(r"E_PIPELINE: clones work on .* differ from it: params.yaml; git commit and git push", told())
+    git(project, "commit", "--all", "--quiet", "--message", "another rate")
+    assert re.search(r"E_PIPELINE: .*origin.git lacks the commit [0-9a-f]{12} that .* has; git push", told())
+    git(project, "push", "--quiet", "origin", "main")
+    head = clones.pushed_head(project)
+    elsewhere = project.parent / "elsewhere"  # others go on, and the home has not fetched what they pushed
+    git(project.parent, "clone", "--quiet", str(project.parent / "origin.git"), str(elsewhere))
+    git(elsewhere, "commit", "--quiet", "--allow-empty", "--message", "more")
+    git(elsewhere, "push", "--quiet", "origin", "main")
+    assert clones.pushed_head(project) == head
+
+
+def test_a_subject_that_is_stale_after_its_run_is_not_called_done(project: Path) -> None:
+    dvc(project, "repro", "report@biscuit", "export@biscuit")
+    works = [Work((one,), ("a reason",), FlowRun(flow_id=uuid4(), state=Completed())) for one in SUBJECTS]
+    _look_again(project, works)
+    assert [work.is_done for work in works] == [True, False]
+    assert "out of date here still: never ran; see git diff" in works[1].faults[0]
 
 
 @pytest.mark.fault(36)
