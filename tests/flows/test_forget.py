@@ -13,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from toy_project import REPOSITORY, dvc, make_photos, quiet
+from toy_project import REPOSITORY, dvc, make_photos, quiet, ran
 
 from dreambooth import erasure
 from dreambooth.erasure import Holdings
@@ -362,6 +362,25 @@ def test_empty_and_torn_entries_of_the_run_cache_are_passed_over_and_one_that_na
         file.write_text(texts[name])
     erase(project, inventory(project, "rex"))
     assert [name for name, file in entries.items() if file.exists()] == ["aa", "cc", "dd"]
+
+
+@pytest.mark.usefixtures("no_prefect")
+def test_a_subject_that_is_forgotten_and_added_again_is_computed_again(project: Path, tmp_path: Path) -> None:
+    """DVC takes a key of the run cache for one that has an entry."""
+    before, photos, remote = (project / "params.yaml").read_text(), project / "data/subjects/rex", tmp_path / "remote"
+    dvc(project, "remote", "add", "--default", "box", str(remote))
+    shutil.copytree(photos, tmp_path / "photos")
+    dvc(project, "repro", "validate@rex", "validate@biscuit")
+    dvc(project, "push", "--run-cache")
+    ran(project)
+    erase(project, inventory(project, "rex"))
+    runs = (project / ".dvc/cache/runs", remote / "runs")
+    assert [len(list(place.glob("*/*/*"))) for place in runs] == [1, 1]
+    assert not [path for place in runs for path in place.rglob("*") if path.is_dir() and not any(path.iterdir())]
+    shutil.copytree(tmp_path / "photos", photos)
+    (project / "params.yaml").write_text(before)
+    dvc(project, "repro", "--single-item", "validate@rex")
+    assert ran(project) == ["validate@rex"]
 
 
 @pytest.mark.usefixtures("no_prefect")
