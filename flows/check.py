@@ -6,11 +6,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from dreambooth.errors import SubjectError, shown
+from dreambooth.errors import PhotosError, SubjectError, shown
 from dreambooth.folders import scratch_folder, sha256_of_file
 from dreambooth.images import png_bytes, shrunk
 from dreambooth.params import check_id, load_params
 from dreambooth.photos import PhotoReport, Remark, alike, check_photos, find_photos, require_usable, subject_folder
+from flows.preflight import elsewhere
 from flows.project import PARAMS
 
 THUMBNAIL_SIDE = 128  # pixels
@@ -40,7 +41,7 @@ def check(root: Path, what: str) -> Checked:
         what: id of a subject, or a folder.
 
     Raises:
-        SubjectError: neither.
+        SubjectError: neither; or a subject whose photos DVC knows and that are not here.
     """
     params = load_params(root / PARAMS)
     folder, place = _folder_and_place(root, what)
@@ -78,5 +79,7 @@ def _folder_and_place(root: Path, what: str) -> tuple[Path, Path]:
     if not folder.is_dir() and given.is_dir():
         return given, scratch_folder(root) / CHECKED
     if not folder.is_dir():
+        if known := elsewhere(root, folder):
+            raise PhotosError([known])
         raise SubjectError(f"neither {shown(folder)} nor the folder {shown(given.absolute())} exists; name one of them")
     return folder, root / "build" / what / "check"

@@ -214,7 +214,9 @@ def _bring_up_to_date(root: Path, params: "Params", subjects: list[str], began: 
         say("Everything is up to date.")
         return
     from flows.leaving import ending_at_once
+    from flows.preflight import require_inputs
 
+    require_inputs(root, params, graph)  # as the flow does, which begins with a server
     with ending_at_once():
         from flows import personalize, plan
     from flows.program import has_server

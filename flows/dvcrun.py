@@ -38,7 +38,14 @@ _ADVICE = (
     "dvc config core.autostage",
 )
 _TOLD_ANYWAY = ("ERROR: failed to reproduce", "If there are no processes with such PIDs")  # by the error, or waited for
-_CHATTER = ("> ", "ERROR: failed to ", "Running stage ", "Updating lock file", "Generating lock file")
+_CHATTER = (
+    "> ",
+    "ERROR: failed to ",
+    "Running stage ",
+    "Verifying data sources",
+    "Updating lock file",
+    "Generating lock file",
+)
 
 _runners: "weakref.WeakSet[DvcRunner]" = weakref.WeakSet()  # a signal handler has no other way to them
 

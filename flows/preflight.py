@@ -4,28 +4,52 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dreambooth.bases import LOCAL_MODELS, locate
-from dreambooth.errors import DreamboothError
+from dreambooth.errors import DreamboothError, PhotosError
 from dreambooth.identifiers import COMMON, remarks_by_tokenizer
 from dreambooth.params import Base, Params
+from dreambooth.photos import find_photos, subject_folder
 from dreambooth.prompts import load_templates
 from dreambooth.vocabulary import SCORER, VOCABULARY, Vocabulary, read_file, read_vocabulary, split
-from flows.graph import GPU_ENTRIES, Graph
+from flows.graph import DATA_SUFFIX, GPU_ENTRIES, Graph
 
-EVALUATE = "evaluate"
+VALIDATE, EVALUATE = "validate", "evaluate"
 BUNDLED = f"{LOCAL_MODELS}/emoji64"  # the base that the bundled scorer was taught beside
 RIFLE = "sks"  # the identifier of the paper's reference implementations; no caption of the bundled base has it
 
 
 def require_inputs(root: Path, params: Params, graph: Graph) -> None:
-    """Refuse what a stale stage would refuse: a base model that is nowhere, prompts that cannot be read.
+    """Refuse what a stale stage would refuse: photos, or a base model, that are nowhere, prompts that cannot be read.
 
     Raises:
-        ModelError, EvaluationError: as the stage would.
+        SubjectError, ModelError, EvaluationError: as the stage would.
     """
+    require_photos(root, [stage.key for stage in graph.stale if stage.entry == VALIDATE])
     if any(stage.entry in GPU_ENTRIES for stage in graph.stale):
         locate(params.base.pretrained_model_name_or_path, params.base.revision, root)
     for file in dict.fromkeys(map(params.prompts_file, _evaluated(graph))):
         load_templates(root / file)
+
+
+def require_photos(root: Path, subjects: Iterable[str]) -> None:
+    """Refuse subjects without a folder of photos: in a fresh clone of git there are those alone that git has.
+
+    Raises:
+        PhotosError: DVC knows folders that are not here; with the commands that bring them.
+        SubjectError: nobody knows one.
+    """
+    missing = [folder for one in subjects if not (folder := subject_folder(root, one)).is_dir()]
+    if told := [known for folder in missing if (known := elsewhere(root, folder))]:
+        raise PhotosError(told)
+    for folder in missing:
+        find_photos(folder)
+
+
+def elsewhere(root: Path, folder: Path) -> str:
+    """Say how photos come here that DVC knows and that are not here; empty where it knows none."""
+    if not (entry := folder.with_name(f"{folder.name}{DATA_SUFFIX}")).is_file():
+        return ""
+    name = entry.relative_to(root)
+    return f"{folder} is not here, {name} knows it; dvc checkout {name}, or where a remote has it: dvc pull {name}"
 
 
 def remarks(root: Path, params: Params, graph: Graph) -> list[str]:

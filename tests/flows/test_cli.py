@@ -1,6 +1,7 @@
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -125,6 +126,25 @@ def test_check_takes_any_folder_and_draws_thumbnails_for_their_owner(project: Pa
 def test_check_refuses_what_is_no_id(project: Path) -> None:
     done = dreambooth(project, "check", "../../etc")
     assert (done.returncode, done.stderr[:11]) == (3, "E_SUBJECT: ")
+
+
+def test_photos_that_dvc_alone_knows_are_named_before_a_server_starts_with_the_commands_that_bring_them(
+    project: Path,
+) -> None:
+    """In a fresh clone of git the folders of subjects that were added are missing."""
+    for subject_id in ("rex", "biscuit"):
+        dvc(project, "add", f"data/subjects/{subject_id}")
+        shutil.rmtree(project / "data/subjects" / subject_id)
+    told = "E_PHOTOS: {0}/data/subjects/{1} is not here, data/subjects/{1}.dvc knows it; dvc checkout data/subjects/{1}"
+    for arguments in (["plan"], ["run"], ["check", "rex"]):
+        done = dreambooth(project, *arguments)
+        assert done.returncode == 3, arguments
+        lines = done.stderr.splitlines()
+        subjects = ["rex"] if arguments[-1] == "rex" else ["biscuit", "rex"]
+        assert [line.partition(".dvc, or")[0] for line in lines] == [told.format(project, one) for one in subjects]
+        assert not (project.parent / "prefect").exists()  # no server wrote there
+    dvc(project, *lines[0].partition("; dvc ")[2].partition(", or")[0].split())
+    assert dreambooth(project, "check", "rex").returncode == 0
 
 
 def test_add_ends_with_the_next_command(project: Path, tmp_path: Path) -> None:

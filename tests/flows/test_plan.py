@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import constants
 from toy_project import REPOSITORY, dvc
 
-from dreambooth.errors import EvaluationError, ModelError
+from dreambooth.errors import EvaluationError, ModelError, SubjectError
 from dreambooth.folders import scratch_folder
 from dreambooth.params import Base, Params, load_params
 from dreambooth.vocabulary import SCORER
@@ -136,6 +136,10 @@ def test_what_a_late_stage_would_refuse_is_refused_before_the_first(project: Pat
         require_inputs(project, params.model_copy(update={"base": hub}), graph)
     done = Graph(tuple(dataclasses.replace(stage, stale=False) for stage in graph.stages))
     require_inputs(project, params.model_copy(update={"base": base}), done)  # nothing would ask for it
+    shutil.rmtree(project / "data/subjects/rex")
+    require_inputs(project, params, done)
+    with pytest.raises(SubjectError, match="data/subjects/rex does not exist; put the photos there"):
+        require_inputs(project, params, graph)
 
 
 def test_a_class_that_the_bundled_scorer_does_not_know_is_told_before_the_training(
