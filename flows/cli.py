@@ -6,6 +6,7 @@ Nothing heavy is imported here: each command imports what it needs, and --help n
 import io
 import logging
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -84,7 +85,7 @@ def add(
     force: Annotated[bool, typer.Option("--force", help="Replace the photos of a subject of this id.")] = False,
 ) -> None:
     """Add a subject: check and copy its photos, and write it into params.yaml."""
-    from flows.add import Wish, add_subject, track_photos
+    from flows.add import Wish, add_subject, files_for_git, track_photos
     from flows.tables import photos_table
 
     root = find_root(context.obj)
@@ -96,6 +97,8 @@ def add(
         warn(remark)
     if reason := track_photos(root, added.folder):
         warn(reason)
+    elif files := files_for_git(root, added.folder):
+        say(f"For git: {shlex.join(['git', 'add', *map(from_here, files)])}")
     say(f"{subject_id} is in {PARAMS}, class {added.class_id}. Next: dreambooth run {subject_id}")
 
 
