@@ -79,7 +79,8 @@ def add(
     class_noun: Annotated[str, typer.Option(help="What it is an instance of: dog, backpack, ...")],
     identifier: Annotated[str | None, typer.Option(help="Rare word that will mean it; sks if unsaid.")] = None,
     kind: Annotated[
-        Literal["live", "object", "person"] | None, typer.Option(help="Evaluation prompts; object if unsaid.")
+        Literal["live", "object", "person"] | None,
+        typer.Option(help="live: an animal; person: needs a consent, --consent; object if unsaid."),
     ] = None,
     consent: Annotated[Path | None, typer.Option(help="subject.yaml of a person: who, given, purpose, until.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the photos of a subject of this id.")] = False,
@@ -92,7 +93,7 @@ def add(
     added = add_subject(root, Wish(subject_id, class_noun, identifier, kind, consent), photos, force)
     out.print(photos_table(added.reports, added.ignored))
     if added.assumed_kind:
-        out.print("kind: object (evaluation prompts for things; --kind live for people and animals)")
+        say("kind: object (evaluation prompts for things); --kind live for animals, person for people: needs a consent")
     for remark in added.remarks:
         warn(remark)
     if reason := track_photos(root, added.folder):

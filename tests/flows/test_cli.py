@@ -153,7 +153,9 @@ def test_add_ends_with_the_next_command(project: Path, tmp_path: Path) -> None:
     done = dreambooth(project, "add", "tom", str(tmp_path / "camera"), "--class-noun", "cat")
     assert done.returncode == 0, done.stderr
     assert "Next: dreambooth run tom" in done.stdout
-    assert "kind: object" in done.stdout
+    assert "kind: object (" in done.stdout
+    assert "--kind live for animals, person for people: needs a consent" in done.stdout  # as live nobody asks for one
+    assert "person: needs a consent" in " ".join(dreambooth(project, "add", "--help").stdout.split())
     assert ".DS_Store" in done.stdout
     assert (project / "data" / "subjects" / "tom.dvc").exists()
     assert dreambooth(project, "add", "tom", str(tmp_path / "camera"), "--class-noun", "cat").returncode == 3
