@@ -90,7 +90,7 @@ def doctor(context: typer.Context) -> None:
 def plan(
     context: typer.Context,
     subject_ids: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Subjects; all if none.")] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="Of an hour of this machine, in your currency.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Of an hour of a machine, in your currency.")] = None,
     gpus: Annotated[
         int | None, typer.Option(min=1, help="As with so many workers, one a GPU; else as run does it here.")
     ] = None,
@@ -109,7 +109,7 @@ def plan(
     graph = Graph.load(root).select(choose_subjects(params, subject_ids))
     made = make_plan(root, params, graph, Lanes(gpus) if gpus else lanes_of(root, params, graph))
     out.print(plan_table(made))
-    for line in made.in_words(price):
+    for line in made.in_words(price, gpus):
         say(line)
     if made.lines and made.at_once > 1 and (gpus or has_gpu()):
         say(one_gpu(made.at_once))

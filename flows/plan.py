@@ -94,14 +94,20 @@ class Plan:
         """Bytes that are written: each output lies in the project and in DVC's cache, where those are no links."""
         return 2 * sum(line.size for line in self.lines)
 
-    def in_words(self, price: float | None) -> list[str]:
-        """Return the sums, and what they rest on."""
+    def in_words(self, price: float | None, machines: int | None = None) -> list[str]:
+        """Return the sums, and what they rest on.
+
+        Args:
+            price: of an hour of a machine; None counts no cost.
+            machines: that are there from start to end; None for this one, however many stages compute on it at a time.
+        """
         if not self.lines:
             return [f"Nothing would run: all {self.stages} stages are up to date."]
         room = f"{self.size / 1e9:.2f} GB of {self.free / 1e9:.1f} free"
         said = [f"{duration(self.seconds)} with {self.at_once} at a time, {room}"]
         if price is not None:
-            said.append(f"cost: {self.seconds / 3600 * self.at_once * price:.2f} at {price:g} an hour each")
+            cost, each = self.seconds / 3600 * (machines or 1) * price, " each" if machines else ""
+            said.append(f"cost: {cost:.2f} at {price:g} an hour{each}")
         if guessed := [line.entry for line in (*self.lines, self.around) if not line.measured]:
             said.append(f"not measured here yet, so by defaults that may be wrong tenfold: {', '.join(guessed)}")
         said += self.remarks

@@ -99,8 +99,10 @@ def test_a_run_of_several_stages_on_one_gpu_says_what_gives_each_its_own(
 
 
 def test_a_plan_for_several_gpus_says_that_they_are_as_many_workers(project: Path) -> None:
-    done = dreambooth(project, "plan", "--gpus", "2")
+    done = dreambooth(project, "plan", "--gpus", "2", "--price", "3")
+    assert " at 3 an hour each\n" in done.stdout
     assert " with 2 at a time, " in done.stdout
     assert one_gpu(2) in done.stdout
     assert "each with a CUDA_VISIBLE_DEVICES of its own" in one_gpu(2)
-    assert "CUDA_VISIBLE_DEVICES" not in dreambooth(project, "plan").stdout
+    assert "CUDA_VISIBLE_DEVICES" not in (alone := dreambooth(project, "plan", "--price", "3").stdout)
+    assert " at 3 an hour\n" in alone

@@ -68,8 +68,10 @@ def test_a_plan_counts_what_is_stale_and_says_what_it_guesses(project: Path, par
     assert not by_entry["prior"].measured
     words = plan.in_words(price=3600.0)
     assert any("by defaults" in line and "prior" in line and "train" not in line for line in words)
-    assert f"cost: {plan.seconds:.2f} at 3600 an hour each" in words
+    assert f"cost: {plan.seconds:.2f} at 3600 an hour" in words
     half = make_plan(project, params, Graph.load(project), Lanes(2))
+    assert f"cost: {half.seconds:.2f} at 3600 an hour" in half.in_words(3600.0)  # two lanes of one machine
+    assert f"cost: {2 * half.seconds:.2f} at 3600 an hour each" in half.in_words(3600.0, machines=2)
     computing = sum(line.seconds for line in plan.lines if line.on_gpu)
     assert plan.seconds == pytest.approx(computing + AROUND_SECONDS)
     assert half.seconds == pytest.approx(max(computing / 2, half.longest) + AROUND_SECONDS)
