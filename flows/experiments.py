@@ -1,25 +1,48 @@
-"""Find and remove the experiments of DVC that sweeps made of one subject: refs of git, which their tables name."""
+"""Find what git keeps of one subject: experiments of sweeps, to be removed; others, and its photos, to be named."""
 
 import csv
+import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
+from dreambooth.errors import PipelineError
+from dreambooth.params import names_id
+from dreambooth.yaml12 import YamlError, load_yaml
 from flows.clones import git
+from flows.project import PARAMS
 
 EXPERIMENTS = "refs/exps/"
 SHOWN = ".dvc/tmp/exps/cache"  # parameters and metrics by commit, of `dvc exp show`, which makes it again
+NAMED = re.compile(EXPERIMENTS + r"[0-9a-f]{2}/[0-9a-f]{38}/(.+)")  # by the commit that an experiment began with
 PREFIX = "sweep-"  # of the experiments that `dreambooth sweep` names; a table is a file that anybody can write into
 
 
 def experiments_of(root: Path, subject_id: str) -> dict[str, str]:
     """Return the commit of each ref of an experiment whose row in the table of a sweep has this subject."""
     names = set(_names(root, subject_id))
-    if not names or not any((folder / ".git").exists() for folder in (root, *root.parents)):
+    if not names or not _has_git(root):
         return {}
     commits = commits_of(root)
     named = {commit for ref, commit in commits.items() if ref.rpartition("/")[2] in names}
     return {ref: commit for ref, commit in commits.items() if commit in named}  # those of `dvc exp apply` too
+
+
+def others_with(root: Path, subject_id: str, known: Collection[str]) -> list[str]:
+    """Return the names of experiments whose params.yaml has the subject, without those of the known refs.
+
+    `dvc exp run` makes them of every subject of the project, so that they hold the work of others as well.
+    """
+    commits = commits_of(root) if _has_git(root) else {}
+    named = {
+        match[1]: commit for ref, commit in commits.items() if ref not in known and (match := NAMED.fullmatch(ref))
+    }
+    return [name for name, commit in named.items() if _has_subject(root, commit, subject_id)]
+
+
+def has_commits(root: Path, path: str) -> bool:
+    """Tell whether a commit of any branch has a file at a path, or below it."""
+    return _has_git(root) and bool(git(root, "log", "--all", "--max-count", "1", "--format=%H", "--", path))
 
 
 def commits_of(root: Path) -> dict[str, str]:
@@ -33,6 +56,22 @@ def remove(root: Path, experiments: Iterable[tuple[str, str]]) -> None:
     for ref, commit in experiments:
         git(root, "update-ref", "-d", ref, commit)
     shutil.rmtree(root / SHOWN, ignore_errors=True)
+
+
+def _has_git(root: Path) -> bool:
+    return any((folder / ".git").exists() for folder in (root, *root.parents))
+
+
+def _has_subject(root: Path, commit: str, subject_id: str) -> bool:
+    try:
+        text = git(root, "show", f"{commit}:./{PARAMS}")
+    except PipelineError:  # of another project in the same repository
+        return False
+    try:
+        content = load_yaml(text)
+    except YamlError:
+        return names_id(text, subject_id)
+    return isinstance(content, dict) and subject_id in (content.get("subjects") or ())
 
 
 def _names(root: Path, subject_id: str) -> Iterator[str]:

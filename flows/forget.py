@@ -26,7 +26,7 @@ from flows.check import CHECKED
 from flows.clones import Copy, copies
 from flows.dvcstore import Kept, being_written
 from flows.entries import UnreadError, forget_entry, read_plainly
-from flows.experiments import experiments_of
+from flows.experiments import experiments_of, has_commits, others_with
 from flows.experiments import remove as remove_experiments
 from flows.project import PARAMS
 
@@ -40,9 +40,6 @@ SCRATCH = (
 LOCKS = ("locks/train-{id}.*", "locks/evaluate-{id}.*", "register-{id}.lock")
 TEXTS = (PARAMS, "dvc.lock")  # which name subjects
 OUT_OF_REACH = (
-    "the history of git: the photos' hashes and the subject's id stand in old commits (git filter-repo), and in those "
-    "of removed experiments until git gc --prune=now",
-    "experiments of a sweep whose table is gone, replaced or elsewhere (dvc exp list --all-commits; dvc exp remove)",
     "thumbnails of photos that the subject does not have (now), until dreambooth check looks at the next folder",
     "clones, backups, and copies of exports, pictures and cards that left this machine",
     "runs in Weights & Biases, where tracking.report_to named it: delete them there",
@@ -64,7 +61,7 @@ class Inventory:
     """Commits of sweeps, by their refs."""
     idle_class: str | None = None
     """The class of the subject, if nobody else is of it."""
-    out_of_reach: list[str] = field(default_factory=lambda: list(OUT_OF_REACH))
+    out_of_reach: list[str] = field(default_factory=list)
 
 
 def inventory(root: Path, subject_id: str) -> Inventory:
@@ -99,7 +96,7 @@ def inventory(root: Path, subject_id: str) -> Inventory:
     places = {place: max(count, before.get(place, 0)) for place, count in places.items()}  # the receipt tells both
     if not any(places.values()) and not _journal(root, subject_id).exists():
         raise SubjectError(f"nothing is known of {subject_id!r} here; see {PARAMS} for the subjects there are")
-    left = [*OUT_OF_REACH, *kept.left]
+    left = [*_left_in_git(root, subject_id, experiments), *OUT_OF_REACH, *kept.left]
     return Inventory(subject_id, paths, kept, places, shared, experiments, _idle_class(root, subject_id), left)
 
 
@@ -136,6 +133,17 @@ def erase(root: Path, found: Inventory) -> Path:
         _remove(path)
     _journal(root, subject_id).unlink(missing_ok=True)
     return receipt
+
+
+def _left_in_git(root: Path, subject_id: str, experiments: Collection[str]) -> Iterator[str]:
+    """Say what old commits keep, and which experiments do that are not those of the subject's sweeps."""
+    photos = "photos themselves" if has_commits(root, f"data/subjects/{subject_id}") else "photos' hashes"
+    yield (
+        f"the history of git: the {photos} and the subject's id stand in old commits (git filter-repo), and in those "
+        "of removed experiments until git gc --prune=now"
+    )
+    if names := others_with(root, subject_id, experiments):
+        yield f"experiments of dvc exp run, which hold work of other subjects as well: dvc exp remove {' '.join(names)}"
 
 
 def _idle_class(root: Path, subject_id: str) -> str | None:
