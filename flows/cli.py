@@ -330,22 +330,33 @@ def _print_outcome(root: Path, params: "Params", subject_id: str, outcome: "Outc
     from flows.summary import prior_line, read_summary
     from flows.tables import subject_table, undone_in_words, undone_stages
 
-    one = read_summary(root, params, subject_id)
     mine = [run for run in outcome.runs if run.stage.endswith(f"@{subject_id}")]
     names = ", ".join(run.stage.partition("@")[0] for run in mine)
     stale = [stage.name for stage in graph.select([subject_id]).stale]
     undone = undone_stages(stale, [run.stage for run in outcome.runs], outcome.failures)
+    one = read_summary(root, params, subject_id, [name.removesuffix(f"@{subject_id}") for name in undone])
     drawn = next((run.note for run in outcome.runs if run.stage == f"prior@{one.class_id}" and run.note), None)
     prior = undone.get(f"prior@{one.class_id}") or drawn
-    version = next((_version(found) for found in outcome.versions if found.name == subject_id), "not registered")
+    idle = "nothing came to its end" if undone else "nothing had to run"
     more = [
         ("class images", prior or prior_line(root, one.class_id)),
-        ("time", f"{sum(run.seconds for run in mine):.0f} s: {names}" if mine else "nothing had to run"),
+        ("time", f"{sum(run.seconds for run in mine):.0f} s: {names}" if mine else idle),
         *([("stages", undone_in_words(undone))] if undone else []),
         ("report", from_here(one.report) if one.report else "none yet"),
-        ("version", version),
+        ("version", _version_after(root, subject_id, outcome)),
     ]
     out.print(subject_table(one, more), "")
+
+
+def _version_after(root: Path, subject_id: str, outcome: "Outcome") -> str:
+    """Name the version that a run registered, else those that were there before."""
+    if (found := next((one for one in outcome.versions if one.name == subject_id), None)) is not None:
+        return _version(found)
+    try:
+        before = _registered(root, subject_id)
+    except RegistryError:  # which the line of the registration says
+        return "?"
+    return "not registered" if before == "-" else before
 
 
 def _version(found: "RegisteredVersion") -> str:

@@ -182,7 +182,8 @@ def publish(root: Path, params: Params, stages: Futures, versions: Futures) -> N
     """Leave a table of all subjects, pictures and scores of each as artifacts of the flow run."""
     table = []
     for subject_id, version in versions.items():
-        one = summary.read_summary(root, params, subject_id)
+        undone = [name.partition("@")[0] for name, future in stages.items() if _is_undone(name, subject_id, future)]
+        one = summary.read_summary(root, params, subject_id, undone)
         more = [
             ("report", str(one.report.relative_to(root)) if one.report else "none yet"),
             ("registered", _registered(version)),
@@ -193,6 +194,10 @@ def publish(root: Path, params: Params, stages: Futures, versions: Futures) -> N
             left(create_table_artifact, prompts, f"prompts-{subject_id}", f"Scores of {subject_id} by prompt")
         table.append(dict(summary.rows(one) + more))
     left(create_table_artifact, table, "personalize", "Subjects of this run")
+
+
+def _is_undone(name: str, subject_id: str, future: PrefectFuture[Any]) -> bool:
+    return name.endswith(f"@{subject_id}") and not future.state.is_completed()
 
 
 def _failed(name: str, subject_id: str, future: PrefectFuture[Any]) -> bool:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from flow_program import register
 from PIL import Image
 from servers import refusing
 from toy_project import REPOSITORY, dvc, make_photos, quiet, ran
@@ -199,6 +200,27 @@ def test_run_exits_with_the_reason_of_a_subject_that_failed(project: Path, prefe
     assert done.returncode == 9
     assert "E_PIPELINE: validate@rex: E_TRAIN: the loss is NaN" in done.stderr
     assert "not registered" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_failed_run_tells_what_there_is_of_the_run_before_from_what_it_made(
+    project: Path, prefect_server: str
+) -> None:
+    dvc(project, "repro", "report@rex", "export@rex")
+    register(project, "rex")
+    make_photos(project / "data/subjects/rex", 4)
+    (project / "fail-validate-rex").touch()
+    fake = (
+        "import flow_program as f; from dreambooth import versions as v; v.find, v.find_export = f.find, f.find_export"
+    )
+    done = dreambooth(project, "run", "rex", before=fake, PREFECT_API_URL=prefect_server)
+    assert done.returncode == 9, done.stderr
+    table = {line[:15].strip(): line[15:].strip() for line in done.stdout.splitlines()}
+    assert table["stages"] == "validate failed; train, evaluate, export, report not run"
+    assert table["time"] == "nothing came to its end"
+    assert table["version"] == "v1, champion v1"
+    assert table["scores"] == "of the run before"
+    assert table["verdict"].startswith("of the run before: promote: identity +0.300")
 
 
 @pytest.mark.slow
