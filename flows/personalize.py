@@ -29,7 +29,7 @@ from flows.graph import GPU_ENTRIES, Graph
 from flows.lanes import MOST, Lanes, lanes_of, one_gpu
 from flows.leaving import heard_in_a_flow, leaving_when_told
 from flows.preflight import require_inputs
-from flows.program import exit_code, failed, has_server, left, states_of
+from flows.program import exit_code, failed, has_server, left, project_of, states_of, subjects_named
 from flows.project import PARAMS, choose_subjects, find_root
 from flows.room import require_room
 from flows.turns import VARIABLE, Turn, gpu, has_limit, without_limit
@@ -213,7 +213,8 @@ def _registered(future: PrefectFuture[Any]) -> str:
 
 def main() -> int:
     """Run the subjects named on the command line, or all."""
-    return exit_code(lambda: [f"{PipelineError.code}: {one}" for one in run(sys.argv[1:], find_root()).failures])
+    named = subjects_named("flows.personalize", __doc__)
+    return exit_code(lambda: [f"{PipelineError.code}: {one}" for one in run(named, project_of(named)).failures])
 
 
 if __name__ == "__main__":

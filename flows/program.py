@@ -1,10 +1,12 @@
-"""Flows as programs: a fault as the state of a run, the states of a run in this process, lines and an exit code."""
+"""Flows as programs: a fault as the state of a run, its states in this process, a command line, and an exit code."""
 
+import argparse
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from httpx import HTTPError, HTTPStatusError, TransportError
@@ -13,8 +15,10 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Failed
 
 from dreambooth.errors import MACHINE_FAULT, DreamboothError, PipelineError, first_line, machine_fault
+from dreambooth.params import load_params
 from dreambooth.redaction import redact
 from flows.dvcrun import pauses
+from flows.project import PARAMS, choose_subjects, find_root
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
@@ -103,9 +107,34 @@ def states_of(run: "Callable[[], State[Any]]") -> "list[State[Any]]":
         told = state.message or f"the flow ended as {state.name}"
         error = PipelineError(re.sub(r"^E_[A-Z_]+: ", "", told))
         if code := re.match(r"E_[A-Z_]+", told):  # of what `failed` was told
-            error.code = code[0]
+            error.code, error.exit_code = code[0], _exit_code_of(code[0])
         raise error
     return result
+
+
+def _exit_code_of(code: str) -> int:
+    kinds: list[type[DreamboothError]] = [DreamboothError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return next((kind.exit_code for kind in kinds if kind.code == code), PipelineError.exit_code)
+
+
+def subjects_named(module: str, description: str | None) -> list[str]:
+    """Return the subjects that the command line of a flow names, which may be none."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser.add_argument("subject", nargs="*", help="in params.yaml; all of it if none is named")
+    return list(parser.parse_args().subject)
+
+
+def project_of(subjects: Sequence[str]) -> Path:
+    """Return the project that is to run subjects, before a server of Prefect starts for them.
+
+    Raises:
+        DreamboothError: there is none, its params.yaml is not valid, or has no such subject.
+    """
+    root = find_root()
+    choose_subjects(load_params(root / PARAMS), subjects)
+    return root
 
 
 def exit_code(run: Callable[[], Sequence[str]]) -> int:
