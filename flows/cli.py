@@ -29,9 +29,9 @@ from dreambooth.errors import (
 from dreambooth.params import GUIDANCE, SAMPLER_STEPS, SIDE
 from dreambooth.redaction import redact
 from flows import commands
-from flows.console import err, from_here, out, say, warn
+from flows.console import err, from_here, out, print_whole, say, warn
 from flows.generate import PICTURES
-from flows.project import PARAMS, choose_subjects, find_root, read_params_text
+from flows.project import NO_SUBJECT, PARAMS, choose_subjects, find_root, read_params_text
 
 if TYPE_CHECKING:
     from dreambooth.params import Params
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Personalise a text-to-image model from a few photos of a subject.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -184,7 +183,9 @@ def status(context: typer.Context, subject_ids: SubjectIds = None) -> None:
 
     root = find_root(context.obj)
     params = _params(root)
-    subjects = choose_subjects(params, subject_ids)
+    if not (subjects := choose_subjects(params, subject_ids)):
+        say(NO_SUBJECT)
+        return
     _print_status(root, params, Graph.load(root).select(subjects), subjects)
 
 
@@ -212,6 +213,9 @@ def _tell(text: str) -> None:
 def _bring_up_to_date(root: Path, params: "Params", subjects: list[str], began: float) -> None:
     from flows.graph import Graph
 
+    if not subjects:
+        say(NO_SUBJECT)
+        return
     graph = Graph.load(root).select(subjects)
     if not graph.stale and all(_is_registered(root, subject_id) for subject_id in subjects):
         _print_status(root, params, graph, subjects)
@@ -307,7 +311,7 @@ def _print_status(root: Path, params: "Params", graph: "Graph", subjects: list[s
         since = age(time.time() - manifest.stat().st_mtime) if manifest.exists() else "-"
         stale = [stage.entry for stage in graph.select([subject_id]).stale]
         lines.append((read_summary(root, params, subject_id), stale, registered, since))
-    out.print(status_table(lines))
+    print_whole(status_table(lines))
     if away is not None:
         raise away
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 from flow_program import register
 from PIL import Image
 from servers import refusing
@@ -47,6 +48,21 @@ def test_the_version_is_told_without_a_project_and_imports_nothing_heavy(tmp_pat
     done = dreambooth(tmp_path, "--version")
     assert done.returncode == 0
     assert done.stdout.splitlines() == [f"dreambooth {__version__}", "[]"]
+
+
+def test_a_shell_completes_commands_and_imports_nothing_heavy(tmp_path: Path) -> None:
+    words = {"_DREAMBOOTH_COMPLETE": "complete_bash", "COMP_WORDS": "dreambooth pr", "COMP_CWORD": "1"}
+    assert dreambooth(tmp_path, **words).stdout.splitlines() == ["promote", "[]"]
+
+
+def test_a_project_without_subjects_says_how_one_is_added(project: Path) -> None:
+    values = yaml.safe_load((project / "params.yaml").read_text())
+    (project / "params.yaml").write_text(yaml.safe_dump(values | {"subjects": {}}))
+    for command in ("run", "plan", "status"):
+        done = dreambooth(project, command)
+        assert done.returncode == 0, done.stderr
+        told = "params.yaml has no subject yet. Next: dreambooth add ID PHOTOS --class-noun NOUN"
+        assert done.stdout.splitlines()[:-1] == [told]
 
 
 def test_outside_of_a_project_the_next_step_is_named(tmp_path: Path) -> None:
@@ -163,8 +179,11 @@ def test_add_ends_with_the_next_command(project: Path, tmp_path: Path) -> None:
 
 
 def test_status_shows_what_is_out_of_date_without_torch_or_prefect(project: Path) -> None:
-    done = dreambooth(project, "status")
+    dvc(project, "add", "data/subjects/rex")
+    shutil.rmtree(project / "data/subjects/rex")
+    done = dreambooth(project, "status", COLUMNS="80")
     assert done.returncode == 0, done.stderr
+    assert "data/subjects/rex.dvc, prior, validate, train, evaluate, export, report" in done.stdout  # nothing is cut
     assert "prior, validate, train, evaluate, export, report" in done.stdout
     assert not {"torch", "prefect", "diffusers"} & set(json.loads(done.stdout.splitlines()[-1]))
 
