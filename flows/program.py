@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _SIGN_IN = "; it wants a password: PREFECT_API_AUTH_STRING as its server has it, or PREFECT_API_KEY of Prefect Cloud"
+_ONE_THAT_STAYS = "; run it again, or start a server that stays: prefect server start, and name it in PREFECT_API_URL"
 _REFUSALS = {401: _SIGN_IN, 403: _SIGN_IN, 404: "; no API is there; its address ends with /api: http://HOST:4200/api"}
 
 
@@ -84,6 +85,8 @@ def reached(remedy: str = "; or work without one: prefect config unset PREFECT_A
         told = "; start that server: prefect server start" if is_away(error) else _of_refusal(error)
         if not told:
             raise
+        if is_away(error) and not has_server():
+            raise PipelineError(f"{first_line(error)} (a temporary server of Prefect){_ONE_THAT_STAYS}") from None
         raise PipelineError(f"{first_line(error)} ({PREFECT_API_URL.value()}, PREFECT_API_URL){told}{remedy}") from None
 
 
