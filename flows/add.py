@@ -239,6 +239,12 @@ def track_photos(root: Path, folder: Path) -> str | None:
     return f"the photos have no versions: {said}; then: dvc add {name}"
 
 
+def files_for_git(root: Path, folder: Path) -> list[Path]:
+    """Return what git should be given of a subject whose photos DVC has; nothing where there is no git."""
+    ignored = folder.parent / ".gitignore"  # which DVC writes beside a repository alone
+    return [root / PARAMS, ignored, folder.with_name(f"{folder.name}.dvc")] if ignored.is_file() else []
+
+
 def _is(source: Path) -> bool:
     return source.is_dir() or source.is_file()
 

@@ -20,6 +20,7 @@ from dreambooth.photos import (
     require_usable,
     subject_folder,
 )
+from flows.preflight import elsewhere
 from flows.project import PARAMS
 
 THUMBNAIL_SIDE = 128  # pixels
@@ -51,7 +52,7 @@ def check(root: Path, what: str) -> Checked:
         what: id of a subject, or a folder; that of a subject, as a shell completes it, means the subject.
 
     Raises:
-        SubjectError: neither.
+        SubjectError: neither; or a subject whose photos DVC knows and that are not here.
     """
     params = load_params(root / PARAMS)
     what = _id_of(root, params, what) or what
@@ -103,5 +104,7 @@ def _folder_and_place(root: Path, params: Params, what: str) -> tuple[Path, Path
     if not folder.is_dir() and given.is_dir():
         return given, scratch_folder(root) / CHECKED
     if not folder.is_dir():
+        if known := elsewhere(root, folder):
+            raise PhotosError([known])
         raise SubjectError(f"neither {shown(folder)} nor the folder {shown(given.absolute())} exists; name one of them")
     return folder, root / "build" / what / "check"

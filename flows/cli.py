@@ -6,6 +6,7 @@ Nothing heavy is imported here: each command imports what it needs, and --help n
 import io
 import logging
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -28,9 +29,9 @@ from dreambooth.errors import (
 from dreambooth.params import GUIDANCE, SAMPLER_STEPS, SIDE
 from dreambooth.redaction import redact
 from flows import commands
-from flows.console import err, from_here, out, say, warn
+from flows.console import err, from_here, out, print_whole, say, warn
 from flows.generate import PICTURES
-from flows.project import PARAMS, choose_subjects, find_root, read_params_text
+from flows.project import NO_SUBJECT, PARAMS, choose_subjects, find_root, read_params_text
 
 if TYPE_CHECKING:
     from dreambooth.params import Params
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Personalise a text-to-image model from a few photos of a subject.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -86,7 +86,7 @@ def add(
     force: Annotated[bool, typer.Option("--force", help="Replace the photos of a subject of this id.")] = False,
 ) -> None:
     """Add a subject: check and copy its photos, and write it into params.yaml."""
-    from flows.add import Wish, add_subject, track_photos
+    from flows.add import Wish, add_subject, files_for_git, track_photos
     from flows.tables import photos_table
 
     root = find_root(context.obj)
@@ -98,6 +98,8 @@ def add(
         warn(remark)
     if reason := track_photos(root, added.folder):
         warn(reason)
+    elif files := files_for_git(root, added.folder):
+        say(f"For git: {shlex.join(['git', 'add', *map(from_here, files)])}")
     say(f"{subject_id} is in {PARAMS}, class {added.class_id}. Next: dreambooth run {subject_id}")
 
 
@@ -182,7 +184,9 @@ def status(context: typer.Context, subject_ids: SubjectIds = None) -> None:
 
     root = find_root(context.obj)
     params = _params(root)
-    subjects = choose_subjects(params, subject_ids)
+    if not (subjects := choose_subjects(params, subject_ids)):
+        say(NO_SUBJECT)
+        return
     _print_status(root, params, Graph.load(root).select(subjects), subjects)
 
 
@@ -210,13 +214,18 @@ def _tell(text: str) -> None:
 def _bring_up_to_date(root: Path, params: "Params", subjects: list[str], began: float) -> None:
     from flows.graph import Graph
 
+    if not subjects:
+        say(NO_SUBJECT)
+        return
     graph = Graph.load(root).select(subjects)
     if not graph.stale and all(_is_registered(root, subject_id) for subject_id in subjects):
         _print_status(root, params, graph, subjects)
         say("Everything is up to date.")
         return
     from flows.leaving import ending_at_once
+    from flows.preflight import require_inputs
 
+    require_inputs(root, params, graph)  # as the flow does, which begins with a server
     with ending_at_once():
         from flows import personalize, plan
     from flows.program import has_server
@@ -304,7 +313,7 @@ def _print_status(root: Path, params: "Params", graph: "Graph", subjects: list[s
         since = age(time.time() - manifest.stat().st_mtime) if manifest.exists() else "-"
         stale = [stage.entry for stage in graph.select([subject_id]).stale]
         lines.append((read_summary(root, params, subject_id), stale, registered, since))
-    out.print(status_table(lines))
+    print_whole(status_table(lines))
     if away is not None:
         raise away
 
@@ -327,22 +336,33 @@ def _print_outcome(root: Path, params: "Params", subject_id: str, outcome: "Outc
     from flows.summary import prior_line, read_summary
     from flows.tables import subject_table, undone_in_words, undone_stages
 
-    one = read_summary(root, params, subject_id)
     mine = [run for run in outcome.runs if run.stage.endswith(f"@{subject_id}")]
     names = ", ".join(run.stage.partition("@")[0] for run in mine)
     stale = [stage.name for stage in graph.select([subject_id]).stale]
     undone = undone_stages(stale, [run.stage for run in outcome.runs], outcome.failures)
+    one = read_summary(root, params, subject_id, [name.removesuffix(f"@{subject_id}") for name in undone])
     drawn = next((run.note for run in outcome.runs if run.stage == f"prior@{one.class_id}" and run.note), None)
     prior = undone.get(f"prior@{one.class_id}") or drawn
-    version = next((_version(found) for found in outcome.versions if found.name == subject_id), "not registered")
+    idle = "nothing came to its end" if undone else "nothing had to run"
     more = [
         ("class images", prior or prior_line(root, one.class_id)),
-        ("time", f"{sum(run.seconds for run in mine):.0f} s: {names}" if mine else "nothing had to run"),
+        ("time", f"{sum(run.seconds for run in mine):.0f} s: {names}" if mine else idle),
         *([("stages", undone_in_words(undone))] if undone else []),
         ("report", from_here(one.report) if one.report else "none yet"),
-        ("version", version),
+        ("version", _version_after(root, subject_id, outcome)),
     ]
     out.print(subject_table(one, more), "")
+
+
+def _version_after(root: Path, subject_id: str, outcome: "Outcome") -> str:
+    """Name the version that a run registered, else those that were there before."""
+    if (found := next((one for one in outcome.versions if one.name == subject_id), None)) is not None:
+        return _version(found)
+    try:
+        before = _registered(root, subject_id)
+    except RegistryError:  # which the line of the registration says
+        return "?"
+    return "not registered" if before == "-" else before
 
 
 def _version(found: "RegisteredVersion") -> str:

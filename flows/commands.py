@@ -103,12 +103,15 @@ def plan(
     from flows.lanes import Lanes, lanes_of, one_gpu
     from flows.plan import make_plan
     from flows.preflight import require_inputs
-    from flows.project import choose_subjects
+    from flows.project import NO_SUBJECT, choose_subjects
     from flows.tables import plan_table
 
     root = find_root(context.obj)
     params = load_params(root / PARAMS)
-    graph = Graph.load(root).select(choose_subjects(params, subject_ids))
+    if not (subjects := choose_subjects(params, subject_ids)):
+        say(NO_SUBJECT)
+        return
+    graph = Graph.load(root).select(subjects)
     made = make_plan(root, params, graph, Lanes(gpus) if gpus else lanes_of(root, params, graph))
     out.print(plan_table(made))
     for line in made.in_words(price, gpus):

@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -104,7 +105,7 @@ def _consents(root: Path, params: Params | None) -> Iterator[Finding]:
 
 
 def _dvc(root: Path) -> Iterator[Finding]:
-    from flows.dvcstore import remotes
+    from flows.dvcstore import empty_keys, remotes
 
     if not (root / ".dvc").is_dir():
         yield Finding("broken", "DVC", f"{root} has no .dvc folder", "dvc init (with --no-scm outside of git)")
@@ -116,6 +117,11 @@ def _dvc(root: Path) -> Iterator[Finding]:
     for name, fault in known.items():
         remedy = f"dvc remote list; mend {name}, or sign in" if fault else ""
         yield Finding("broken" if fault else "good", f"DVC remote {name}", fault or "answers", remedy)
+    if empty := empty_keys(root):
+        runs = empty[0].parents[1]
+        found = f"{len(empty)} of its keys have no entry, and the stages that look there fail ('join() argument')"
+        remedy = f"when nothing runs: find {shlex.quote(str(runs))} -mindepth 1 -type d -empty -delete"
+        yield Finding("broken", "DVC run cache", found, remedy)
     if linked := sorted({path.parent.name for path in (root / "data" / "subjects").glob("*/*") if path.is_symlink()}):
         found = f"photos of {', '.join(map(shown, linked))} are symbolic links, which no stage follows"
         remedy = "dvc config cache.type reflink,hardlink,copy; dvc checkout --relink"

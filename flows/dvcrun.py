@@ -39,7 +39,14 @@ _ADVICE = (
     "dvc config core.autostage",
 )
 _TOLD_ANYWAY = ("ERROR: failed to reproduce", "If there are no processes with such PIDs")  # by the error, or waited for
-_CHATTER = ("> ", "ERROR: failed to ", "Running stage ", "Updating lock file", "Generating lock file")
+_CHATTER = (
+    "> ",
+    "ERROR: failed to ",
+    "Running stage ",
+    "Verifying data sources",
+    "Updating lock file",
+    "Generating lock file",
+)
 
 _runners: "weakref.WeakSet[DvcRunner]" = weakref.WeakSet()  # a signal handler has no other way to them
 
@@ -132,7 +139,7 @@ class DvcRunner:
         """
         self.stopped.set()
         running = dict(self._children)
-        _stop_trees(running)
+        stop_trees(running)
         deadline = time.monotonic() + _GRACE  # of a stage whose DVC is gone its words alone tell when it has ended
         while self._children.keys() & running and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -181,7 +188,7 @@ class DvcRunner:
                         say(line)
                 child.wait()
             except BaseException:
-                _stop_trees([child.pid])
+                stop_trees([child.pid])
                 raise
             finally:
                 self._children.pop(child.pid, None)
@@ -246,7 +253,7 @@ def _reason(code: int, lines: list[str]) -> str:
     return f"{' | '.join(codes or own[-1:] or told[-1:] or ['it said nothing'])} (exit {exited})"
 
 
-def _stop_trees(pids: Iterable[int]) -> None:
+def stop_trees(pids: Iterable[int]) -> None:
     """End children and all below them: stages first, so that DVC sees them end; all are told before one is awaited."""
     told: list[psutil.Process] = []
     idle: list[psutil.Process] = []

@@ -3,6 +3,7 @@
 And read one file as it was at a revision of git, and say where DVC notes names.
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -122,7 +123,18 @@ def erase(root: Path, kept: Kept) -> list[str]:
                     _remove(place.fs, place.odb.oid_to_path(oid))
                 for run in sorted(kept.runs):
                     _remove(place.fs, place.fs.join(place.root, "runs", *run.split("/")))
+                if place.fs.protocol == "local":
+                    for folder in _empty_keys(Path(place.root)):
+                        _remove_if_empty(folder)
     return list(left.values())
+
+
+def empty_keys(root: Path) -> list[Path]:
+    """Return the keys of the run cache that have no entry: DVC fails at the stage that looks for one there."""
+    from dvc.repo import Repo
+
+    with explained(root, "mend .dvc/config, then try again"), Repo(str(root)) as repo:
+        return _empty_keys(Path(repo.cache.legacy.path))
 
 
 def read_at(root: Path, revision: str, path: str) -> str:
@@ -299,6 +311,17 @@ def _run_entries(place: _Place) -> Iterator[tuple[str, str]]:
     for path in place.fs.find(folder):
         with place.fs.open(path, "rb") as file:
             yield "/".join(place.fs.parts(path)[-3:]), file.read().decode(errors="replace")
+
+
+def _empty_keys(cache: Path) -> list[Path]:
+    return [key for key in sorted(cache.glob("runs/*/*")) if key.is_dir() and not any(key.iterdir())]
+
+
+def _remove_if_empty(key: Path) -> None:
+    """Remove the folder of a key, and the one that it lies in; another process may just write into them."""
+    with contextlib.suppress(OSError):
+        key.rmdir()
+        key.parent.rmdir()
 
 
 def _items(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:

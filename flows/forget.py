@@ -26,7 +26,7 @@ from flows.check import CHECKED
 from flows.copies import Copy, copies
 from flows.dvcstore import Kept, being_written
 from flows.entries import UnreadError, forget_entry, plain_params
-from flows.experiments import experiments_of
+from flows.experiments import experiments_of, has_commits, others_with
 from flows.experiments import remove as remove_experiments
 from flows.project import PARAMS
 
@@ -35,11 +35,8 @@ FILES = ("data/subjects/{id}.dvc", "metrics/{id}.json")
 JOURNAL = "forget-{id}.json"  # in the scratch folder
 TEXTS = (PARAMS, "dvc.lock")  # which name subjects
 OUT_OF_REACH = (
-    "the history of git: the photos' hashes and the subject's id stand in old commits (git filter-repo), and in those "
-    "of removed experiments until git gc --prune=now",
     "photos that dvc add or dvc repro by hand put into DVC's cache, where others took their place before a commit (dvc "
     "gc --all-commits removes what no commit names)",
-    "experiments of a sweep whose table is gone, replaced or elsewhere (dvc exp list --all-commits; dvc exp remove)",
     "thumbnails of photos that the subject does not have (now), until dreambooth check looks at the next folder",
     "pictures drawn to a folder of your own (dreambooth generate --out, folder of the flow generate)",
     "clones, backups, and copies of exports, pictures and cards that left this machine",
@@ -62,7 +59,7 @@ class Inventory:
     """Commits of sweeps, by their refs."""
     idle_class: str | None = None
     """The class of the subject, if nobody else is of it."""
-    out_of_reach: list[str] = field(default_factory=lambda: list(OUT_OF_REACH))
+    out_of_reach: list[str] = field(default_factory=list)
 
 
 def inventory(root: Path, subject_id: str) -> Inventory:
@@ -97,7 +94,7 @@ def inventory(root: Path, subject_id: str) -> Inventory:
     places = {place: max(count, before.get(place, 0)) for place, count in places.items()}  # the receipt tells both
     if not any(places.values()) and not _journal(root, subject_id).exists():
         raise SubjectError(f"nothing is known of {subject_id!r} here; see {PARAMS} for the subjects there are")
-    left = [*OUT_OF_REACH, *kept.left]
+    left = [*_left_in_git(root, subject_id, experiments), *OUT_OF_REACH, *kept.left]
     return Inventory(subject_id, paths, kept, places, shared, experiments, _idle_class(root, subject_id), left)
 
 
@@ -146,6 +143,17 @@ def interrupted(root: Path) -> list[str]:
     before, after = JOURNAL.split("{id}")
     journals = scratch_folder(root).glob(JOURNAL.format(id="*"))
     return sorted(path.name.removeprefix(before).removesuffix(after) for path in journals)
+
+
+def _left_in_git(root: Path, subject_id: str, experiments: Collection[str]) -> Iterator[str]:
+    """Say what old commits keep, and which experiments do that are not those of the subject's sweeps."""
+    photos = "photos themselves" if has_commits(root, f"data/subjects/{subject_id}") else "photos' hashes"
+    yield (
+        f"the history of git: the {photos} and the subject's id stand in old commits (git filter-repo), and in those "
+        "of removed experiments until git gc --prune=now"
+    )
+    if names := others_with(root, subject_id, experiments):
+        yield f"experiments of dvc exp run, which hold work of other subjects as well: dvc exp remove {' '.join(names)}"
 
 
 def _idle_class(root: Path, subject_id: str) -> str | None:

@@ -1,4 +1,4 @@
-"""End a run or a sweep that was told to stop: its stages save their state, one line says so, and no process stays.
+"""End a run, a sweep or a service that was told to stop: stages save their state, a line says so, no process stays.
 
 Ctrl-C reaches the whole process group, and with it the temporary server of Prefect. Without its server Prefect would
 go on asking for it for minutes, so that such a run does not wait until Prefect has wound up.
@@ -17,7 +17,7 @@ import psutil
 
 from dreambooth.interruption import Interrupted, StopRequest, on_stop, tell
 from flows.console import err
-from flows.dvcrun import stop_all
+from flows.dvcrun import stop_all, stop_trees
 from flows.tables import print_problems
 
 _GRACE = 2.0  # seconds for DVC to write its locks, and for a temporary server to close its database
@@ -120,6 +120,36 @@ def leaving_a_sweep_when_told() -> Iterator[None]:
 
 
 @contextmanager
+def leaving_a_service_when_told(has_server: bool) -> Iterator[None]:
+    """Let Ctrl-C end what serves deployments; with a server that stays Prefect does it, and pauses their schedules.
+
+    A temporary server hears the Ctrl-C as well, and Prefect would ask it for minutes. So the process ends here.
+    """
+    if has_server:
+        with suppress(KeyboardInterrupt):  # before Prefect hears it
+            yield
+        return
+    request = StopRequest()
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        if request.is_repeated_by(number):
+            _end(128 + number, _GRACE)
+        if not request:
+            request.note(number)
+            threading.Thread(target=_leave_a_service, name="leave", daemon=True).start()
+
+    with on_stop(hear):
+        yield
+
+
+def _leave_a_service() -> None:
+    logging.disable(logging.CRITICAL)
+    _say_stopping()
+    stop_trees([one.pid for one in psutil.Process().children(recursive=True) if _runs(one, "dvc")])
+    _end(0, _GRACE)
+
+
+@contextmanager
 def heard_in_a_flow() -> Iterator[None]:
     """Hear SIGTERM inside a flow too, where Prefect handles it: only where its server would not hear of it."""
     if _current is None or _current.has_server:
@@ -164,7 +194,7 @@ def _end(code: int, grace: float) -> None:
     for process in psutil.Process().children(recursive=True):
         if process not in children:
             tell(process.kill)
-        elif _is_server(process):
+        elif _runs(process, "uvicorn"):  # a temporary server
             tell(process.terminate)
     for process in psutil.wait_procs(children, grace)[1]:
         tell(process.kill)
@@ -174,7 +204,7 @@ def _end(code: int, grace: float) -> None:
     os._exit(code)
 
 
-def _is_server(process: psutil.Process) -> bool:
+def _runs(process: psutil.Process, module: str) -> bool:
     with suppress(psutil.Error):
-        return "uvicorn" in process.cmdline()
+        return module in process.cmdline()
     return False

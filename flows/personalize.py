@@ -29,7 +29,7 @@ from flows.graph import GPU_ENTRIES, Graph
 from flows.lanes import MOST, Lanes, lanes_of, one_gpu
 from flows.leaving import heard_in_a_flow, leaving_when_told
 from flows.preflight import require_inputs
-from flows.program import ended, exit_code, failed, has_server, left, states_of
+from flows.program import ended, exit_code, failed, has_server, left, project_of, states_of, subjects_named
 from flows.project import PARAMS, choose_subjects, find_root
 from flows.room import require_room
 from flows.turns import VARIABLE, Turn, gpu, has_limit, without_limit
@@ -205,7 +205,8 @@ def publish(root: Path, params: Params, stages: Futures, versions: Futures) -> N
     """Leave a table of all subjects, pictures and scores of each as artifacts of the flow run."""
     table = []
     for subject_id, version in versions.items():
-        one = summary.read_summary(root, params, subject_id)
+        undone = [name.partition("@")[0] for name, future in stages.items() if _is_undone(name, subject_id, future)]
+        one = summary.read_summary(root, params, subject_id, undone)
         more = [
             ("report", str(one.report.relative_to(root)) if one.report else "none yet"),
             ("registered", _registered(version)),
@@ -216,6 +217,10 @@ def publish(root: Path, params: Params, stages: Futures, versions: Futures) -> N
             left(create_table_artifact, prompts, f"prompts-{subject_id}", f"Scores of {subject_id} by prompt")
         table.append(dict(summary.rows(one) + more))
     left(create_table_artifact, table, "personalize", "Subjects of this run")
+
+
+def _is_undone(name: str, subject_id: str, future: PrefectFuture[Any]) -> bool:
+    return name.endswith(f"@{subject_id}") and not future.state.is_completed()
 
 
 def _failed(name: str, subject_id: str, future: PrefectFuture[Any]) -> bool:
@@ -231,7 +236,8 @@ def _registered(future: PrefectFuture[Any]) -> str:
 
 def main() -> int:
     """Run the subjects named on the command line, or all."""
-    return exit_code(lambda: [f"{PipelineError.code}: {one}" for one in run(sys.argv[1:], find_root()).failures])
+    named = subjects_named("flows.personalize", __doc__)
+    return exit_code(lambda: [f"{PipelineError.code}: {one}" for one in run(named, project_of(named)).failures])
 
 
 if __name__ == "__main__":

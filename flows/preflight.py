@@ -9,28 +9,30 @@ from dreambooth.bases import LOCAL_MODELS, locate
 from dreambooth.errors import ParamsError, PhotosError, shown
 from dreambooth.identifiers import known_words, reader_at, remarks_by_tokenizer
 from dreambooth.params import Base, Params, scheduler_fault
+from dreambooth.photos import find_photos, subject_folder
 from dreambooth.prompts import Reader, Template, cuts, read_caption, require_read, templates_of, with_article
 from dreambooth.registry import require_plain_path
 from dreambooth.vocabulary import SCORER, VOCABULARY, Vocabulary, find_vocabulary
-from flows.graph import GPU_ENTRIES, Graph
+from flows.graph import DATA_SUFFIX, GPU_ENTRIES, Graph
 from flows.project import PARAMS
 
-EVALUATE, PRIOR, TRAIN = "evaluate", "prior", "train"
+VALIDATE, PRIOR, TRAIN, EVALUATE = "validate", "prior", "train", "evaluate"
 BUNDLED = f"{LOCAL_MODELS}/emoji64"  # the base that the bundled scorer was taught beside
 ALIKE = 0.75  # of two words, by difflib: candel is candle, and a van is no can
 RIFLE = "sks"  # the identifier of the paper's reference implementations; no caption of the bundled base has it
 
 
 def require_inputs(root: Path, params: Params, graph: Graph) -> list[str]:
-    """Refuse what a stale stage or the registration would refuse: a base that is nowhere, a solver, prompts, a path.
+    """Refuse what a stale stage or the registration would: photos or a base that are nowhere, solvers, prompts, a path.
 
     Returns:
         What is to be said of prompts whose end the base does not read.
 
     Raises:
-        ModelError, EvaluationError, PhotosError, ParamsError, RegistryError: as they would.
+        SubjectError, ModelError, EvaluationError, PhotosError, ParamsError, RegistryError: as they would.
     """
     require_plain_path(root)
+    require_photos(root, [stage.key for stage in graph.stale if stage.entry == VALIDATE])
     if any(stage.entry in GPU_ENTRIES for stage in graph.stale):
         locate(params.base.pretrained_model_name_or_path, params.base.revision, root)
     _require_schedulers(root, params, graph)
@@ -38,6 +40,28 @@ def require_inputs(root: Path, params: Params, graph: Graph) -> list[str]:
     templates = {file: templates_of(root, file) for file in files}
     reader = reader_at(tokenizer_folder(root, params.base)) if graph.stale else None
     return list(dict.fromkeys(_read_in_part(root, params, graph, templates, reader))) if reader else []
+
+
+def require_photos(root: Path, subjects: Iterable[str]) -> None:
+    """Refuse subjects without a folder of photos: in a fresh clone of git there are those alone that git has.
+
+    Raises:
+        PhotosError: DVC knows folders that are not here; with the commands that bring them.
+        SubjectError: nobody knows one.
+    """
+    missing = [folder for one in subjects if not (folder := subject_folder(root, one)).is_dir()]
+    if told := [known for folder in missing if (known := elsewhere(root, folder))]:
+        raise PhotosError(told)
+    for folder in missing:
+        find_photos(folder)
+
+
+def elsewhere(root: Path, folder: Path) -> str:
+    """Say how photos come here that DVC knows and that are not here; empty where it knows none."""
+    if not (entry := folder.with_name(f"{folder.name}{DATA_SUFFIX}")).is_file():
+        return ""
+    name = entry.relative_to(root)
+    return f"{folder} is not here, {name} knows it; dvc checkout {name}, or where a remote has it: dvc pull {name}"
 
 
 def remarks(root: Path, params: Params, graph: Graph) -> list[str]:

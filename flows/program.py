@@ -1,10 +1,12 @@
-"""Flows as programs: a fault as the state of a run, the states of a run in this process, lines and an exit code."""
+"""Flows as programs: a fault as the state of a run, its states in this process, a command line, and an exit code."""
 
+import argparse
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,8 +16,10 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Failed
 
 from dreambooth.errors import MACHINE_FAULT, DreamboothError, PipelineError, first_line, machine_fault
+from dreambooth.params import load_params
 from dreambooth.redaction import redact
 from flows.dvcrun import pauses
+from flows.project import PARAMS, choose_subjects, find_root
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _MOST = 1000  # characters of what a run says of its failures
 _SIGN_IN = "; it wants a password: PREFECT_API_AUTH_STRING as its server has it, or PREFECT_API_KEY of Prefect Cloud"
+_ONE_THAT_STAYS = "; run it again, or start a server that stays: prefect server start, and name it in PREFECT_API_URL"
 _REFUSALS = {401: _SIGN_IN, 403: _SIGN_IN, 404: "; no API is there; its address ends with /api: http://HOST:4200/api"}
 
 
@@ -93,6 +98,8 @@ def reached(remedy: str = "; or work without one: prefect config unset PREFECT_A
         told = "; start that server: prefect server start" if is_away(error) else _of_refusal(error)
         if not told:
             raise
+        if is_away(error) and not has_server():
+            raise PipelineError(f"{first_line(error)} (a temporary server of Prefect){_ONE_THAT_STAYS}") from None
         raise PipelineError(f"{first_line(error)} ({PREFECT_API_URL.value()}, PREFECT_API_URL){told}{remedy}") from None
 
 
@@ -116,9 +123,34 @@ def states_of(run: "Callable[[], State[Any]]") -> "list[State[Any]]":
         told = state.message or f"the flow ended as {state.name}"
         error = PipelineError(re.sub(r"^E_[A-Z_]+: ", "", told))
         if code := re.match(r"E_[A-Z_]+", told):  # of what `failed` was told
-            error.code = code[0]
+            error.code, error.exit_code = code[0], _exit_code_of(code[0])
         raise error
     return result
+
+
+def _exit_code_of(code: str) -> int:
+    kinds: list[type[DreamboothError]] = [DreamboothError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return next((kind.exit_code for kind in kinds if kind.code == code), PipelineError.exit_code)
+
+
+def subjects_named(module: str, description: str | None) -> list[str]:
+    """Return the subjects that the command line of a flow names, which may be none."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser.add_argument("subject", nargs="*", help="in params.yaml; all of it if none is named")
+    return list(parser.parse_args().subject)
+
+
+def project_of(subjects: Sequence[str]) -> Path:
+    """Return the project that is to run subjects, before a server of Prefect starts for them.
+
+    Raises:
+        DreamboothError: there is none, its params.yaml is not valid, or has no such subject.
+    """
+    root = find_root()
+    choose_subjects(load_params(root / PARAMS), subjects)
+    return root
 
 
 def exit_code(run: Callable[[], Sequence[str]]) -> int:

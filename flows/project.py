@@ -12,6 +12,7 @@ from dreambooth.yaml12 import YamlError, load_yaml
 PARAMS = "params.yaml"
 MARKS = ("dvc.yaml", PARAMS)
 INPUTS = (*MARKS, "data", "dreambooth", "stages")  # of the stages: what an experiment or a clone must see as it is
+NO_SUBJECT = f"{PARAMS} has no subject yet. Next: dreambooth add ID PHOTOS --class-noun NOUN"
 
 
 def find_root(given: str | Path | None = None) -> Path:

@@ -21,7 +21,7 @@ from dreambooth.errors import ConsentError, DreamboothError, GateError, Pipeline
 from dreambooth.params import Params, load_params
 from dreambooth.redaction import redact
 from flows import clones, summary
-from flows.program import ended, exit_code, failed, left, states_of
+from flows.program import ended, exit_code, failed, left, project_of, states_of, subjects_named
 from flows.project import PARAMS, choose_subjects, find_root
 from flows.turns import gpu_of_server
 
@@ -199,7 +199,8 @@ def _verdict(state: "State[Any]") -> str:
 
 def main() -> int:
     """Promote the subjects named on the command line, or all."""
-    return exit_code(lambda: run(sys.argv[1:], find_root()))
+    named = subjects_named("flows.promote", __doc__)
+    return exit_code(lambda: run(named, project_of(named)))
 
 
 if __name__ == "__main__":

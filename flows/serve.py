@@ -23,7 +23,8 @@ from prefect.schedules import Cron
 from prefect.types.entrypoint import EntrypointType
 
 from dreambooth.errors import PipelineError
-from flows.program import exit_code, reached
+from flows.leaving import leaving_a_service_when_told
+from flows.program import exit_code, has_server, reached
 from flows.project import find_root
 
 FLOW_RUNS_AT_ONCE = 4  # flow runs: a retraining waits for those of its subjects
@@ -80,7 +81,7 @@ def main() -> int:
 def _serve() -> list[str]:
     root = find_root()
     os.environ["DREAMBOOTH_HOME"] = str(root)
-    with reached():
+    with reached(), leaving_a_service_when_told(has_server()):
         served = deployments(root)
         _require_no_pool([f"{one.flow_name}/{one.name}" for one in served])
         serve(*served, limit=FLOW_RUNS_AT_ONCE, pause_on_shutdown=False)  # the nights without it are made up for

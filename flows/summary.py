@@ -4,7 +4,7 @@ import csv
 import html
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from dreambooth.params import Params
 if TYPE_CHECKING:
     from dreambooth.beside import Beside
 
+EARLIER = "of the run before"
 LARGEST_PICTURE = 500_000  # bytes of PNG in an artifact of Prefect, which keeps it in its database
 
 
@@ -52,9 +53,11 @@ class Summary:
     """Of the gate, with its reason."""
     report: Path | None
     """The page with the pictures."""
+    undone: Collection[str] = ()
+    """Entries of stages that have not come to their end: what they left is of an earlier run."""
 
 
-def read_summary(root: Path, params: Params, subject_id: str) -> Summary:
+def read_summary(root: Path, params: Params, subject_id: str, undone: Collection[str] = ()) -> Summary:
     """Read what the stages have left; what is missing is None."""
     subject = params.subject(subject_id)
     grid = root / "build" / subject_id / "evaluation" / "grid.png"
@@ -69,6 +72,7 @@ def read_summary(root: Path, params: Params, subject_id: str) -> Summary:
         grid if grid.is_file() else None,
         read_verdict(root / "reports" / subject_id / "report.json"),
         page if page.is_file() else None,
+        undone,
     )
 
 
@@ -158,13 +162,14 @@ def rows(summary: Summary) -> list[tuple[str, str]]:
         ("photos", str(summary.photos)),
     ]
     if identity := summary.identity:
+        found += [("scores", EARLIER)] if "evaluate" in summary.undone else []
         found += [
             ("identity", f"{identity.base:.3f} (base) -> {identity.personalised:.3f} (personalised)"),
             ("gain", f"{over_prompts(asdict(identity), identity.prompts)} over {identity.prompts} prompts"),
             ("floor / ceiling", f"{identity.base:.3f} (base) / {identity.ceiling:.3f} (photos among themselves)"),
         ]
     if summary.verdict:
-        found.append(("verdict", summary.verdict))
+        found.append(("verdict", f"{EARLIER}: {summary.verdict}" if "report" in summary.undone else summary.verdict))
     return found
 
 

@@ -6,6 +6,7 @@ Experiments see what git or DVC knows, changes without a commit included: docs/d
 import hashlib
 import json
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dreambooth import sweeps
+from dreambooth.bases import LOCAL_MODELS
 from dreambooth.errors import ParamsError, PipelineError
 from dreambooth.folders import scratch_folder, write_file
 from dreambooth.params import Params
+from dreambooth.photos import SUBJECTS
 from dreambooth.sweeps import SEED, Recipe, Result, Tried, Values
 from dreambooth.yaml12 import load_yaml
 from flows.clones import share_folders
@@ -28,6 +31,7 @@ from flows.project import INPUTS, PARAMS
 
 NAME = r"[a-z0-9][a-z0-9_.-]{0,60}"
 FOLDER = r"\S*\.dvc/tmp/exps/standalone/[^/\s]+/"  # of one experiment, gone when it has ended
+LARGE = (Path(SUBJECTS), Path(LOCAL_MODELS))  # whose folders DVC keeps
 LAST = "evaluate"  # report and export follow once one of them is taken over
 
 
@@ -235,12 +239,22 @@ def _require_known(root: Path, params: Params, subjects: Sequence[str]) -> None:
     needed = [f"data/subjects/{subject_id}" for subject_id in subjects]
     if (root / (base := params.base.pretrained_model_name_or_path)).is_dir():
         needed.append(base)
-    loose += [path for path in needed if not _is_known(root, path) and path + "/" not in loose]
+    named = set(loose)  # what DVC has been given, and git not yet: its file alone
+    loose += [path for path in needed if not _is_known(root, path) and not {f"{path}/", f"{path}.dvc"} & named]
     if loose:
         raise PipelineError(
             f"neither git nor DVC knows {', '.join(loose[:5])}{', ...' if len(loose) > 5 else ''}, so that no "
-            "experiment would see it; dvc add the photos and models, git add the rest (no commit is needed)"
+            f"experiment would see it; {_commands(root, loose)} (no commit is needed)"
         )
+
+
+def _commands(root: Path, loose: Sequence[str]) -> str:
+    """Return what gives photos and models to DVC, and its files and the rest to git."""
+    large = [Path(path) for path in loose if Path(path).parent in LARGE and (root / path).is_dir()]
+    rest = [path for path in loose if Path(path) not in large]
+    rest += [f"{path}.dvc" for path in large] + [f"{path.parent}/.gitignore" for path in large]
+    commands = [("dvc", "add", *map(str, large))] if large else []
+    return ", then ".join(map(shlex.join, [*commands, ("git", "add", *dict.fromkeys(rest))]))
 
 
 def _has_commit(root: Path) -> bool:

@@ -238,6 +238,20 @@ def test_what_is_left_behind_is_counted_on_every_page(
     assert about(examine(tmp_path / "project"), what).found.startswith(f"{count} ")
 
 
+def test_keys_of_the_run_cache_without_an_entry_are_named_and_the_remedy_removes_them(root: Path) -> None:
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=root, check=True)
+    runs = root / ".dvc/cache/runs"
+    for key in ("ab/abcd", "ab/abef", "cd/cdef"):
+        (runs / key).mkdir(parents=True)
+    (runs / "ab/abcd/entry").touch()
+    found = about(examine(root), "DVC run cache")
+    assert found.is_broken
+    assert found.found.startswith("2 of its keys have no entry")
+    subprocess.run(found.remedy.removeprefix("when nothing runs: "), shell=True, check=True)
+    assert sorted(path.name for path in runs.iterdir()) == ["ab"]
+    assert "DVC run cache" not in [one.what for one in examine(root)]
+
+
 def test_photos_that_dvc_made_links_are_named_and_the_remedy_makes_them_files(root: Path) -> None:
     add_photos(root / "data/subjects/rex", 2)
 

@@ -2,12 +2,15 @@ import hashlib
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
+from flow_program import register
 from PIL import Image
 from servers import refusing
 from toy_project import REPOSITORY, dvc, make_photos, quiet, ran
@@ -46,6 +49,21 @@ def test_the_version_is_told_without_a_project_and_imports_nothing_heavy(tmp_pat
     done = dreambooth(tmp_path, "--version")
     assert done.returncode == 0
     assert done.stdout.splitlines() == [f"dreambooth {__version__}", "[]"]
+
+
+def test_a_shell_completes_commands_and_imports_nothing_heavy(tmp_path: Path) -> None:
+    words = {"_DREAMBOOTH_COMPLETE": "complete_bash", "COMP_WORDS": "dreambooth pr", "COMP_CWORD": "1"}
+    assert dreambooth(tmp_path, **words).stdout.splitlines() == ["promote", "[]"]
+
+
+def test_a_project_without_subjects_says_how_one_is_added(project: Path) -> None:
+    values = yaml.safe_load((project / "params.yaml").read_text())
+    (project / "params.yaml").write_text(yaml.safe_dump(values | {"subjects": {}}))
+    for command in ("run", "plan", "status"):
+        done = dreambooth(project, command)
+        assert done.returncode == 0, done.stderr
+        told = "params.yaml has no subject yet. Next: dreambooth add ID PHOTOS --class-noun NOUN"
+        assert done.stdout.splitlines()[:-1] == [told]
 
 
 def test_outside_of_a_project_the_next_step_is_named(tmp_path: Path) -> None:
@@ -137,6 +155,25 @@ def test_check_refuses_what_is_no_id(project: Path) -> None:
     assert (done.returncode, done.stderr[:11]) == (3, "E_SUBJECT: ")
 
 
+def test_photos_that_dvc_alone_knows_are_named_before_a_server_starts_with_the_commands_that_bring_them(
+    project: Path,
+) -> None:
+    """In a fresh clone of git the folders of subjects that were added are missing."""
+    for subject_id in ("rex", "biscuit"):
+        dvc(project, "add", f"data/subjects/{subject_id}")
+        shutil.rmtree(project / "data/subjects" / subject_id)
+    told = "E_PHOTOS: {0}/data/subjects/{1} is not here, data/subjects/{1}.dvc knows it; dvc checkout data/subjects/{1}"
+    for arguments in (["plan"], ["run"], ["check", "rex"]):
+        done = dreambooth(project, *arguments)
+        assert done.returncode == 3, arguments
+        lines = done.stderr.splitlines()
+        subjects = ["rex"] if arguments[-1] == "rex" else ["biscuit", "rex"]
+        assert [line.partition(".dvc, or")[0] for line in lines] == [told.format(project, one) for one in subjects]
+        assert not (project.parent / "prefect").exists()  # no server wrote there
+    dvc(project, *lines[0].partition("; dvc ")[2].partition(", or")[0].split())
+    assert dreambooth(project, "check", "rex").returncode == 0
+
+
 def test_add_ends_with_the_next_command(project: Path, tmp_path: Path) -> None:
     make_photos(tmp_path / "camera", 3)
     (tmp_path / "camera" / ".DS_Store").touch()
@@ -152,8 +189,11 @@ def test_add_ends_with_the_next_command(project: Path, tmp_path: Path) -> None:
 
 
 def test_status_shows_what_is_out_of_date_without_torch_or_prefect(project: Path) -> None:
-    done = dreambooth(project, "status")
+    dvc(project, "add", "data/subjects/rex")
+    shutil.rmtree(project / "data/subjects/rex")
+    done = dreambooth(project, "status", COLUMNS="80")
     assert done.returncode == 0, done.stderr
+    assert "data/subjects/rex.dvc, prior, validate, train, evaluate, export, report" in done.stdout  # nothing is cut
     assert "prior, validate, train, evaluate, export, report" in done.stdout
     assert not {"torch", "prefect", "diffusers"} & set(json.loads(done.stdout.splitlines()[-1]))
 
@@ -189,6 +229,27 @@ def test_run_exits_with_the_reason_of_a_subject_that_failed(project: Path, prefe
     assert done.returncode == 9
     assert "E_PIPELINE: validate@rex: E_TRAIN: the loss is NaN" in done.stderr
     assert "not registered" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_failed_run_tells_what_there_is_of_the_run_before_from_what_it_made(
+    project: Path, prefect_server: str
+) -> None:
+    dvc(project, "repro", "report@rex", "export@rex")
+    register(project, "rex")
+    make_photos(project / "data/subjects/rex", 4)
+    (project / "fail-validate-rex").touch()
+    fake = (
+        "import flow_program as f; from dreambooth import versions as v; v.find, v.find_export = f.find, f.find_export"
+    )
+    done = dreambooth(project, "run", "rex", before=fake, PREFECT_API_URL=prefect_server)
+    assert done.returncode == 9, done.stderr
+    table = {line[:15].strip(): line[15:].strip() for line in done.stdout.splitlines()}
+    assert table["stages"] == "validate failed; train, evaluate, export, report not run"
+    assert table["time"] == "nothing came to its end"
+    assert table["version"] == "v1, champion v1"
+    assert table["scores"] == "of the run before"
+    assert table["verdict"].startswith("of the run before: promote: identity +0.300")
 
 
 @pytest.mark.slow

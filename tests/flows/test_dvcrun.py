@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,6 +59,13 @@ def test_a_failed_stage_is_told_with_its_name_its_code_and_its_exit_code(project
 def test_an_unknown_stage_is_told_in_the_words_of_dvc(project: Path) -> None:
     with pytest.raises(PipelineError, match=r"^train@tom: .*train@tom.*\(exit 255\)$"):
         DvcRunner(project).run("train@tom", print)
+
+
+def test_photos_that_are_gone_are_told_in_the_words_of_dvc(project: Path) -> None:
+    dvc(project, "add", "data/subjects/rex")
+    shutil.rmtree(project / "data/subjects/rex")
+    with pytest.raises(PipelineError, match=r"rex\.dvc: .*missing data 'source': data/subjects/rex \(exit 255\)"):
+        DvcRunner(project).run("data/subjects/rex.dvc", print)
 
 
 def test_a_crash_is_told_by_the_last_line_of_its_traceback(tmp_path: Path) -> None:

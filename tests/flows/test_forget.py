@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from toy_project import REPOSITORY, dvc, make_origin, make_photos, quiet
+from toy_project import REPOSITORY, dvc, make_origin, make_photos, quiet, ran
 
 from dreambooth import erasure, sweeps
 from dreambooth.erasure import Holdings
@@ -223,6 +224,35 @@ def test_the_experiments_of_a_subject_s_sweeps_go_and_those_of_others_stay(
     erase(project, again, print)
     assert experiments_in(project) == {theirs, "my-own"}
     assert not any("exp remove --all" in line for line in again.out_of_reach)  # it would take everybody's
+
+
+@pytest.mark.usefixtures("no_prefect")
+@pytest.mark.threat(23)
+def test_experiments_by_hand_are_named_and_photos_that_git_has_are_said_to_stay_in_its_history(project: Path) -> None:
+    def commit(*paths: str) -> None:
+        git(project, "add", *paths)
+        git(project, *ROBOT, "commit", "--quiet", "--allow-empty", "--message", "more")
+
+    def left(subject_id: str) -> list[str]:
+        return [line for line in inventory(project, subject_id).out_of_reach if re.match("experiments|the hist", line)]
+
+    assert left("rex") == [line for line in left("rex") if "the photos' hashes and" in line]  # without git
+    git(project, "init", "--quiet")
+    commit("params.yaml", "data/subjects/biscuit")
+    baseline = git(project, "rev-parse", "HEAD")
+    with_rex = git(project, *ROBOT, "commit-tree", "-p", baseline, "-m", "exp", f"{baseline}^{{tree}}")
+    (project / "params.yaml").write_text(without_subject((project / "params.yaml").read_text(), "rex"))
+    commit("params.yaml")
+    for name, one in (("gemmy-harl", with_rex), ("bared-ewer", git(project, "rev-parse", "HEAD"))):
+        git(project, "update-ref", f"refs/exps/{baseline[:2]}/{baseline[2:]}/{name}", one)
+    git(project, "update-ref", "refs/exps/exec/EXEC_APPLY", with_rex)
+    hashes, named = left("rex")
+    assert "the photos' hashes and" in hashes
+    assert named.endswith(": dvc exp remove gemmy-harl")
+    photos, named = left("biscuit")
+    assert "the photos themselves and" in photos
+    assert named.endswith(": dvc exp remove bared-ewer gemmy-harl")
+    assert "dvc exp remove gemmy-harl" in erase(project, inventory(project, "rex"), print).read_text()
 
 
 def found_in(folder: Path) -> Iterator[str]:
@@ -464,6 +494,25 @@ def test_empty_and_torn_entries_of_the_run_cache_are_passed_over_and_one_that_na
         file.write_text(texts[name])
     erase(project, inventory(project, "rex"), print)
     assert [name for name, file in entries.items() if file.exists()] == ["aa", "cc", "dd"]
+
+
+@pytest.mark.usefixtures("no_prefect")
+def test_a_subject_that_is_forgotten_and_added_again_is_computed_again(project: Path, tmp_path: Path) -> None:
+    """DVC takes a key of the run cache for one that has an entry."""
+    before, photos, remote = (project / "params.yaml").read_text(), project / "data/subjects/rex", tmp_path / "remote"
+    dvc(project, "remote", "add", "--default", "box", str(remote))
+    shutil.copytree(photos, tmp_path / "photos")
+    dvc(project, "repro", "validate@rex", "validate@biscuit")
+    dvc(project, "push", "--run-cache")
+    ran(project)
+    erase(project, inventory(project, "rex"), print)
+    runs = (project / ".dvc/cache/runs", remote / "runs")
+    assert [len(list(place.glob("*/*/*"))) for place in runs] == [1, 1]
+    assert not [path for place in runs for path in place.rglob("*") if path.is_dir() and not any(path.iterdir())]
+    shutil.copytree(tmp_path / "photos", photos)
+    (project / "params.yaml").write_text(before)
+    dvc(project, "repro", "--single-item", "validate@rex")
+    assert ran(project) == ["validate@rex"]
 
 
 @pytest.mark.usefixtures("no_prefect")

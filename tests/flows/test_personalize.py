@@ -270,9 +270,31 @@ def test_flow_runs_without_a_server_and_exits_with_the_code_of_the_failure(proje
     assert "Starting temporary server" in done.stderr
     assert "\nE_PIPELINE: prior@dog: E_TRAIN: the loss is NaN" in done.stderr
     assert done.returncode == 9
-    done = subprocess.run([*command[:-1], "tom"], cwd=project, env=environment, capture_output=True, text=True)
-    assert "there is no subject 'tom'" in done.stderr
-    assert done.returncode != 0
+    (project / "data/prompts/bundled/live.csv").unlink()
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    assert "\nE_EVALUATE: " in done.stderr  # the flow could not begin
+    assert done.returncode == 7
+
+
+@pytest.mark.parametrize("module", ["flows.personalize", "flows.promote", "flows.serve"])
+def test_what_a_command_line_asks_in_vain_is_said_before_a_server_starts(
+    project: Path, prefect_home: Path, module: str
+) -> None:
+    environment = {**quiet(prefect_home), "PYTHONPATH": str(HERE.parents[1])}
+    environment.pop("PREFECT_API_URL", None)
+
+    def call(argument: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", module, argument]
+        return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+
+    asked = call("--help")
+    assert (asked.returncode, asked.stderr) == (0, "")
+    assert asked.stdout.startswith(f"usage: python -m {module}")
+    unknown = call("tom")
+    assert "Starting" not in unknown.stderr
+    if module != "flows.serve":  # which takes no subject
+        assert unknown.stderr.startswith("E_SUBJECT: there is no subject 'tom'")
+        assert unknown.returncode == 3
 
 
 def test_a_cron_deployment_yields_scheduled_runs(environment: dict[str, str], prefect_server: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import constants
 from toy_project import REPOSITORY, dvc
 
-from dreambooth.errors import EvaluationError, ModelError, ParamsError, PhotosError, RegistryError
+from dreambooth.errors import EvaluationError, ModelError, ParamsError, PhotosError, RegistryError, SubjectError
 from dreambooth.folders import scratch_folder
 from dreambooth.models import load_model
 from dreambooth.params import Base, Params, load_params, parse_params
@@ -182,6 +182,15 @@ def test_prompts_that_the_base_does_not_read_to_their_subject_are_refused_before
     file.write_text(f'{file.read_text()}property,"a photo of {{}}, {long}"\n')
     (remark,) = require_inputs(project, params, graph)
     assert remark.startswith(f"{params.prompts_file('rex')}: has ")
+
+
+def test_photos_that_are_nowhere_are_refused_before_the_first_stage(project: Path, params: Params) -> None:
+    graph = Graph.load(project)
+    done = Graph(tuple(dataclasses.replace(stage, stale=False) for stage in graph.stages))
+    shutil.rmtree(project / "data/subjects/rex")
+    require_inputs(project, params, done)
+    with pytest.raises(SubjectError, match="data/subjects/rex does not exist; put the photos there"):
+        require_inputs(project, params, graph)
 
 
 def test_a_class_that_the_bundled_scorer_does_not_know_is_told_before_the_training(

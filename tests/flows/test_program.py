@@ -95,6 +95,14 @@ def test_a_server_that_refuses_is_a_line_that_names_what_it_would_have(status: i
         raise refusal(422)  # our own mistake
 
 
+def test_a_temporary_server_that_is_gone_is_not_called_one_that_an_address_names() -> None:
+    with (
+        pytest.raises(PipelineError, match=r"\(a temporary server of Prefect\); run it again, or start a server"),
+        reached(),
+    ):
+        raise AWAY[0]
+
+
 @pytest.mark.threat(17)
 def test_a_run_says_the_first_line_of_each_failure_in_a_line_that_a_webhook_carries() -> None:
     done, bad = Completed(), Failed(message="train@rex: E_TRAIN: the loss is NaN\nmore")

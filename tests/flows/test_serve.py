@@ -1,16 +1,21 @@
 """The one process that serves every deployment of prefect.yaml: no pool, no worker."""
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from servers import prefect_with_leases, running
-from toy_project import REPOSITORY, post, prefect, quiet, ran
+from toy_project import REPOSITORY, kill_tree, post, prefect, quiet, ran
 from waiting import await_true
+
+from dreambooth.interruption import is_alive
 
 pytestmark = pytest.mark.slow
 COMMAND = [sys.executable, "-m", "flows.serve"]
@@ -83,6 +88,33 @@ def test_the_doctor_names_a_deployment_that_is_switched_off(project: Path, envir
         post(api, f"deployments/{nightly['id']}/{what}_deployment", {})
         done = subprocess.run(doctor, cwd=project, env=environment, capture_output=True, text=True, check=False)
         assert ("paused, so nothing starts by itself: nightly" in " ".join(done.stdout.split())) == told, done.stdout
+
+
+def test_ctrl_c_ends_it_with_its_temporary_server_and_the_stage_that_runs(project: Path, tmp_path: Path) -> None:
+    shutil.copy(REPOSITORY / "prefect.yaml", project / "prefect.yaml")
+    (project / "slow-train-rex").touch()
+    environment = {**quiet(tmp_path / "prefect"), "PYTHONPATH": str(REPOSITORY)}
+    environment.pop("PREFECT_API_URL", None)
+    log, command = project / "serve.log", [sys.executable, "-m", "flows.serve"]
+    with (
+        log.open("w") as out,
+        subprocess.Popen(
+            command, cwd=project, env=environment, stdout=out, stderr=out, start_new_session=True
+        ) as served,
+    ):
+        try:
+            await_true(lambda: "generate/batch" in log.read_text() or served.poll() is not None, 120)
+            (api,) = re.findall(r"Starting temporary server on (\S+)", log.read_text())
+            there = environment | {"PREFECT_API_URL": f"{api}/api"}
+            prefect(there, "deployment", "run", "personalize/local", "--param", 'subject="rex"')
+            await_true((project / "started-train-rex").exists, 120)
+            below = psutil.Process(served.pid).children(recursive=True)
+            os.killpg(served.pid, signal.SIGINT)
+            assert served.wait(25) == 0  # Prefect would ask its server for minutes
+        finally:
+            kill_tree(served.pid)
+    assert "\nstopping: the stages save their state first" in log.read_text()
+    assert not [process for process in below if is_alive(process)]
 
 
 def test_outside_of_a_project_or_without_what_it_serves_a_line_says_so(project: Path, tmp_path: Path) -> None:

@@ -12,12 +12,14 @@ import pytest
 from tiny_project import add_photos, make_project, tiny_values
 from toy_project import REPOSITORY, dvc
 
+from dreambooth.errors import PipelineError
 from dreambooth.params import load_params
 from dreambooth.yaml12 import load_yaml
 from flows.dvcrun import DvcRunner
 from flows.dvcstore import kept_of
 from flows.forget import inventory
 from flows.graph import Graph
+from flows.sweep import _require_known
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 PLACES = ("", " on a blue background", " on a green background")  # words that the bundled scorer knows
@@ -132,8 +134,26 @@ def test_what_neither_git_nor_dvc_knows_is_named_before_any_work(repository: Pat
     loose = sweep(repository, "-S", "train.seed=1,2")
     assert loose.returncode == 9
     assert "E_PIPELINE: neither git nor DVC knows data/subjects/rex/, so that no experiment" in loose.stderr
+    files = "data/subjects/rex.dvc", "data/subjects/.gitignore"
+    assert f"see it; dvc add data/subjects/rex, then git add {' '.join(files)} (no commit is needed)" in loose.stderr
     dvc(repository, "add", "--quiet", "data/subjects/rex")
-    assert "data/subjects/rex.dvc" in sweep(repository, "-S", "train.seed=1,2").stderr
+    git(repository, "add", *files)
+    _require_known(repository, load_params(repository / "params.yaml"), ["rex"])
     assert not (repository / "reports").exists()
     shutil.rmtree(repository / ".git")
     assert "has no commit of git" in sweep(repository, "-S", "train.seed=1,2").stderr
+
+
+def test_what_add_tells_git_to_take_is_what_a_sweep_lacks_of_the_subject(repository: Path, tmp_path: Path) -> None:
+    add_photos(tmp_path / "camera", 3, first=9)
+    added = command(repository, "add", "rex", str(tmp_path / "camera"), "--class-noun", "dog", "--kind", "live")
+    assert added.returncode == 0, added.stderr
+    assert "\nFor git: git add params.yaml data/subjects/.gitignore data/subjects/rex.dvc\n" in added.stdout
+    params = load_params(repository / "params.yaml")
+    with pytest.raises(PipelineError) as refused:
+        _require_known(repository, params, ["rex"])
+    files = "data/subjects/.gitignore", "data/subjects/rex.dvc"
+    assert f"knows {', '.join(files)}, so" in str(refused.value)
+    assert f"; git add {' '.join(files)} (no commit is needed)" in str(refused.value)
+    git(repository, "add", "params.yaml", *files)
+    _require_known(repository, params, ["rex"])
