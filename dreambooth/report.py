@@ -427,7 +427,7 @@ def _second_note(metrics: Mapping[str, Any]) -> str:
 def _copying_note(metrics: Mapping[str, Any]) -> str:
     copying = metrics["copying"]
     return (
-        f"Copies, framed in red: {copying['rate']:.0%}. A copy is a cosine above {copying['threshold']:.2f} or a "
+        f"Copies, framed in red: {copying['rate']:.0%}. A copy is a cosine above {copying['threshold']:.3g} or a "
         f"perceptual hash within {COPY_DISTANCE} of 63 bits."
     )
 

@@ -131,9 +131,7 @@ def erase(root: Path, kept: Kept) -> list[str]:
 
 def empty_keys(root: Path) -> list[Path]:
     """Return the keys of the run cache that have no entry: DVC fails at the stage that looks for one there."""
-    from dvc.repo import Repo
-
-    with explained(root, "mend .dvc/config, then try again"), Repo(str(root)) as repo:
+    with explained(root, "mend .dvc/config, then try again"), open_project(root) as repo:
         return _empty_keys(Path(repo.cache.legacy.path))
 
 

@@ -121,7 +121,7 @@ def leaving_a_sweep_when_told() -> Iterator[None]:
 
 @contextmanager
 def leaving_a_service_when_told(has_server: bool) -> Iterator[None]:
-    """Let Ctrl-C end what serves deployments; with a server that stays Prefect does it, and pauses their schedules.
+    """Let Ctrl-C end what serves deployments; with a server that stays Prefect does it.
 
     A temporary server hears the Ctrl-C as well, and Prefect would ask it for minutes. So the process ends here.
     """
