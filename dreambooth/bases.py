@@ -1,6 +1,8 @@
 """Where the base model of a project lies: a folder of it, or the hub."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from dreambooth.errors import ModelError
 from dreambooth.folders import hidden_by_link
@@ -34,6 +36,23 @@ def locate(name_or_path: str, revision: str | None, root: Path) -> Path | None:
             f"base.revision: should be the 40-digit commit of the hub model {name_or_path}; a branch moves"
         )
     return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a file of JSON of a base says.
+
+    Raises:
+        ModelError: it is missing, no JSON, or no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing; {path.parent} should be a pipeline in the layout of diffusers") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is not JSON ({error}); fetch the model again") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds no object of JSON; fetch the model again")
+    return content
 
 
 def _require_seen(name_or_path: str, folder: Path, home: Path) -> None:

@@ -1,10 +1,10 @@
 """Say whether a word is fit to mean a subject: rare, and few tokens (Ruiz et al. 2022, section 3.2)."""
 
-import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dreambooth.bases import read_json
 from dreambooth.prompts import Reader
 from dreambooth.vocabulary import find_vocabulary, split
 
@@ -108,7 +108,7 @@ def reader_at(folder: Path | None) -> Reader | None:
     tokenizer = _read(folder) if folder else None
     if tokenizer is None or about is None or not about.is_file():
         return None
-    room = json.loads(about.read_text(encoding="utf-8")).get("model_max_length")
+    room = read_json(about).get("model_max_length")
     if not isinstance(room, int):
         return None
     return Reader(lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids), room - START_AND_END)

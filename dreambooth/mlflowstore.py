@@ -169,7 +169,7 @@ def _experiment(client: "MlflowClient", uri: str) -> str:
 def _check_server(uri: str) -> None:
     """Raise OSError when nobody answers, or nobody can: MLflow itself would try for minutes."""
     try:
-        with urllib.request.urlopen(re.sub(r"//[^/@]+@", "//", uri), timeout=CONNECT_SECONDS):
+        with urllib.request.urlopen(re.sub(r"//[^/]*@", "//", uri), timeout=CONNECT_SECONDS):
             pass
     except urllib.error.HTTPError:
         pass  # an answer
@@ -177,7 +177,8 @@ def _check_server(uri: str) -> None:
         if not isinstance(error.reason, ssl.SSLError):  # MLflow has settings of its own for certificates
             raise
     except (http.client.HTTPException, ValueError) as error:  # a port in letters, a blank, a server of something else
-        raise OSError(f"MLFLOW_TRACKING_URI names no HTTP server: {error}") from None
+        why = "write / and @ of a password as %2F and %40" if "@" in uri else error  # the error would quote it
+        raise OSError(f"MLFLOW_TRACKING_URI names no HTTP server: {why}") from None
 
 
 def _check_database(file: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from dreambooth import adapters, lora, processes
 from dreambooth.adapters import EMBEDDINGS_FILE, LORA_FILE
-from dreambooth.bases import LOCAL_MODELS, locate
+from dreambooth.bases import LOCAL_MODELS, locate, read_json
 from dreambooth.errors import ModelError, first_line, machine_fault, shown
 from dreambooth.families import FAMILIES, SD, SDXL, Family
 from dreambooth.folders import sha256_of, sha256_of_file
@@ -152,11 +152,11 @@ def load_model(
         raise ModelError(f"{folder} cannot be loaded ({first_line(error)}); fetch it again") from error
     model = Model(
         **loaded,
-        scheduler_config=_read_json(places["scheduler"] / "scheduler_config.json"),
+        scheduler_config=read_json(places["scheduler"] / "scheduler_config.json"),
         device=place,
         dtype=dtype,
         family=family,
-        zero_empty_prompt=_read_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", family is SDXL),
+        zero_empty_prompt=read_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", family is SDXL),
     )
     if trained is not None:
         load_trained(model, Path(trained))
@@ -231,7 +231,7 @@ def _load_part(name: str, folder: Path, dtype: torch.dtype) -> Any:
     if name == "unet":
         return UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
     if name == "vae":  # that of SDXL overflows in float16, and says so; diffusers takes that of SD1.5 for such a one
-        upcast = _read_json(folder / "config.json").get("force_upcast", False)
+        upcast = read_json(folder / "config.json").get("force_upcast", False)
         kept = torch.float32 if upcast else dtype
         return AutoencoderKL.from_pretrained(folder, torch_dtype=kept, use_safetensors=True)
     kind = CLIPTextModel if name == "text_encoder" else CLIPTextModelWithProjection
@@ -243,7 +243,7 @@ def check_model_folder(folder: Path) -> Family:
 
     In the cache of the hub other programs leave files as well, which are not read here: docs/decisions/0073.
     """
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     family = FAMILIES.get(str(index.get("_class_name")))
     if family is None:
         raise ModelError(
@@ -287,7 +287,7 @@ def _without_weights(folder: Path, parts: Sequence[str]) -> str:
 def _require_own_shards(part: Path) -> None:
     """Refuse an index of shards that leads to anything but weights beside it: no hash covers it, pickles run code."""
     for index in sorted(path for path in part.glob("*.safetensors.index.json") if not _is_duplicate(path)):
-        shards = _read_json(index).get("weight_map")
+        shards = read_json(index).get("weight_map")
         names = list(shards.values()) if isinstance(shards, dict) else [shards]
         if foreign := sorted({str(name) for name in names if not _is_shard(part, name)}):
             raise ModelError(
@@ -372,7 +372,7 @@ def write_pipeline(base: Path, trained: Path, folder: Path, dtype: torch.dtype) 
             target = folder / part / file.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-    index = _read_json(base / "model_index.json")
+    index = read_json(base / "model_index.json")
     kept = {key: value for key, value in index.items() if key.startswith(("_", "force_")) and key != "_name_or_path"}
     kept |= {part: index[part] for part in family.components}
     if family is SD:
@@ -392,7 +392,7 @@ def _cast_weights(module: torch.nn.Module, dtype: torch.dtype) -> dict[str, torc
 
 def _forget_origin(path: Path) -> None:
     """Take the folder that the base was loaded from out of a config: equal trainings, equal bytes."""
-    config = _read_json(path)
+    config = read_json(path)
     config.pop("_name_or_path", None)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -411,13 +411,3 @@ def _fetch(repo_id: str, revision: str) -> Path:
         return Path(
             snapshot_download(repo_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES)
         )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing; {path.parent} should be a pipeline in the layout of diffusers") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is not JSON ({error}); fetch the model again") from None
-    return content

@@ -16,8 +16,12 @@ _TOKEN = re.compile(  # Hugging Face, GitHub, AWS, Prefect, private keys
     r"\b(?:hf_[A-Za-z0-9]{20,}|gh[opsu]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|AKIA[A-Z0-9]{16}|pn[ub]_[A-Za-z0-9]{20,})\b"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
-# user:password@, a / or @ in the password too; host:5000/#/models/x@champion is an address.
-_USER_INFO = re.compile(r"//[^/@\s:]*:(?!\d+/)\S+@(?=[^@\s])|//[^/@\s]+@")
+# user:password@, a / or @ in the password too; http://host:5000/#/models/x@champion is an address with its port.
+_USER_INFO = re.compile(
+    r"""(?:(?<=http:)|(?<=https:))//[^/@\s:["]*:(?!\d+[/,"\]])[^\s",\]#?]+@(?=[^@\s])"""
+    r"""|(?<!http:)(?<!https:)//[^/@\s:["]*:[^\s",\]#?]+@(?=[^@\s])"""
+    r"""|//[^/@\s"]+@"""
+)
 
 
 def secrets_of(environment: Mapping[str, str]) -> list[str]:

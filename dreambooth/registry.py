@@ -36,7 +36,6 @@ from dreambooth.mlflowstore import connect, database_file, ensure_run, flat_metr
 from dreambooth.params import METHODS_OF_FORMAT, check_id
 from dreambooth.pointer import POINTER, require_beside, resolve_whole, write_pointer
 from dreambooth.redaction import redact
-from dreambooth.tracking import resend
 from dreambooth.versions import (
     CHALLENGER,
     CONSENT_TAG,
@@ -172,8 +171,6 @@ def register(
             client.set_model_version_tag(subject_id, registered.version, MD5_TAG, export.md5)
         _add_evaluation(client, root, registered, export)
         _challenge(client, subject_id, int(registered.version))
-    for line in resend(root):  # MLflow has answered, and there may be no training in this run that would send it
-        _log.warning("%s", line)
     return RegisteredVersion(subject_id, int(registered.version), version is None, export.hash, export.md5)
 
 

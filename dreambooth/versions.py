@@ -366,7 +366,7 @@ def load_folder(root: Path, folder: Path) -> "PyFuncModel":
     finally:
         sys.path[:] = path
         if home is None:
-            del os.environ["DREAMBOOTH_HOME"]
+            os.environ.pop("DREAMBOOTH_HOME", None)
         else:
             os.environ["DREAMBOOTH_HOME"] = home
 

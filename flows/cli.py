@@ -194,12 +194,15 @@ def status(context: typer.Context, subject_ids: SubjectIds = None) -> None:
 def register(context: typer.Context, subject_id: SubjectId) -> None:
     """Register the export of a subject in MLflow; the same export is the same version."""
     from dreambooth import registry
+    from dreambooth.tracking import resend
     from flows.summary import refresh_index
 
     root = find_root(context.obj)
     params = _params(root)
     params.subject(subject_id)
     say(_version(registry.register(root, subject_id, params.registry.max_logged_bytes, warn)))
+    for line in resend(root):
+        warn(line)
     refresh_index(root, params.subjects, warn)
 
 

@@ -115,7 +115,8 @@ def erase(root: Path, found: Inventory, say: Callable[[str], object]) -> Path:
         _refuse_beside_stages(root, subject_id)
         _refuse_beside_copies(root, subject_id)
         _write_journal(root, found)
-        for path in found.shared:  # first: what tells whose they are, photos and versions, goes as well
+        parcels = [path for path in found.paths if path.is_relative_to(unsent(root))]  # others would send them
+        for path in [*parcels, *found.shared]:  # first: what tells whose they are, photos and versions, goes as well
             _remove(path)
         remove_experiments(root, found.experiments.items())  # before the tables that name them
         found.out_of_reach += erasure.erase(root, subject_id)

@@ -23,6 +23,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from dreambooth.errors import DreamboothError, PipelineError
 from dreambooth.hardware import has_gpu
 from dreambooth.params import Params, load_params
+from dreambooth.tracking import resend
 from flows import plan, summary
 from flows.dvcrun import DvcRunner, StageRun
 from flows.graph import GPU_ENTRIES, Graph
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 TASKS_AT_ONCE = 4 * MOST  # they wait or run: Prefect's wait for those above them in their thread, four of a subject
 OTHERS_AT_ONCE = 8  # stages beside GPU_ENTRIES: they copy and look at files
 Futures = dict[str, PrefectFuture[Any]]
-_registering = threading.Lock()  # the first one migrates MLflow's database, and two at once would crash
+_registering = threading.Lock()  # a version is loaded with sys.path and an environment that the process has once
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,9 @@ def carry_out(
         stages, how = _submit_stages(graph, runner, turn, others), (params.registry.max_logged_bytes, remedy)
         versions = {one: _submit_registration(one, runner.root, graph, stages, how) for one in subjects}
         wait([*stages.values(), *versions.values()])
+        if any(future.state.is_completed() for future in versions.values()):  # MLflow has answered
+            for line in resend(runner.root):  # there may be no training in this run that would send it
+                get_run_logger().warning("%s", line)
     except BaseException:
         runner.stop()
         raise

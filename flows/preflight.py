@@ -1,11 +1,10 @@
 """Report what params.yaml asks for in vain up front: the stage that would refuse it runs after the training."""
 
 import difflib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from dreambooth.bases import LOCAL_MODELS, locate
+from dreambooth.bases import LOCAL_MODELS, locate, read_json
 from dreambooth.errors import ParamsError, PhotosError, shown
 from dreambooth.identifiers import known_words, reader_at, remarks_by_tokenizer
 from dreambooth.params import Base, Params, scheduler_fault
@@ -192,7 +191,7 @@ def _require_schedulers(root: Path, params: Params, graph: Graph) -> None:
     stale = {stage.entry for stage in graph.stale}
     asked = {"prior": params.prior.scheduler} if PRIOR in stale and params.prior.kind == "images" else {}
     asked |= {"evaluate": params.evaluate.scheduler} if EVALUATE in stale else {}
-    known = json.loads(about.read_text(encoding="utf-8"))
+    known = read_json(about)
     faults = {section: scheduler_fault(name, known) for section, name in asked.items()}
     if told := [f"params.yaml: {section}.{fault}" for section, fault in faults.items() if fault]:
         raise ParamsError(told)

@@ -123,10 +123,12 @@ def require(device: torch.device, precision: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-@pytest.mark.parametrize("method", METHODS)
-def test_a_step_is_that_of_the_cpu_in_float32(base: Path, device: torch.device, method: str, precision: str) -> None:
+@pytest.mark.parametrize("how", [*({"method": one} for one in METHODS), {"method": "lora", "use_dora": True}])
+def test_a_step_is_that_of_the_cpu_in_float32(
+    base: Path, device: torch.device, how: dict[str, Any], precision: str
+) -> None:
     require(device, precision)
-    values = settings(method=method, rank=2, lora_alpha=2.0, train_text_encoder=True, allow_tf32=False)
+    values = settings(**how, rank=2, lora_alpha=2.0, train_text_encoder=True, allow_tf32=False)
     samples = photos(base)
     wanted = one_step(base, torch.device("cpu"), values, samples)
     found = one_step(base, device, values.model_copy(update={"mixed_precision": precision}), samples)

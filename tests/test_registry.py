@@ -22,7 +22,7 @@ from PIL import Image
 from registered import load
 from waiting import await_server, free_port
 
-from dreambooth import folders, mlflowstore, registry, tracking
+from dreambooth import folders, mlflowstore, registry
 from dreambooth import versions as registered
 from dreambooth.aliases import history, move, read_log
 from dreambooth.errors import RegistryError, SubjectError
@@ -331,23 +331,6 @@ def test_a_dead_server_is_one_line_and_the_export_stays(root: Path, monkeypatch:
     assert "Connection refused; the export stays as it is" in str(caught.value)
     assert "secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.fault(28)
-def test_what_a_training_could_not_send_is_sent_by_the_registration_after_it(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The next run may have no training that would send it."""
-    with monkeypatch.context() as patch:
-        patch.setattr(tracking, "connect", lambda root: (_ for _ in ()).throw(OSError(111, "Connection refused")))
-        with tracking.open_run(root, key="a" * 64, name="train biscuit") as run:
-            run.metrics({"loss": 1.0}, 1)
-    (parcel,) = tracking.unsent(root).iterdir()
-    register(root, BISCUIT)
-    assert not parcel.exists()
-    client, experiment = mlflowstore.connect(root)
-    found = {run.info.run_name: run.info.status for run in client.search_runs([experiment])}
-    assert found["train biscuit"] == "FINISHED"
 
 
 def add_to_dvc(root: Path) -> str:

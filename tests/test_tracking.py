@@ -228,7 +228,9 @@ def ssh_port() -> Iterator[int]:
 
 
 @pytest.mark.fault(28)
-@pytest.mark.parametrize("address", ["localhost:500O", "a b:5000", "[::1", "127.0.0.1:{ssh_port}"])
+@pytest.mark.parametrize(
+    "address", ["localhost:500O", "a b:5000", "[::1", "127.0.0.1:{ssh_port}", "me:WORD/x@127.0.0.1:{ssh_port}"]
+)
 def test_an_address_that_is_none_of_mlflow_is_one_line(
     root: Path, monkeypatch: pytest.MonkeyPatch, ssh_port: int, address: str
 ) -> None:
@@ -237,6 +239,7 @@ def test_an_address_that_is_none_of_mlflow_is_one_line(
     with pytest.raises(RegistryError, match=line) as refused:
         find(root, "biscuit")
     assert "\n" not in str(refused.value)
+    assert "WORD" not in str(refused.value)
 
 
 def test_what_is_sent_twice_stands_there_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,7 +236,7 @@ def test_a_failed_run_tells_what_there_is_of_the_run_before_from_what_it_made(
     project: Path, prefect_server: str
 ) -> None:
     dvc(project, "repro", "report@rex", "export@rex")
-    register(project, "rex")
+    register(project, "rex", None, print, None)
     make_photos(project / "data/subjects/rex", 4)
     (project / "fail-validate-rex").touch()
     fake = (

@@ -22,6 +22,7 @@ from dreambooth.errors import ParamsError, PipelineError, SubjectError
 from dreambooth.folders import is_private
 from dreambooth.locks import AlreadyRunningError, only_one
 from dreambooth.params import names_id
+from dreambooth.tracking import PENDING, unsent
 from flows import clones, dvcstore, prefectstore
 from flows.add import Wish, add_subject, track_photos
 from flows.check import check
@@ -99,6 +100,22 @@ def test_a_subject_called_kind_is_forgotten_to_the_end(project: Path) -> None:
     assert (project / "params.yaml").read_text() == before
     with pytest.raises(SubjectError, match="nothing is known of 'kind'"):
         inventory(project, "kind")
+
+
+@pytest.mark.usefixtures("no_prefect")
+@pytest.mark.threat(23)
+def test_what_waits_for_mlflow_goes_before_the_runs_so_that_no_registration_brings_them_back(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_entry(project, "tom")
+    parcel = unsent(project) / "a"
+    parcel.mkdir(parents=True)
+    (parcel / PENDING).write_text(json.dumps({"name": "train", "tags": {"subject": "tom"}}))
+    waiting: list[Path] = []
+    monkeypatch.setattr(erasure, "erase", lambda root, subject_id: waiting.extend(unsent(root).iterdir()) or [])
+    erase(project, inventory(project, "tom"), print)
+    assert waiting == []
+    assert not parcel.exists()
 
 
 @pytest.mark.usefixtures("no_prefect")

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import yaml
 from toy_project import dvc, make_toy_project, post, prefect, quiet, ran
 from waiting import await_true
 
+from dreambooth import mlflowstore, tracking
 from dreambooth.interruption import is_alive
 from flows import lanes
 from flows.graph import Graph
@@ -191,6 +193,25 @@ def test_a_registration_that_fails_is_told_by_the_run_and_can_be_repeated_alone(
     assert outcome["failures"] == []
     assert "biscuit" in [version["name"] for version in outcome["versions"] if version["created"]]
     assert ran(project) == []
+
+
+@pytest.mark.fault(28)
+def test_what_a_training_could_not_send_is_sent_by_the_next_run_that_registers(
+    project: Path, environment: dict[str, str], empty_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That run may have no training that would send it."""
+    dvc(project, "repro")
+    shutil.copyfile(empty_database, project / "mlflow.db")
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, "connect", lambda root: (_ for _ in ()).throw(OSError(111, "Connection refused")))
+        with tracking.open_run(project, key="a" * 64, name="train biscuit") as run:
+            run.metrics({"loss": 1.0}, 1)
+    (parcel,) = tracking.unsent(project).iterdir()
+    personalize(project, environment)
+    assert not parcel.exists()
+    client, experiment = mlflowstore.connect(project)
+    found = {run.info.run_name: run.info.status for run in client.search_runs([experiment])}
+    assert found["train biscuit"] == "FINISHED"
 
 
 def test_gpu_stages_take_turns_without_a_limit_on_the_server(project: Path, environment: dict[str, str]) -> None:

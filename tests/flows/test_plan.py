@@ -158,6 +158,10 @@ def test_a_solver_that_cannot_draw_with_the_base_is_refused_before_the_first_sta
         ParamsError, match=r"params\.yaml: evaluate\.scheduler pndm would draw on another noise schedule"
     ):
         require_inputs(project, params.model_copy(update={"evaluate": evaluate}), graph)
+    for torn, told in (("{", "is not JSON"), ("[]", "holds no object of JSON")):
+        about.write_text(torn)
+        with pytest.raises(ModelError, match=told):
+            require_inputs(project, params, graph)
 
 
 def test_prompts_that_the_base_does_not_read_to_their_subject_are_refused_before_the_first_stage(
