@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreambooth.bases import read_json
+from dreambooth.errors import ModelError
 from dreambooth.prompts import Reader
 from dreambooth.vocabulary import find_vocabulary, split
 
@@ -125,7 +126,10 @@ def _read(folder: Path) -> "Tokenizer | None":
     if whole.is_file():
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(whole))
+        try:
+            tokenizer = Tokenizer.from_file(str(whole))
+        except Exception as error:  # tokenizers has no other
+            raise ModelError(f"{whole} is no tokenizer ({error}); fetch the model again") from None
         tokenizer.no_padding()
         tokenizer.no_truncation()
         return tokenizer

@@ -13,8 +13,6 @@ for _name, _value in {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     # As in prefect.yaml, for runs by hand and those of flows.serve: flows/automations.py ends what is silent.
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
-    "PREFECT_CLIENT_MAX_RETRIES": "8",
-    "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500,504",
 }.items():
     os.environ.setdefault(_name, _value)
 

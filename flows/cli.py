@@ -235,8 +235,9 @@ def _bring_up_to_date(root: Path, params: "Params", subjects: list[str], began: 
 
     outcome = personalize.run(subjects, root)
     logging.getLogger("prefect").setLevel(logging.WARNING)  # that its server stops is no news below our tables
+    versions = _versions_after(root, subjects, outcome)
     for subject_id in subjects:
-        _print_outcome(root, params, subject_id, outcome, graph)
+        _print_outcome(root, params, subject_id, outcome, graph, versions[subject_id])
     if outcome.failures:
         raise PipelineError("\n".join(outcome.failures))
     if len(subjects) == 1 and not has_server():  # whose limits a stage may wait for
@@ -335,7 +336,9 @@ def _registered(root: Path, subject_id: str) -> str:
     return name + note + (f", champion v{champion.version}" if champion else "")
 
 
-def _print_outcome(root: Path, params: "Params", subject_id: str, outcome: "Outcome", graph: "Graph") -> None:
+def _print_outcome(
+    root: Path, params: "Params", subject_id: str, outcome: "Outcome", graph: "Graph", version: str
+) -> None:
     from flows.summary import prior_line, read_summary
     from flows.tables import subject_table, undone_in_words, undone_stages
 
@@ -352,20 +355,22 @@ def _print_outcome(root: Path, params: "Params", subject_id: str, outcome: "Outc
         ("time", f"{sum(run.seconds for run in mine):.0f} s: {names}" if mine else idle),
         *([("stages", undone_in_words(undone))] if undone else []),
         ("report", from_here(one.report) if one.report else "none yet"),
-        ("version", _version_after(root, subject_id, outcome)),
+        ("version", version),
     ]
     out.print(subject_table(one, more), "")
 
 
-def _version_after(root: Path, subject_id: str, outcome: "Outcome") -> str:
-    """Name the version that a run registered, else those that were there before."""
-    if (found := next((one for one in outcome.versions if one.name == subject_id), None)) is not None:
-        return _version(found)
-    try:
-        before = _registered(root, subject_id)
-    except RegistryError:  # which the line of the registration says
-        return "?"
-    return "not registered" if before == "-" else before
+def _versions_after(root: Path, subjects: list[str], outcome: "Outcome") -> dict[str, str]:
+    """Name the version of each subject that a run registered, else what was there before; ? where MLflow is away."""
+    told = {found.name: _version(found) for found in outcome.versions}
+    for subject_id in subjects:
+        if subject_id not in told:
+            try:
+                before = _registered(root, subject_id)
+            except RegistryError:  # which the line of the registration says; asked again it would take its time again
+                return dict.fromkeys(subjects, "?") | told
+            told[subject_id] = "not registered" if before == "-" else before
+    return told
 
 
 def _version(found: "RegisteredVersion") -> str:

@@ -30,13 +30,15 @@ def experiments_of(root: Path, subject_id: str) -> dict[str, str]:
 def others_with(root: Path, subject_id: str, known: Collection[str]) -> list[str]:
     """Return the names of experiments whose params.yaml has the subject, without those of the known refs.
 
-    `dvc exp run` makes them of every subject of the project, so that they hold the work of others as well.
+    `dvc exp run` makes them of every subject of the project, so that they hold the work of others as well. Those that
+    a table of a sweep names are of its subjects alone.
     """
+    tabled = {row.get("experiment") for table in sweeps.tables(root) for row in sweeps.rows(table)}
     commits = commits_of(root) if is_in_repository(root) else {}
     named = {
         match[1]: commit for ref, commit in commits.items() if ref not in known and (match := NAMED.fullmatch(ref))
     }
-    return [name for name, commit in named.items() if _has_subject(root, commit, subject_id)]
+    return [name for name, commit in named.items() if name not in tabled and _has_subject(root, commit, subject_id)]
 
 
 def has_commits(root: Path, path: str) -> bool:

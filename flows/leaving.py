@@ -121,9 +121,10 @@ def leaving_a_sweep_when_told() -> Iterator[None]:
 
 @contextmanager
 def leaving_a_service_when_told(has_server: bool) -> Iterator[None]:
-    """Let Ctrl-C end what serves deployments; with a server that stays Prefect does it.
+    """Let Ctrl-C and SIGTERM end what serves deployments; with a server that stays Prefect does it.
 
-    A temporary server hears the Ctrl-C as well, and Prefect would ask it for minutes. So the process ends here.
+    A temporary server hears the Ctrl-C as well, and Prefect would ask it for minutes. So the process ends here. Of a
+    SIGTERM Prefect would end this process alone, and the stages would go on.
     """
     if has_server:
         with suppress(KeyboardInterrupt):  # before Prefect hears it
@@ -138,8 +139,19 @@ def leaving_a_service_when_told(has_server: bool) -> Iterator[None]:
             request.note(number)
             threading.Thread(target=_leave_a_service, name="leave", daemon=True).start()
 
-    with on_stop(hear):
-        yield
+    from prefect.runner import Runner
+
+    of_prefect = Runner.handle_sigterm
+
+    def hear_for_prefect(runner: Runner, number: int, frame: FrameType | None) -> None:
+        hear(number, frame)
+
+    Runner.handle_sigterm = hear_for_prefect  # type: ignore[method-assign]
+    try:
+        with on_stop(hear):
+            yield
+    finally:
+        Runner.handle_sigterm = of_prefect  # type: ignore[method-assign]
 
 
 def _leave_a_service() -> None:

@@ -8,7 +8,6 @@ from dreambooth.bases import LOCAL_MODELS, locate, read_json
 from dreambooth.errors import ParamsError, PhotosError, shown
 from dreambooth.identifiers import known_words, reader_at, remarks_by_tokenizer
 from dreambooth.params import Base, Params, scheduler_fault
-from dreambooth.photos import find_photos, subject_folder
 from dreambooth.prompts import Reader, Template, cuts, read_caption, require_read, templates_of, with_article
 from dreambooth.registry import require_plain_path
 from dreambooth.vocabulary import SCORER, VOCABULARY, Vocabulary, find_vocabulary
@@ -48,6 +47,10 @@ def require_photos(root: Path, subjects: Iterable[str]) -> None:
         PhotosError: DVC knows folders that are not here; with the commands that bring them.
         SubjectError: nobody knows one.
     """
+    if not (subjects := list(subjects)):
+        return
+    from dreambooth.photos import find_photos, subject_folder  # SciPy takes a second, and may not be needed
+
     missing = [folder for one in subjects if not (folder := subject_folder(root, one)).is_dir()]
     if told := [known for folder in missing if (known := elsewhere(root, folder))]:
         raise PhotosError(told)
@@ -141,7 +144,7 @@ def _read_in_part(
 ) -> Iterator[str]:
     """Go through captions, class prompts and evaluation prompts, as far as their stages are stale."""
     for subject_id in _stale(graph, TRAIN):
-        from dreambooth.photos import find_photos, subject_folder  # SciPy takes a second, and may not be needed
+        from dreambooth.photos import find_photos, subject_folder
 
         subject, class_noun = params.subject(subject_id), params.class_of(subject_id).class_noun
         if (folder := subject_folder(root, subject_id)).is_dir():

@@ -235,31 +235,51 @@ def _run_subjects(
     ]
     _await(works)
     if deployment == CLONE:
-        _take_back(root, works)
-        _look_again(root, works)
+        kept = _take_back(root, works)
+        if _is_still_at(root, more["revision"]):
+            _look_again(root, works, kept)
     return works
 
 
-def _take_back(root: Path, works: Iterable[Work]) -> None:
-    """Take what clones made into dvc.lock; what git does not give is made again by the next run, from the remote."""
+def _take_back(root: Path, works: Iterable[Work]) -> dict[str, str]:
+    """Take what clones made into dvc.lock; return why that of a subject or a class stays as it was.
+
+    What git does not give is made again by the next run, from the remote.
+    """
+    kept: dict[str, str] = {}
     for work in works:
         try:
             found, why = clones.take_back(root, clones.repository_of(root), str(work.run.id), work.keys), "no branch"
         except DreamboothError as error:
             found, why = False, str(error)
         if not found and work.is_done:
-            get_run_logger().warning("%s: dvc.lock stays as it was: %s", " ".join(work.keys), why)
+            kept[work.keys[0]] = f"dvc.lock stays as it was: {why}"
+            get_run_logger().warning("%s: %s", work.keys[0], kept[work.keys[0]])
+    return kept
 
 
-def _look_again(root: Path, works: Iterable[Work]) -> None:
+def _is_still_at(root: Path, revision: str) -> bool:
+    """Tell whether the checkout is what clones worked on; what has changed meanwhile is for the next run."""
+    try:
+        return clones.pushed_head(root) == revision
+    except DreamboothError as error:
+        get_run_logger().warning("nobody looked whether all is up to date now: %s", error)
+        return False
+
+
+def _look_again(root: Path, works: Iterable[Work], kept: Mapping[str, str]) -> None:
     """Note what is out of date here still, although its run ended well: it would run every night and be called done."""
-    graph = Graph.load(root, allow_missing=True)
+    try:
+        graph = Graph.load(root, allow_missing=True)
+    except DreamboothError as error:
+        get_run_logger().warning("nobody looked whether all is up to date now: %s", error)
+        return
     upstream = {stage.name: stage for stage in graph.stages}
     for work in works:
         reasons = dict.fromkeys(_reasons(graph.of_subject(work.keys[0]), upstream))
         if reasons and work.is_done:
-            told = ", ".join(reasons)
-            work.faults.append(f"its run ended well, and it is out of date here still: {told}; see git diff in {root}")
+            told, why = ", ".join(reasons), kept.get(work.keys[0], f"see git diff in {root}")
+            work.faults.append(f"its run ended well, and it is out of date here still: {told}; {why}")
 
 
 def _start(

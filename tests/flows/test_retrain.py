@@ -184,7 +184,7 @@ def test_what_clones_would_not_see_is_named_before_a_flow_run_is_asked_for(
 def test_a_subject_that_is_stale_after_its_run_is_not_called_done(project: Path) -> None:
     dvc(project, "repro", "report@biscuit", "export@biscuit")
     works = [Work((one,), ("a reason",), FlowRun(flow_id=uuid4(), state=Completed())) for one in SUBJECTS]
-    _look_again(project, works)
+    _look_again(project, works, {})
     assert [work.is_done for work in works] == [True, False]
     assert "out of date here still: never ran; see git diff" in works[1].faults[0]
 

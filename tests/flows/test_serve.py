@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -90,7 +90,10 @@ def test_the_doctor_names_a_deployment_that_is_switched_off(project: Path, envir
         assert ("paused, so nothing starts by itself: nightly" in " ".join(done.stdout.split())) == told, done.stdout
 
 
-def test_ctrl_c_ends_it_with_its_temporary_server_and_the_stage_that_runs(project: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stop", "number"), [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)])
+def test_ctrl_c_and_sigterm_end_it_with_its_temporary_server_and_the_stage_that_runs(
+    project: Path, tmp_path: Path, stop: Callable[[int, int], None], number: signal.Signals
+) -> None:
     shutil.copy(REPOSITORY / "prefect.yaml", project / "prefect.yaml")
     (project / "slow-train-rex").touch()
     environment = {**quiet(tmp_path / "prefect"), "PYTHONPATH": str(REPOSITORY)}
@@ -109,7 +112,7 @@ def test_ctrl_c_ends_it_with_its_temporary_server_and_the_stage_that_runs(projec
             prefect(there, "deployment", "run", "personalize/local", "--param", 'subject="rex"')
             await_true((project / "started-train-rex").exists, 120)
             below = psutil.Process(served.pid).children(recursive=True)
-            os.killpg(served.pid, signal.SIGINT)
+            stop(served.pid, number)
             assert served.wait(25) == 0  # Prefect would ask its server for minutes
         finally:
             kill_tree(served.pid)
