@@ -146,7 +146,7 @@ def leaving_a_service_when_told(has_server: bool) -> Iterator[None]:
     def hear_for_prefect(runner: Runner, number: int, frame: FrameType | None) -> None:
         hear(number, frame)
 
-    Runner.handle_sigterm = hear_for_prefect  # type: ignore[method-assign]
+    Runner.handle_sigterm = hear_for_prefect  # type: ignore[method-assign, assignment]
     try:
         with on_stop(hear):
             yield
