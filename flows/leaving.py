@@ -105,10 +105,7 @@ def leaving_a_sweep_when_told() -> Iterator[None]:
     request = StopRequest()
 
     def hear(number: int, frame: FrameType | None) -> None:
-        if request.is_repeated_by(number):
-            _end(128 + number, _GRACE)
-        if not request:
-            request.note(number)
+        if _is_first(request, number):
             threading.Thread(target=_say_stopping, daemon=True).start()  # a handler may not write what it broke into
             raise KeyboardInterrupt
 
@@ -133,10 +130,7 @@ def leaving_a_service_when_told(has_server: bool) -> Iterator[None]:
     request = StopRequest()
 
     def hear(number: int, frame: FrameType | None) -> None:
-        if request.is_repeated_by(number):
-            _end(128 + number, _GRACE)
-        if not request:
-            request.note(number)
+        if _is_first(request, number):
             threading.Thread(target=_leave_a_service, name="leave", daemon=True).start()
 
     from prefect.runner import Runner
@@ -152,6 +146,16 @@ def leaving_a_service_when_told(has_server: bool) -> Iterator[None]:
             yield
     finally:
         Runner.handle_sigterm = of_prefect  # type: ignore[method-assign]
+
+
+def _is_first(request: StopRequest, number: int) -> bool:
+    """Note a signal, and tell whether it is the first one; the same one again ends all at once."""
+    if request.is_repeated_by(number):
+        _end(128 + number, _GRACE)
+    if request:
+        return False
+    request.note(number)
+    return True
 
 
 def _leave_a_service() -> None:

@@ -55,17 +55,14 @@ def test_a_lost_heartbeat_ends_no_run_and_a_dead_worker_is_replaced_within_75_se
     assert SILENCE + looks + JITTER * settings.worker.query_seconds <= 75
 
 
-def test_a_run_by_hand_is_as_alive_and_as_patient_as_one_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_by_hand_is_as_alive_as_one_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = yaml.safe_load((REPOSITORY / "prefect.yaml").read_text())["definitions"]["pool"]
     on_workers: dict[str, str] = pool["job_variables"]["env"]
-    for name in on_workers:
-        monkeypatch.delenv(name, raising=False)
-    program = "import json, os, flows.personalize; from prefect.settings import get_current_settings; "
-    program += "print(json.dumps([dict(os.environ), get_current_settings().flows.heartbeat_frequency]))"
+    monkeypatch.delenv("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", raising=False)
+    program = "import flows.personalize; from prefect.settings import get_current_settings; "
+    program += "print(get_current_settings().flows.heartbeat_frequency)"  # set before prefect was imported
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    by_hand, heartbeat = json.loads(done.stdout)
-    assert {name: by_hand.get(name) for name in on_workers} == on_workers
-    assert str(heartbeat) == on_workers["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"]  # set before prefect was imported
+    assert done.stdout.strip() == on_workers["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"]
 
 
 def test_the_page_for_operators_sets_what_these_tests_run_with() -> None:
