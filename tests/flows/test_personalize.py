@@ -203,6 +203,7 @@ def test_what_a_training_could_not_send_is_sent_by_the_next_run_that_registers(
     dvc(project, "repro")
     shutil.copyfile(empty_database, project / "mlflow.db")
     with monkeypatch.context() as patch:
+        patch.delenv("DREAMBOOTH_TRACKING")
         patch.setattr(tracking, "connect", lambda root: (_ for _ in ()).throw(OSError(111, "Connection refused")))
         with tracking.open_run(project, key="a" * 64, name="train biscuit") as run:
             run.metrics({"loss": 1.0}, 1)
