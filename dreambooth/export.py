@@ -13,6 +13,7 @@ import torch
 
 from dreambooth import lora_formats, prompts
 from dreambooth.adapters import CLIP_KEYS, EMBEDDINGS_FILE, LORA_FILE, METADATA
+from dreambooth.bases import read_json
 from dreambooth.card import card
 from dreambooth.consent import Consent
 from dreambooth.errors import ExportError, ModelError
@@ -153,10 +154,7 @@ class _Work:
     @property
     def scheduler(self) -> dict[str, Any]:
         """Return what the pipeline says of its noise."""
-        about: dict[str, Any] = json.loads(
-            (self.folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8")
-        )
-        return about
+        return read_json(self.folder / "scheduler/scheduler_config.json")
 
     @property
     def word(self) -> str:
@@ -230,5 +228,4 @@ _WRITERS = {
 
 
 def _config(folder: Path, part: str) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
-    return config
+    return read_json(folder / part / "config.json")

@@ -152,12 +152,11 @@ def checkpoint_folders(root: Path) -> dict[Path, str]:
 def scratch_of(root: Path, subject_id: str) -> list[Path]:
     """Return what a subject has in the scratch folder, with what killed processes left of its `work_folder`s."""
     folder = scratch_folder(root)
-    caches = [path for cache in CACHES if (path := cache_of(root, cache, subject_id)).exists()]
+    own = [*(cache_of(root, cache, subject_id) for cache in CACHES), photo_versions(root, subject_id)]
     checkpoints = [path for path, whose in checkpoint_folders(root).items() if whose == subject_id]
     # Exactly as many letters as tempfile appends: rex must not take what is of rex-2.
     works = [path for work in WORKS for path in folder.glob(f"{work}-{subject_id}-{8 * '[a-z0-9_]'}")]
-    noted = [path for path in (photo_versions(root, subject_id),) if path.exists()]
-    return [*caches, *checkpoints, *works, *noted]
+    return [*(path for path in own if path.exists()), *checkpoints, *works]
 
 
 def photo_versions(root: Path, subject_id: str) -> Path:

@@ -123,17 +123,21 @@ def _is_frequent(token: int, vocabulary: int) -> bool:
 def _read(folder: Path) -> "Tokenizer | None":
     """Read a tokenizer without transformers, whose import takes seconds."""
     whole, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
-    if whole.is_file():
-        from tokenizers import Tokenizer
+    try:
+        if whole.is_file():
+            return _whole(whole)
+        return _clip(vocabulary, merges) if vocabulary.is_file() and merges.is_file() else None
+    except Exception as error:  # tokenizers has no other
+        raise ModelError(f"{folder} holds no tokenizer ({error}); fetch the model again") from None
 
-        try:
-            tokenizer = Tokenizer.from_file(str(whole))
-        except Exception as error:  # tokenizers has no other
-            raise ModelError(f"{whole} is no tokenizer ({error}); fetch the model again") from None
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        return tokenizer
-    return _clip(vocabulary, merges) if vocabulary.is_file() and merges.is_file() else None
+
+def _whole(file: Path) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def _clip(vocabulary: Path, merges: Path) -> "Tokenizer":

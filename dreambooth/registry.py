@@ -141,7 +141,7 @@ def register(
     """Make export/<id> a version of the MLflow model <id> and point `challenger` to it; do nothing twice.
 
     An upload that was cut short is taken up again in its place. A version whose files are gone gets them back. A newer
-    evaluation of the same export is added to its version. What trainings could not send to MLflow is sent.
+    evaluation of the same export is added to its version.
 
     Args:
         root: of the project.

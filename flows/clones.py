@@ -22,6 +22,7 @@ from dreambooth.pointer import dvc_cache
 from dreambooth.yaml12 import dump_yaml, load_yaml
 from flows.commandline import ROBOT, dvc, git, run_quietly
 from flows.copies import OWNER
+from flows.dvcstore import FOLDER_HASH
 from flows.graph import Graph
 from flows.presets import put
 from flows.project import INPUTS, PARAMS, read_params_text, write_params_text
@@ -31,7 +32,6 @@ PROMPTS = "data/prompts"
 CONFIG = ".dvc/config.local"
 BRANCH = "runs/{}"
 REMOTE = re.compile(r"^remote\.(.+)\.url=(.+)$", re.MULTILINE)  # a line of `dvc config --list`
-FOLDER_HASH = re.compile(r"[0-9a-f]{32}\.dir")
 
 
 def repository_of(home: Path) -> str:

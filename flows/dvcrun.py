@@ -2,7 +2,6 @@
 
 import contextlib
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -19,7 +18,7 @@ from dreambooth.errors import PipelineError
 from dreambooth.interruption import RESUME, Interrupted, is_alive, tell
 from dreambooth.locks import AlreadyRunningError
 from dreambooth.redaction import redact
-from flows.commandline import child_environment, notes_folder
+from flows.commandline import DVC, child_environment, notes_folder
 from flows.dvcstore import note_photos
 
 Outcome = Literal["ran", "restored", "unchanged"]
@@ -167,7 +166,7 @@ class DvcRunner:
         lines: deque[str] = deque(maxlen=_KEPT_LINES)
         # The same session and process group on purpose: whoever stops the group stops the stage with it.
         with subprocess.Popen(
-            [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments],
+            [*DVC, "--wait-for-lock", *arguments],
             cwd=self.root,
             env=child_environment(self.root, self.threads.get(what.partition("@")[0]), notes),
             stdin=subprocess.DEVNULL,

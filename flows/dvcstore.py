@@ -22,7 +22,7 @@ from flows.commandline import NOTES, git, is_in_repository, notes_folder
 
 # The folders with a folder or a file for each subject: a module may have the name of one, stages/train.py.
 _FOLDERS = frozenset({"build", "models", "export", "reports"})
-_FOLDER_HASH = re.compile(r"\b[0-9a-f]{32}\.dir\b")
+FOLDER_HASH = re.compile(r"\b[0-9a-f]{32}\.dir\b")
 
 
 @dataclass
@@ -105,7 +105,7 @@ def note_photos(root: Path, tracked: str) -> None:
     if path.parent != Path("data/subjects") or path.suffix != ".dvc" or not (root / path).is_file():
         return
     notes = photo_versions(root, path.stem)
-    named = set(_FOLDER_HASH.findall((root / path).read_text(encoding="utf-8", errors="replace")))
+    named = set(FOLDER_HASH.findall((root / path).read_text(encoding="utf-8", errors="replace")))
     if new := sorted(named - _noted_photos(notes)):
         notes.parent.mkdir(exist_ok=True)
         with notes.open("a", encoding="utf-8") as file:
@@ -256,7 +256,7 @@ def read_dvc_file(path: Path) -> Any:
 
 
 def _noted_photos(notes: Path) -> set[str]:
-    return set(_FOLDER_HASH.findall(notes.read_text(encoding="utf-8"))) if notes.is_file() else set()
+    return set(FOLDER_HASH.findall(notes.read_text(encoding="utf-8"))) if notes.is_file() else set()
 
 
 def _entries_of_project(root: Path) -> Iterator[Mapping[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_project import REPOSITORY
 
-from dreambooth.errors import EvaluationError, PhotosError
+from dreambooth.errors import EvaluationError, ModelError, PhotosError
 from dreambooth.identifiers import reader_at
 from dreambooth.prompts import (
     Reader,
@@ -199,3 +199,12 @@ def test_a_caption_that_never_ends_or_is_a_whole_disk_is_refused_without_reading
             PhotosError, match=rf"{name}: the caption cannot be read .*{said}.*; write one line in UTF-8"
         ):
             read_caption(tmp_path / name)
+
+
+@pytest.mark.fault(27)
+@pytest.mark.parametrize("torn", ["tokenizer.json", "vocab.json"])
+def test_a_torn_tokenizer_is_told_with_its_folder(tmp_path: Path, torn: str) -> None:
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", torn):
+        (tmp_path / name).write_text("{")
+    with pytest.raises(ModelError, match=f"{tmp_path} holds no tokenizer .*; fetch the model again"):
+        reader_at(tmp_path)
